@@ -1,0 +1,38 @@
+"""What every test shares: the implementations under test, and data."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+torch.set_num_threads(1)  # one worker a core; the numbers do not depend on it
+
+IMPLEMENTATIONS = ("reference", "eager")
+
+MakeBatch = Callable[..., tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def make_batch() -> MakeBatch:
+    """Raw random features ``[N, D]`` with a gradient, and labels that all occur."""
+
+    def make(
+        num_rows: int = 24,
+        num_classes: int = 5,
+        dim: int = 16,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        features = torch.randn(num_rows, dim, generator=generator, dtype=torch.float64) * 3
+        labels = torch.arange(num_rows) % num_classes
+        labels = labels[torch.randperm(num_rows, generator=generator)]
+        return features.to(dtype).requires_grad_(), labels
+
+    return make

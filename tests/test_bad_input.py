@@ -1,0 +1,139 @@
+"""What a user gets wrong, and what they are told."""
+
+import pytest
+import torch
+
+from varcon_loss import ProjectionHead, VarConLoss, varcon_loss
+
+X, Y = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "error", "message"),
+    [
+        (
+            X.long(),
+            Y,
+            TypeError,
+            "features must be float16, bfloat16, float32 or float64, got torch.int64",
+        ),
+        (X.tolist(), Y, TypeError, "features must be a tensor, got list"),
+        (X[0], Y, ValueError, r"features must have shape \[N, D\] or \[B, V, ...\], got \[4\]"),
+        (X, None, ValueError, "labels is None: VarCon is a supervised loss"),
+        (X, Y.tolist(), TypeError, "labels must be a tensor, got list"),
+        (X, Y[:5], ValueError, r"labels must have shape \[6\].*got \[5\]"),
+        (X, Y[:, None], ValueError, r"labels must have shape \[6\].*got \[6, 1\]"),
+        (X, Y.float(), TypeError, "labels must be integers.*got torch.float32"),
+        (X, Y.bool(), TypeError, "labels must be integers.*got torch.bool"),
+        (X, Y.to(torch.uint64), TypeError, "but uint64.*got torch.uint64"),
+        (X, Y.to("meta"), ValueError, "labels are on meta but features are on cpu"),
+        (X[:, :0], Y, ValueError, "have an empty dimension"),
+        (X[:, None, :][:, :0], Y, ValueError, "have an empty dimension"),
+    ],
+)
+def test_samples(features, labels, error, message, impl) -> None:
+    with pytest.raises(error, match=message):
+        VarConLoss(impl=impl)(features, labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"temperature": float("nan")},
+            ValueError,
+            "temperature must be positive and finite, got nan",
+        ),
+        (
+            {"temperature": float("inf")},
+            ValueError,
+            "temperature must be positive and finite, got inf",
+        ),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": -0.1}, ValueError, "temperature must be positive"),
+        ({"temperature": "0.1"}, TypeError, "temperature must be a number, got str"),
+        ({"temperature": torch.tensor(0.1)}, TypeError, "temperature must be a number, got Tensor"),
+        ({"epsilon": -0.01}, ValueError, "epsilon must be >= 0, got -0.01"),
+        ({"epsilon": float("nan")}, ValueError, "epsilon must be >= 0, got nan"),
+        ({"epsilon": 0.1}, ValueError, "epsilon must be smaller than temperature.*tau2"),
+        ({"reduction": "avg"}, ValueError, "reduction must be one of .*got 'avg'"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of .*got 'cuda'"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int or None, got float"),
+        ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+        ({"num_classes": 3.0}, TypeError, "num_classes must be an int or None, got float"),
+        ({"weight": [1.0, 2.0]}, TypeError, "weight must be a tensor.*got list"),
+        (
+            {"weight": torch.ones(3, 1)},
+            ValueError,
+            r"weight must be a floating-point tensor \[num_classes\]",
+        ),
+        ({"weight": torch.ones(3).long()}, ValueError, "weight must be a floating-point tensor"),
+        (
+            {"weight": torch.ones(4), "num_classes": 3},
+            ValueError,
+            "weight has 4 entries but num_classes=3",
+        ),
+        ({"impl": "triton"}, NotImplementedError, "use 'auto' or 'eager'"),
+        ({"process_group": "world"}, NotImplementedError, "process_group is not available yet"),
+    ],
+)
+def test_options_fail_when_the_loss_is_made_and_in_the_function(options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        VarConLoss(**options)
+    with pytest.raises(error, match=message):
+        varcon_loss(X, Y, **options)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            torch.tensor([0, 0, 1, 1, 2, 3]),
+            r"labels must lie in \[0, 3\) \(or ignore_index=-100\), got 3",
+        ),
+        (torch.tensor([0, 0, 1, 1, 2, -1]), r"labels must lie in \[0, 3\).*got -1"),
+    ],
+)
+def test_labels_out_of_range(labels, message, impl) -> None:
+    for options in ({"num_classes": 3}, {"weight": torch.ones(3)}):
+        with pytest.raises(ValueError, match=message):
+            varcon_loss(X, labels, impl=impl, **options)
+
+
+def test_reference_set(impl) -> None:
+    def call(**options: object) -> None:
+        varcon_loss(X, Y, impl=impl, **options)  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match="ref_features given without ref_labels"):
+        call(ref_features=X)
+    with pytest.raises(ValueError, match="ref_labels given without ref_features"):
+        call(ref_labels=Y)
+    with pytest.raises(ValueError, match="ref_features have width 3 but features have width 4"):
+        call(ref_features=X[:, :3], ref_labels=Y)
+    with pytest.raises(ValueError, match=r"ref_labels must have shape \[6\]"):
+        call(ref_features=X, ref_labels=Y[:2])
+    with pytest.raises(TypeError, match="ref_labels must be integers"):
+        call(ref_features=X, ref_labels=Y.float())
+    with pytest.raises(ValueError, match="ref_features are on meta but features are on cpu"):
+        call(ref_features=X.to("meta"), ref_labels=Y.to("meta"))
+    with pytest.raises(ValueError, match="leave_one_out has no meaning with ref_features"):
+        call(ref_features=X, ref_labels=Y, leave_one_out=True)
+    for num_classes in (None, 7):
+        with pytest.raises(ValueError, match="ref_labels lack label 2, which labels contain"):
+            call(ref_features=X[:4], ref_labels=Y[:4], num_classes=num_classes)
+        with pytest.raises(ValueError, match="ref_labels lack label 0, 1, 2"):
+            call(ref_features=X, ref_labels=torch.full((6,), -100), num_classes=num_classes)
+    with pytest.raises(ValueError, match=r"ref_labels must lie in \[0, 3\)"):
+        call(ref_features=X, ref_labels=Y + 1, num_classes=3)
+
+
+def test_weight_on_another_device() -> None:
+    with pytest.raises(ValueError, match="weight is on meta but features are on cpu"):
+        varcon_loss(X, Y, weight=torch.ones(3, device="meta"))
+
+
+def test_projection_head() -> None:
+    with pytest.raises(ValueError, match=r"kind must be one of .*got 'mlp2'"):
+        ProjectionHead(8, kind="mlp2")
+    with pytest.raises(ValueError, match="widths must be at least 1, got in_dim=8, dim=0"):
+        ProjectionHead(8, 0)

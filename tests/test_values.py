@@ -1,0 +1,260 @@
+"""Values and gradients against an oracle that shares no code with the package."""
+
+import math
+
+import hypothesis.strategies as st
+import mpmath
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from tests import oracle
+from tests.conftest import IMPLEMENTATIONS, MakeBatch
+from varcon_loss import VarConLoss, varcon_loss, varcon_terms
+
+TERMS = ("loss", "kl", "nll", "confidence", "tau2")
+
+
+def assert_terms_match(terms, expected: list, rtol: float = 1e-11) -> None:
+    assert terms.valid.flatten().tolist() == [row is not None for row in expected]
+    for name in TERMS:
+        want = [0.0 if row is None else row[name] for row in expected]
+        got = getattr(terms, name).flatten()
+        torch.testing.assert_close(
+            got,
+            torch.tensor(want, dtype=got.dtype),
+            rtol=rtol,
+            atol=1e-13,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    impl=st.sampled_from(IMPLEMENTATIONS),
+    num_rows=st.integers(1, 40),
+    num_classes=st.integers(1, 12),
+    dim=st.integers(1, 20),
+    seed=st.integers(0, 2**31),
+    temperature=st.floats(0.02, 5.0),
+    share=st.floats(0.0, 0.99),
+    normalize=st.booleans(),
+    leave_one_out=st.booleans(),
+    known=st.booleans(),
+    ignored=st.floats(0.0, 1.0),
+)
+def test_every_option_against_scalar_loops(
+    impl,
+    num_rows,
+    num_classes,
+    dim,
+    seed,
+    temperature,
+    share,
+    normalize,
+    leave_one_out,
+    known,
+    ignored,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(num_rows, dim, generator=generator, dtype=torch.float64)
+    labels = torch.randint(num_classes, (num_rows,), generator=generator)
+    labels[torch.rand(num_rows, generator=generator) < ignored * 0.5] = -100
+    options = {"normalize": normalize, "leave_one_out": leave_one_out}
+    terms = varcon_terms(
+        features,
+        labels,
+        temperature,
+        share * temperature,
+        num_classes=num_classes + 3 if known else None,
+        impl=impl,
+        **options,
+    )
+    expected = oracle.row_terms(
+        features.tolist(), labels.tolist(), temperature, share * temperature, **options
+    )
+    assert_terms_match(terms, expected, rtol=1e-9)
+    losses = [row["loss"] for row in expected if row is not None]
+    assert float(terms.reduced) == pytest.approx(
+        math.fsum(losses) / max(1, len(losses)), rel=1e-9, abs=1e-12
+    )
+    assert terms.num_classes == len(labels[labels != -100].unique())
+
+
+def test_against_high_precision() -> None:
+    """Confident rows: 1 - p near 1e-40, where a subtraction would leave nothing."""
+    mpmath.mp.dps = 80
+    features = torch.eye(4, dtype=torch.float64)[[0, 0, 1, 2]] * 2
+    labels = torch.tensor([0, 0, 1, 2])
+    temperature, epsilon = 0.02, 0.005
+    one, t1, eps = mpmath.mpf(1), mpmath.mpf(temperature), mpmath.mpf(epsilon)
+    nll = mpmath.log(1 + 2 * mpmath.exp(-one / t1))
+    p = mpmath.exp(-nll)
+    tau2 = (t1 - eps) + 2 * eps * p
+    scale = mpmath.exp(-1 / tau2)
+    normaliser = 1 + 2 * scale
+    log_p_other = -one / t1 - nll
+    kl = (1 / normaliser) * (-mpmath.log(normaliser) + nll)
+    kl += 2 * (scale / normaliser) * (mpmath.log(scale / normaliser) - log_p_other)
+    for impl in IMPLEMENTATIONS:
+        terms = varcon_terms(features, labels, temperature, epsilon, impl=impl)
+        # log_softmax, which the reference reads from the paper, rounds nll to a multiple of 1e-16.
+        exact = impl != "reference"
+        assert float(terms.nll[0]) == pytest.approx(
+            float(nll), rel=1e-12, abs=0 if exact else 1e-15
+        )
+        assert float(terms.kl[0]) == pytest.approx(float(kl), rel=1e-9, abs=1e-16)
+
+
+def test_reference_set_against_scalar_loops(impl: str, make_batch: MakeBatch) -> None:
+    features, labels = make_batch(10, 4)
+    ref_features, ref_labels = make_batch(30, 6, seed=1)
+    ref_labels = ref_labels.clone()
+    ref_labels[3] = -100
+    for options in ({}, {"num_classes": 9}, {"normalize": False}):
+        terms = varcon_terms(
+            features, labels, ref_features=ref_features, ref_labels=ref_labels, impl=impl, **options
+        )
+        expected = oracle.row_terms(
+            features.tolist(),
+            labels.tolist(),
+            normalize=options.get("normalize", True),
+            ref_features=ref_features.tolist(),
+            ref_labels=ref_labels.tolist(),
+        )
+        assert_terms_match(terms, expected)
+        assert terms.num_classes == 6
+
+
+def test_gradient_matches_finite_differences(impl: str, make_batch: MakeBatch) -> None:
+    """The centroids are detached, so gradcheck holds them still by passing a reference set."""
+    features, labels = make_batch(7, 3, 5)
+    ref_features, ref_labels = make_batch(12, 4, 5, seed=1)
+    for normalize in (True, False):
+        for temperature, epsilon in ((0.1, 0.02), (0.7, 0.6), (0.5, 0.0)):
+            criterion = VarConLoss(
+                temperature, epsilon, normalize=normalize, reduction="none", impl=impl
+            )
+
+            def losses(x: Tensor, criterion: VarConLoss = criterion) -> Tensor:
+                return criterion(
+                    x, labels, ref_features=ref_features.detach(), ref_labels=ref_labels
+                )
+
+            scaled = (features.detach() * 0.4).requires_grad_()
+            assert torch.autograd.gradcheck(losses, scaled, eps=1e-6, atol=1e-6, rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_rows=st.integers(1, 50),
+    num_classes=st.integers(1, 20),
+    dim=st.integers(1, 33),
+    seed=st.integers(0, 2**31),
+    temperature=st.floats(0.01, 2.0),
+    share=st.floats(0.0, 0.95),
+    normalize=st.booleans(),
+    leave_one_out=st.booleans(),
+    reference=st.booleans(),
+)
+def test_closed_form_gradient_equals_autograd_of_the_equations(
+    num_rows, num_classes, dim, seed, temperature, share, normalize, leave_one_out, reference
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows: int) -> Tensor:
+        return torch.randn(rows, dim, generator=generator, dtype=torch.float64) / dim**0.5
+
+    features, upstream = draw(num_rows), torch.randn(num_rows, generator=generator).double()
+    labels = torch.randint(num_classes, (num_rows,), generator=generator)
+    options: dict = {"normalize": normalize, "leave_one_out": leave_one_out}
+    if reference:
+        options["leave_one_out"] = False
+        options["ref_features"] = draw(num_classes + 5)
+        options["ref_labels"] = torch.arange(num_classes + 5) % num_classes
+    gradients = []
+    for impl in IMPLEMENTATIONS:
+        x = features.clone().requires_grad_()
+        losses = varcon_loss(
+            x, labels, temperature, share * temperature, reduction="none", impl=impl, **options
+        )
+        losses.backward(upstream)
+        assert x.grad is not None
+        gradients.append(x.grad)
+    torch.testing.assert_close(
+        gradients[1], gradients[0], rtol=1e-8, atol=1e-10 * float(gradients[0].abs().max() + 1)
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), impl=st.sampled_from(IMPLEMENTATIONS))
+def test_invariances(seed: int, impl: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(18, 7, generator=generator, dtype=torch.float64)
+    labels = torch.randint(6, (18,), generator=generator)
+    base = varcon_terms(features, labels, impl=impl)
+    close = {"rtol": 1e-10, "atol": 1e-12}
+
+    order = torch.randperm(18, generator=generator)
+    permuted = varcon_terms(features[order], labels[order], impl=impl)
+    torch.testing.assert_close(permuted.loss, base.loss[order], **close)
+
+    names = torch.randint(-(2**62), 2**62, (6,), generator=generator)
+    torch.testing.assert_close(
+        varcon_terms(features, names[labels], impl=impl).loss, base.loss, **close
+    )
+
+    doubled = varcon_loss(features.repeat(2, 1), labels.repeat(2), impl=impl)
+    torch.testing.assert_close(doubled, base.reduced, **close)
+
+    lengths = torch.rand(18, 1, generator=generator, dtype=torch.float64) * 100 + 0.01
+    torch.testing.assert_close(
+        varcon_terms(features * lengths, labels, impl=impl).loss, base.loss, **close
+    )
+
+    rotation = torch.linalg.qr(torch.randn(7, 7, generator=generator, dtype=torch.float64))[0]
+    torch.testing.assert_close(
+        varcon_terms(features @ rotation, labels, impl=impl).loss, base.loss, **close
+    )
+
+    wide = torch.cat([features, torch.zeros(18, 3, dtype=torch.float64)], dim=1)
+    torch.testing.assert_close(varcon_terms(wide, labels, impl=impl).loss, base.loss, **close)
+
+
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, make_batch: MakeBatch) -> None:
+    features, labels = make_batch(1000, 17)
+    results = []
+    for budget in (1, 2**30):
+        monkeypatch.setattr("varcon_loss.eager.CHUNK_CPU", budget)
+        features.grad = None
+        terms = varcon_terms(features, labels, impl="eager")
+        terms.reduced.backward()
+        assert features.grad is not None
+        results.append((terms.loss.detach(), terms.tau2, features.grad.clone()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-15)
+
+
+def test_large_logits_without_normalisation(impl: str) -> None:
+    """Logits of 1e4: nothing may overflow, whatever ``normalize`` promises."""
+    features = torch.eye(3).repeat(2, 1) * 1e3
+    features[0] = -features[0]
+    features.requires_grad_()
+    terms = varcon_terms(features, torch.arange(6) % 3, normalize=False, impl=impl)
+    terms.reduced.backward()
+    assert features.grad is not None
+    assert terms.loss.isfinite().all()
+    assert features.grad.isfinite().all()
+
+
+def test_tiny_temperature(impl: str, make_batch: MakeBatch) -> None:
+    """exp(1 / tau2) would overflow float32 by far."""
+    features, labels = make_batch(30, 5, dtype=torch.float32)
+    terms = varcon_terms(features, labels, 1e-3, 5e-4, impl=impl)
+    terms.reduced.backward()
+    assert features.grad is not None
+    assert terms.loss.isfinite().all()
+    assert features.grad.isfinite().all()
+    expected = oracle.row_terms(features.tolist(), labels.tolist(), 1e-3, 5e-4)
+    want = torch.tensor([row["loss"] for row in expected if row is not None])
+    torch.testing.assert_close(terms.loss.detach(), want, rtol=1e-4, atol=1e-3)

@@ -1,0 +1,53 @@
+"""Class slots to unit centroids ``w_k``: sums, counts, directions. No gradient flows here."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from varcon_loss.norms import row_norms
+
+
+class Centroids(NamedTuple):
+    """The softmax of Eq. 8 runs over these."""
+
+    unit: Tensor  # [S, D] unit length; zero rows where the slot is empty
+    present: Tensor | None  # [S] bool; None: no slot is empty
+    num_classes: Tensor  # 0-d int64, K
+
+
+def unit_rows(rows: Tensor, norms: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``z`` ``[N, D]`` in ``dtype``: rows divided by their lengths, or as they are."""
+    return rows.to(dtype) if norms is None else rows.to(dtype) / norms.unsqueeze(1)
+
+
+def class_sums(unit: Tensor, slots: Tensor, size: int) -> Tensor:
+    """Sum the rows of each class: ``[N, D]``, slots ``[N]`` -> ``[S, D]``.
+
+    Rows that take no part must be zero vectors.
+    """
+    return unit.new_zeros(size, unit.shape[1]).index_add_(0, slots, unit)
+
+
+def class_counts(slots: Tensor, valid: Tensor | None, size: int, dtype: torch.dtype) -> Tensor:
+    """How many valid rows each class has: slots ``[N]`` -> ``[S]``."""
+    ones = torch.ones_like(slots, dtype=dtype) if valid is None else valid.to(dtype)
+    return ones.new_zeros(size).index_add_(0, slots, ones)
+
+
+def unit_centroids(sums: Tensor, counts: Tensor | None) -> Centroids:
+    """Directions of the class means. A class whose members cancel out gets a zero centroid.
+
+    ``counts`` of None says that no slot is empty.
+    """
+    unit = sums / row_norms(sums, sums.dtype).unsqueeze(1)
+    if counts is None:
+        return Centroids(unit, None, torch.tensor(len(sums), device=sums.device))
+    present = counts > 0
+    return Centroids(unit, present, present.sum())
+
+
+def centroids_without_self(unit: Tensor, sums: Tensor, slots: Tensor) -> Tensor:
+    """Leave-one-out: each row's own centroid made of the *other* members of its class, [N, D]."""
+    others = sums.index_select(0, slots) - unit
+    return others / row_norms(others, others.dtype).unsqueeze(1)

@@ -1,0 +1,140 @@
+"""What a caller may pass: every check that needs no look at a tensor's values."""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+IMPLEMENTATIONS = ("auto", "reference", "eager", "triton")
+FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LABEL_DTYPES = (
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+)
+
+
+def check_temperatures(temperature: float, epsilon: float) -> None:
+    """Eq. 13 needs ``0 <= epsilon < temperature``, else tau2 would reach 0."""
+    for name, value in (("temperature", temperature), ("epsilon", epsilon)):
+        if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon must be >= 0, got {epsilon}")
+    if epsilon >= temperature:
+        raise ValueError(
+            f"epsilon must be smaller than temperature, got epsilon={epsilon} and "
+            f"temperature={temperature}: tau2 = temperature - epsilon + 2 epsilon p would reach 0"
+        )
+
+
+def check_choices(reduction: str, impl: str, ignore_index: int | None) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
+    if ignore_index is not None and (
+        isinstance(ignore_index, bool) or not isinstance(ignore_index, int)
+    ):
+        raise TypeError(f"ignore_index must be an int or None, got {type(ignore_index).__name__}")
+
+
+def resolve_num_classes(num_classes: int | None, weight: Tensor | None) -> int | None:
+    """``num_classes``, or the length of ``weight`` where only that is given."""
+    if num_classes is not None:
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+            raise TypeError(f"num_classes must be an int or None, got {type(num_classes).__name__}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if weight is None:
+        return num_classes
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"weight must be a tensor with one entry per class, got {type(weight).__name__}"
+        )
+    if weight.ndim != 1 or len(weight) == 0 or not weight.is_floating_point():
+        raise ValueError(
+            "weight must be a floating-point tensor [num_classes], got "
+            f"{weight.dtype} {list(weight.shape)}"
+        )
+    if num_classes is not None and len(weight) != num_classes:
+        raise ValueError(
+            f"weight has {len(weight)} entries but num_classes={num_classes}: "
+            "give one weight per class"
+        )
+    return len(weight)
+
+
+def check_samples(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    features_name: str = "features",
+    labels_name: str = "labels",
+) -> None:
+    """``features`` ``[N, D]`` or ``[B, V, ...]``, ``labels`` ``[N]`` or ``[B]`` beside them."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{features_name} must be a tensor, got {type(features).__name__}")
+    if labels is None:
+        raise ValueError(
+            f"{labels_name} is None: VarCon is a supervised loss and needs one integer label a "
+            "sample (for self-supervised pairs use labels=torch.arange(batch) and two views)"
+        )
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{labels_name} must be a tensor, got {type(labels).__name__}")
+    if features.dtype not in FEATURE_DTYPES:
+        raise TypeError(
+            f"{features_name} must be float16, bfloat16, float32 or float64, got {features.dtype}"
+        )
+    if features.ndim < 2:
+        raise ValueError(
+            f"{features_name} must have shape [N, D] or [B, V, ...], got {list(features.shape)}"
+        )
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(
+            f"{labels_name} must be integers (any integer dtype but uint64), got {labels.dtype}"
+        )
+    if labels.ndim != 1 or labels.shape[0] != features.shape[0]:
+        raise ValueError(
+            f"{labels_name} must have shape [{features.shape[0]}], one label for each entry of "
+            f"{features_name} {list(features.shape)}, got {list(labels.shape)}"
+        )
+    if labels.device != features.device:
+        raise ValueError(
+            f"{labels_name} are on {labels.device} but {features_name} are on {features.device}: "
+            "move them to one device"
+        )
+    if 0 in features.shape[1:]:
+        raise ValueError(
+            f"{features_name} {list(features.shape)} have an empty dimension: every sample needs "
+            "at least one view and one channel"
+        )
+
+
+def check_width(rows: Tensor, ref_rows: Tensor) -> None:
+    """Anchors ``[N, D]`` and reference ``[M, D]``, both already flattened."""
+    if rows.shape[1] != ref_rows.shape[1]:
+        raise ValueError(
+            f"ref_features have width {ref_rows.shape[1]} but features have width {rows.shape[1]}: "
+            "both must come from the same embedding space"
+        )
+    if rows.device != ref_rows.device:
+        raise ValueError(
+            f"ref_features are on {ref_rows.device} but features are on {rows.device}: "
+            "move them to one device"
+        )
+
+
+def check_available(process_group: object | None, impl: str) -> None:
+    if process_group is not None:
+        raise NotImplementedError("process_group is not available yet: leave it at None")
+    if impl == "triton":
+        raise NotImplementedError("impl='triton' is not available yet: use 'auto' or 'eager'")

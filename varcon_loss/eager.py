@@ -1,0 +1,200 @@
+"""One sweep over the centroids gives the loss and its gradient, on any device.
+
+With ``u = z . w / tau1``, the derivatives of a row's loss are
+
+    dL/du_k = slope * p_k - q_other   (k != y)        dL/du_y = own_slope
+
+so two matrix products a chunk of rows do everything, ``z -> u`` and ``dL/du -> dL/dz``. The
+chunk's logits stay in the cache, and backward is one multiplication by the upstream gradient. One
+extra key, the sum of all centroids, makes the first product yield ``sum_k u_k`` and lets the
+second apply ``- q_other`` to all classes at once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varcon_loss.objective import row_objective, row_slopes
+from varcon_loss.rows import Rows, RowTerms
+
+# Elements of one chunk's logits and rows: 2 MiB of float32 stay in a CPU's cache; an accelerator
+# wants fewer, larger launches.
+CHUNK_CPU = 2**19
+CHUNK_ACCELERATOR = 2**25
+
+# exp(u) with |u| <= 40, and sums of 2^31 of them, are safe in float32 with no maximum subtracted.
+LARGEST_PLAIN_LOGIT = 40.0
+
+
+def eager_terms(rows: Rows, temperature: float, epsilon: float) -> RowTerms:
+    """As `reference_terms`, without ``[N, K]`` matrices."""
+    need_grad = torch.is_grad_enabled() and rows.features.requires_grad
+    arguments = (
+        rows.features,
+        rows.unit,
+        rows.norms,
+        rows.slots,
+        *rows.centroids,
+        rows.own,
+        temperature,
+        epsilon,
+        need_grad,
+    )
+    loss, others = (_sweep_op if torch.compiler.is_compiling() else _Sweep.apply)(*arguments)[:2]
+    return RowTerms(loss, *others.unbind())
+
+
+def sweep(
+    features: Tensor,
+    z: Tensor,
+    norms: Tensor | None,
+    slots: Tensor,
+    w: Tensor,
+    present: Tensor | None,
+    num_classes: Tensor,
+    own: Tensor | None,
+    temperature: float,
+    epsilon: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss ``[N]``; KL, NLL, confidence and tau2 ``[4, N]``; dloss/dfeatures ``[N, D]``.
+
+    See `Rows` for the shapes. ``features`` is only what the gradient belongs to. The gradient is
+    empty, and its matrix product is skipped, unless ``need_grad``.
+    """
+    (num_rows, dim), num_slots = z.shape, w.shape[0]
+    loss, others = z.new_empty(num_rows), z.new_empty(4, num_rows)
+    gradient = z.new_empty((num_rows, dim) if need_grad else 0)
+
+    on_cpu = z.device.type == "cpu"
+    budget = CHUNK_CPU if on_cpu else CHUNK_ACCELERATOR
+    num_chunks = max(1, -(-num_rows // max(128, budget // (num_slots + dim))))
+    chunk = -(-num_rows // num_chunks)
+    buffer = z.new_empty(chunk, num_slots + 1)
+    keys = torch.cat([w, w.sum(0, keepdim=True)]).div_(temperature)  # [S + 1, D]
+    # K = 0: no row is valid, but log(-1) would turn the zeros into NaN.
+    if on_cpu:
+        num_others: Tensor | int = max(0, int(num_classes) - 1)
+    else:
+        num_others = num_classes.sub(1).clamp_min(0).to(z.dtype)
+    # Unit rows and centroids bound the logits by 1 / tau1.
+    bounded = norms is not None and 1 / temperature <= LARGEST_PLAIN_LOGIT
+
+    for start in range(0, num_rows, chunk or 1):
+        part = slice(start, start + chunk)
+        queries, own_slot = z[part], slots[part].unsqueeze(1)
+        logits = torch.mm(queries, keys.T, out=buffer[: len(queries)])
+        slot_logit = logits.gather(1, own_slot).squeeze(1)
+        if own is None:
+            own_logit = slot_logit
+        else:
+            own_logit = (queries * own[part]).sum(1).div_(temperature)
+        sum_others = logits[:, -1] - slot_logit
+
+        # From here on the own class is out of the sums, and so is the extra key: exp(-inf) = 0.
+        logits[:, -1].fill_(-torch.inf)
+        logits.scatter_(1, own_slot, -torch.inf)
+        shift = None
+        if not bounded:
+            if present is not None:
+                logits[:, :-1].masked_fill_(~present, -torch.inf)
+            shift = logits.amax(1)
+            shift = shift.masked_fill_(shift == -torch.inf, 0.0)
+            logits.sub_(shift.unsqueeze(1))
+        weights = logits.exp_()
+        if present is None:
+            total = weights.sum(1)
+        else:
+            total = torch.mv(weights[:, :-1], present.to(z.dtype))
+        lse_others = total.log_() if shift is None else total.log_().add_(shift)
+
+        terms = row_objective(own_logit, lse_others, sum_others, num_others, temperature, epsilon)
+        loss[part] = terms.loss
+        torch.stack([terms.kl, terms.nll, terms.confidence, terms.tau2], out=others[:, part])
+        if not need_grad:
+            continue
+
+        slope, own_slope, q_other = row_slopes(terms, own_logit, sum_others, epsilon)
+        if norms is not None:
+            length = norms[part]
+            slope, own_slope, q_other = slope / length, own_slope / length, q_other / length
+        # weights -> dL/du. The empty slots' keys are zero, whatever their weights.
+        to_p = -terms.lse if shift is None else shift - terms.lse
+        weights.mul_((slope * to_p.exp_()).unsqueeze(1))
+        weights[:, -1] = -q_other
+        at_slot = q_other if own is not None else own_slope + q_other
+        weights.scatter_(1, own_slot, at_slot.unsqueeze(1))
+        g = torch.mm(weights, keys, out=gradient[part])
+        if own is not None:
+            g.addcmul_(own[part], own_slope.unsqueeze(1), value=1 / temperature)
+        if norms is not None:
+            # dL/dx = (g - (g . z) z) / |x|
+            along = (g * queries).sum(1, keepdim=True)
+            g.addcmul_(queries, along, value=-1)
+    return loss, others, gradient
+
+
+class _Scale(torch.autograd.Function):
+    """Upstream times saved gradient, where the result may be differentiated again: refuse.
+
+    The saved gradient has no history of its own, so the second derivative would be silently zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, upstream: Tensor) -> Tensor:
+        return gradient * upstream.unsqueeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
+        raise NotImplementedError(
+            "the closed-form gradient of VarCon cannot be differentiated again: "
+            "use impl='reference' where second derivatives are needed"
+        )
+
+
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[2])
+    ctx.dtype = inputs[0].dtype
+
+
+def _scale_kept_gradient(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        scaled = _Scale.apply(gradient.detach().requires_grad_(), upstream)
+    else:
+        scaled = gradient * upstream.unsqueeze(1)
+    return scaled.to(ctx.dtype), *(None,) * 10
+
+
+class _Sweep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        output = sweep(*arguments)
+        _keep_gradient(ctx, arguments, output)
+        loss, others, _ = output
+        ctx.mark_non_differentiable(others)
+        return loss, others
+
+    backward = staticmethod(_scale_kept_gradient)
+
+
+# The same as one operator, so that torch.compile neither unrolls the chunks nor breaks the graph.
+_sweep_op = torch.library.custom_op(
+    "varcon_loss::sweep",
+    sweep,
+    mutates_args=(),
+    schema=(
+        "(Tensor features, Tensor z, Tensor? norms, Tensor slots, Tensor w, Tensor? present, "
+        "Tensor num_classes, Tensor? own, float temperature, float epsilon, bool need_grad)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+)
+_sweep_op.register_autograd(_scale_kept_gradient, setup_context=_keep_gradient)
+
+
+@_sweep_op.register_fake
+def _(features: Tensor, z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_grad = arguments[-1]
+    gradient = z.new_empty(z.shape if need_grad else 0)
+    return z.new_empty(len(z)), z.new_empty(4, len(z)), gradient

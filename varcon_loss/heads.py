@@ -1,0 +1,62 @@
+"""The projection head between an encoder and the loss."""
+
+from torch import Tensor, nn
+
+HEAD_KINDS = ("mlp-bn", "mlp", "linear")
+
+
+class ProjectionHead(nn.Module):
+    """Maps encoder features to the embeddings that the loss sees; thrown away after training.
+
+    ``"mlp-bn"`` (default) is Linear, BatchNorm, ReLU, Linear. A plain ``"mlp"`` starts with nearly
+    parallel embeddings, from which VarCon and SupCon can both collapse at a large learning rate;
+    BatchNorm spreads them. With several processes convert it by
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` as any other BatchNorm.
+
+    Args:
+        in_dim: width of the encoder's features.
+        dim: width of the embeddings (128 in the paper).
+        kind: ``"mlp-bn"``, ``"mlp"`` or ``"linear"``.
+        hidden_dim: width of the hidden layer; ``in_dim`` if None. Unused by ``"linear"``.
+
+    Shape:
+        ``[N, in_dim]`` -> ``[N, dim]``, not normalised: `VarConLoss` normalises.
+
+    Raises:
+        ValueError: an unknown ``kind``, or a width below 1.
+
+    Example:
+        >>> import torch
+        >>> from varcon_loss import ProjectionHead
+        >>> ProjectionHead(512)(torch.randn(4, 512)).shape
+        torch.Size([4, 128])
+    """
+
+    def __init__(
+        self, in_dim: int, dim: int = 128, kind: str = "mlp-bn", hidden_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        if kind not in HEAD_KINDS:
+            raise ValueError(f"kind must be one of {HEAD_KINDS}, got {kind!r}")
+        hidden_dim = in_dim if hidden_dim is None else hidden_dim
+        if min(in_dim, dim, hidden_dim) < 1:
+            raise ValueError(
+                f"widths must be at least 1, got in_dim={in_dim}, dim={dim}, "
+                f"hidden_dim={hidden_dim}"
+            )
+        if kind == "linear":
+            self.layers = nn.Sequential(nn.Linear(in_dim, dim))
+        elif kind == "mlp":
+            self.layers = nn.Sequential(
+                nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, dim)
+            )
+        else:
+            self.layers = nn.Sequential(
+                nn.Linear(in_dim, hidden_dim, bias=False),
+                nn.BatchNorm1d(hidden_dim),
+                nn.ReLU(),
+                nn.Linear(hidden_dim, dim),
+            )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)

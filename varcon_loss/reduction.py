@@ -1,0 +1,80 @@
+"""Per-row losses to what the caller asked for."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from varcon_loss.rows import RowTerms
+
+
+class VarConTerms(NamedTuple):
+    """The loss with everything one logs, from one sweep.
+
+    Per-sample tensors have shape ``[N]``, or ``[B, V]`` for features with views, and are float32
+    or wider. Samples that take no part (see ``valid``) are 0 in all of them.
+
+    Attributes:
+        loss: per-sample loss ``L_i`` (Eq. 7), without class weights; differentiable.
+        kl: ``KL(q || p)``, detached.
+        nll: ``-log p(y | z)``, detached.
+        confidence: ``p(y | z)`` (Eq. 8), detached.
+        tau2: adaptive temperature (Eq. 13), detached.
+        valid: bool; False for samples that are ignored, or that ``leave_one_out`` leaves without
+            another member of their class.
+        num_classes: 0-d int64, the number ``K`` of classes that the softmax ran over. A mean
+            ``nll`` that stays near ``log K`` means that the embeddings have collapsed.
+        reduced: what `VarConLoss.forward` returns: class weights and ``reduction`` applied.
+        impl: the implementation that ran.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    nll: Tensor
+    confidence: Tensor
+    tau2: Tensor
+    valid: Tensor
+    num_classes: Tensor
+    reduced: Tensor
+    impl: str
+
+
+def mask_terms(terms: RowTerms, valid: Tensor | None, broken: Tensor | None) -> RowTerms:
+    """Zero the rows that take no part; make the rows with an unusable label NaN."""
+    if valid is not None:
+        terms = RowTerms(*(torch.where(valid, term, 0.0) for term in terms))
+    if broken is not None:
+        terms = terms._replace(loss=torch.where(broken, torch.nan, terms.loss))
+    return terms
+
+
+def reduce_loss(
+    loss: Tensor, row_weights: Tensor | None, valid: Tensor | None, reduction: str
+) -> Tensor:
+    """Weigh and reduce: ``[N]`` -> ``[]``, or ``[N]`` for ``"none"``.
+
+    ``loss`` is 0 where not ``valid``, and so are ``row_weights``. The mean is
+    ``sum(weight * loss) / sum(weight)``, and 0 where nothing has weight.
+    """
+    if row_weights is not None:
+        loss = loss * row_weights
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if row_weights is None:
+        row_weights = valid
+    if row_weights is None:
+        return loss.sum() / max(1, len(loss))
+    total = row_weights.sum()
+    return loss.sum() / torch.where(total == 0, 1, total)
+
+
+def with_views(terms: VarConTerms, shape: torch.Size) -> VarConTerms:
+    """Per-sample results ``[B * V]`` as ``[B, V]``."""
+    reshaped = {
+        name: value.reshape(shape)
+        for name, value in terms._asdict().items()
+        if isinstance(value, Tensor) and value.ndim == 1
+    }
+    return terms._replace(**reshaped)

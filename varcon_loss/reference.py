@@ -1,0 +1,43 @@
+"""The paper's equations, one line each, for reading and for checking the fast paths.
+
+Builds the ``[N, K]`` matrices that the other implementations avoid, and leaves every derivative to
+autograd (so it can also be differentiated twice).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from varcon_loss.rows import Rows, RowTerms
+
+
+def reference_terms(rows: Rows, temperature: float, epsilon: float) -> RowTerms:
+    """Eq. 7-13 of arXiv 2506.07413, on ``[N, K]`` matrices."""
+    w, present, _ = rows.centroids
+    z = rows.features.to(w.dtype)
+    if rows.norms is not None:
+        # Dividing by the (constant) length first only keeps extreme features in range; it is the
+        # normalisation after it that autograd differentiates.
+        z = F.normalize(z / rows.norms[:, None], dim=1)
+    own = rows.slots[:, None]  # [N, 1]
+
+    logits = z @ w.T / temperature  # [N, S]
+    if rows.own is not None:
+        logits = logits.scatter(1, own, (z * rows.own).sum(1, keepdim=True) / temperature)
+    absent = torch.zeros_like(w[:, 0], dtype=torch.bool) if present is None else ~present  # [S]
+
+    log_p = F.log_softmax(logits.masked_fill(absent, -torch.inf), dim=1)  # Eq. 8
+    log_p_own = log_p.gather(1, own)  # [N, 1]
+    tau2 = (temperature - epsilon) + 2 * epsilon * log_p_own.exp()  # Eq. 13
+    log_q = torch.zeros_like(logits).masked_fill(absent, -torch.inf)
+    log_q = F.log_softmax(log_q.scatter(1, own, 1 / tau2), dim=1)  # Eq. 10-12
+    difference = (log_q - log_p).masked_fill(absent, 0.0)
+    kl, nll = (log_q.exp() * difference).sum(1), -log_p_own.squeeze(1)
+    loss = kl + nll  # Eq. 7
+
+    return RowTerms(
+        loss,
+        kl.detach(),
+        nll.detach(),
+        log_p_own.detach().exp().squeeze(1),
+        tau2.detach().squeeze(1),
+    )
