@@ -65,7 +65,7 @@ def reduce_loss(
     if row_weights is None:
         row_weights = valid
     if row_weights is None:
-        return loss.sum() / max(1, len(loss))
+        return loss.mean() if len(loss) > 0 else loss.sum()
     total = row_weights.sum()
     return loss.sum() / torch.where(total == 0, 1, total)
 

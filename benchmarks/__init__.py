@@ -1,0 +1,1 @@
+"""Measurements of varcon-loss against what it replaces: ``python -m benchmarks --help``."""

@@ -1,0 +1,90 @@
+"""``python -m benchmarks``: one subcommand a question."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+@app.callback()
+def main() -> None:
+    """Measure varcon-loss against what it replaces."""
+
+
+@app.command()
+def quickstart(
+    epochs: Annotated[int, typer.Option(min=1, help="training epochs of each method")] = 30,
+    seed: Annotated[int, typer.Option(help="of weights, order and augmentation")] = 0,
+    out: Annotated[Path, typer.Option(help="folder for the picture")] = Path("runs/quickstart"),
+) -> None:
+    """Train a small CNN on real digits with VarCon, SupCon and cross-entropy, and compare."""
+    from benchmarks.quickstart import quickstart as run
+
+    run(out, epochs=epochs, seed=seed, console=console)
+
+
+@app.command()
+def speed(
+    rows: Annotated[str, typer.Option(help="batch sizes N")] = "64,256,1024,4096,16384,65536",
+    classes: Annotated[str, typer.Option(help="numbers of classes K")] = "10,100,1000",
+    dims: Annotated[str, typer.Option(help="embedding widths D")] = "128",
+    dtypes: Annotated[str, typer.Option(help="torch dtypes")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    contenders: Annotated[
+        str, typer.Option(help="comma-separated parts of names; all by default")
+    ] = "",
+    compiled: Annotated[bool, typer.Option(help="include the torch.compile contenders")] = True,
+    budget: Annotated[float, typer.Option(help="seconds of timing at each size and mode")] = 8.0,
+    max_repeats: Annotated[int, typer.Option(help="repeats at most")] = 200,
+    cell_timeout: Annotated[float, typer.Option(help="slower contenders are left out, s")] = 20.0,
+    memory_gib: Annotated[
+        float, typer.Option(help="address space of a measuring process (CPU); 0: no limit")
+    ] = 8.0,
+    name: Annotated[str, typer.Option(help="of the result files")] = "speed-cpu",
+    out: Annotated[Path, typer.Option(help="folder of the result files")] = Path("runs/speed"),
+    resume: Annotated[bool, typer.Option(help="keep sizes already measured")] = False,
+) -> None:
+    """Time and memory: this package, the plain equations, SupCon and NT-Xent, side by side."""
+    from benchmarks import speed as harness
+    from benchmarks.contenders import CONTENDERS
+
+    wanted = [part.strip() for part in contenders.split(",") if part.strip()]
+    chosen = [
+        title
+        for title in CONTENDERS
+        if (compiled or "compiled" not in title)
+        and (not wanted or title == harness.OURS or any(part in title for part in wanted))
+    ]
+    harness.run(
+        name,
+        harness.problems(
+            _numbers(rows), _numbers(classes), _numbers(dims), dtypes.split(","), device
+        ),
+        chosen,
+        out=out,
+        resume=resume,
+        console=console,
+        budget=budget,
+        max_repeats=max_repeats,
+        cell_timeout=cell_timeout,
+        memory_limit=int(memory_gib * 2**30) if memory_gib and device == "cpu" else None,
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected integers separated by commas, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")

@@ -1,0 +1,92 @@
+"""What the ``speed`` benchmark compares: losses as functions of features and labels."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.supcon import supcon_loss
+from benchmarks.transcriptions import authors_operations, lean_log_space
+from varcon_loss import varcon_loss
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute one of two losses.
+
+    Attributes:
+        family: all contenders of a family must give the value of its oracle.
+        make: builds the loss; called in the process that measures it.
+        missing: why it cannot run on a device, or None.
+    """
+
+    family: str
+    make: Callable[[], Loss]
+    missing: Callable[[str], str | None] = lambda device: None
+
+
+def _needs(module: str) -> Callable[[str], str | None]:
+    found = importlib.util.find_spec(module) is not None
+    return lambda device: None if found else f"{module} is not installed"
+
+
+def _cuda_with(module: str) -> Callable[[str], str | None]:
+    def missing(device: str) -> str | None:
+        return _needs(module)(device) if device == "cuda" else "CUDA only"
+
+    return missing
+
+
+def _ours(impl: str) -> Callable[[], Loss]:
+    return lambda: lambda features, labels: varcon_loss(features, labels, impl=impl)
+
+
+def _compiled(loss: Loss) -> Callable[[], Loss]:
+    return lambda: torch.compile(loss, dynamic=False)
+
+
+def _pml(name: str) -> Callable[[], Loss]:
+    def make() -> Loss:
+        from pytorch_metric_learning import losses
+
+        return getattr(losses, name)(temperature=0.1)
+
+    return make
+
+
+def _around_cut_cross_entropy() -> Loss:
+    """The per-row logsumexp from cut-cross-entropy, everything else on ``[N]`` vectors."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    def loss(features: Tensor, labels: Tensor) -> Tensor:
+        return lean_log_space(
+            features,
+            labels,
+            nll_of=lambda z, w, slots: linear_cross_entropy(z, w, slots, reduction="none"),
+        )
+
+    return loss
+
+
+CONTENDERS: dict[str, Contender] = {
+    "varcon-loss": Contender("varcon", _ours("auto")),
+    "varcon-loss reference": Contender("varcon", _ours("reference")),
+    "equations, authors' operations": Contender("varcon", lambda: authors_operations),
+    "equations, lean": Contender("varcon", lambda: lean_log_space),
+    "equations, authors' operations, compiled": Contender("varcon", _compiled(authors_operations)),
+    "equations, lean, compiled": Contender("varcon", _compiled(lean_log_space)),
+    "cut-cross-entropy composition": Contender(
+        "varcon", _around_cut_cross_entropy, _cuda_with("cut_cross_entropy")
+    ),
+    "SupCon (pytorch-metric-learning)": Contender(
+        "supcon", _pml("SupConLoss"), _needs("pytorch_metric_learning")
+    ),
+    "SupCon (one matrix)": Contender("supcon", lambda: supcon_loss),
+    "NT-Xent (pytorch-metric-learning)": Contender(
+        "ntxent", _pml("NTXentLoss"), _needs("pytorch_metric_learning")
+    ),
+}

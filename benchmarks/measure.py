@@ -1,0 +1,238 @@
+"""Measurements that each run in a process of their own, so that a failure is only a result."""
+
+import ctypes
+import gc
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.contenders import CONTENDERS, Loss
+
+GATE_ROWS = 256  # correctness is judged on the first rows: the oracle is quadratic
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One size at which losses are compared."""
+
+    num_rows: int
+    num_classes: int
+    dim: int
+    dtype: str
+    device: str
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        dtype = getattr(torch, self.dtype)
+        features = torch.randn(self.num_rows, self.dim, generator=generator).to(dtype)
+        labels = torch.randint(self.num_classes, (self.num_rows,), generator=generator)
+        return features.to(self.device).requires_grad_(), labels.to(self.device)
+
+
+def in_child(
+    function: Callable[..., Any], *arguments: Any, timeout: float, memory_limit: int | None
+) -> dict[str, Any]:
+    """Call ``function`` in a new process and return its dict, or one that says how it failed.
+
+    ``memory_limit`` (bytes) caps the child's address space; exceeding it reads ``out of memory``.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "benchmarks.contenders"])
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(
+        target=_child_main, args=(sender, memory_limit, function, arguments), daemon=True
+    )
+    child.start()
+    sender.close()
+    try:
+        if not receiver.poll(timeout):
+            return {"status": f"over {timeout:.0f} s"}
+        return receiver.recv()
+    except EOFError:
+        child.join()
+        return {"status": "out of memory" if child.exitcode == -9 else f"died ({child.exitcode})"}
+    finally:
+        child.kill()
+        child.join()
+
+
+def _child_main(
+    sender: Any, memory_limit: int | None, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    if memory_limit is not None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory_limit,) * 2)
+    try:
+        sender.send({"status": "ok", **function(*arguments)})
+    except (RuntimeError, MemoryError) as error:
+        text = str(error).lower()
+        out_of_memory = isinstance(error, MemoryError) or any(
+            sign in text for sign in ("out of memory", "can't allocate memory", "bad_alloc")
+        )
+        status = "out of memory" if out_of_memory else f"{type(error).__name__}: {error}"
+        sender.send({"status": status.splitlines()[0][:200]})
+    except Exception as error:  # a contender's failure is a result like any other
+        sender.send({"status": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
+
+
+def check_and_weigh(name: str, problem: Problem) -> dict[str, Any]:
+    """Correctness gate, peak memory of one forward and backward, and a rough time."""
+    torch.manual_seed(0)
+    loss = CONTENDERS[name].make()
+    features, labels = problem.inputs()
+    error = _gate(name, loss, features, labels)
+    # The gate has also warmed up libraries, threads and autograd; compile for the real size.
+    if "compiled" in name:
+        step(loss, features, labels)
+    features.grad = None
+    gc.collect()
+    before = _reset_peak(problem.device)
+    start = time.perf_counter()
+    step(loss, features, labels)
+    _synchronize(problem.device)
+    seconds = time.perf_counter() - start
+    peak = _peak(problem.device) - before
+    return {"error": error, "peak_bytes": max(0, peak), "seconds": seconds}
+
+
+def time_together(
+    names: list[str], problem: Problem, mode: str, budget: float, max_repeats: int
+) -> dict[str, Any]:
+    """Median and quartiles of several contenders, interleaved in one process.
+
+    Args:
+        names: contenders that passed `check_and_weigh` at this size.
+        problem: the size.
+        mode: ``"forward"`` (evaluation, no gradient) or ``"forward+backward"``.
+        budget: seconds for all of them together; at least 3 repeats are made.
+        max_repeats: rounds at most.
+    """
+    features, labels = problem.inputs()
+    losses = {name: CONTENDERS[name].make() for name in names}
+    run = step if mode == "forward+backward" else _evaluate
+    for loss in losses.values():
+        for _ in range(2):
+            run(loss, features, labels)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    order = list(names)
+    start = time.perf_counter()
+    for repeat in range(max_repeats):
+        order = order[1:] + order[:1]  # nobody always follows the same neighbour
+        for name in order:
+            features.grad = None
+            _synchronize(problem.device)
+            begin = time.perf_counter()
+            run(losses[name], features, labels)
+            _synchronize(problem.device)
+            times[name].append(time.perf_counter() - begin)
+        if repeat >= 2 and time.perf_counter() - start > budget:
+            break
+    return {
+        "timings": {
+            name: dict(
+                zip(("q1", "median", "q3"), statistics.quantiles(values, n=4), strict=True),
+                repeats=len(values),
+            )
+            for name, values in times.items()
+        }
+    }
+
+
+def two_products(problem: Problem, budget: float, max_repeats: int) -> dict[str, Any]:
+    """The floor: ``(z w^T) w`` and nothing else, beside `varcon-loss`, interleaved."""
+    features, labels = problem.inputs()
+    z = features.detach()
+    w = torch.randn(problem.num_classes, problem.dim, dtype=z.dtype, device=z.device)
+    loss = CONTENDERS["varcon-loss"].make()
+    candidates: dict[str, Callable[[], object]] = {
+        "two products": lambda: (z @ w.T) @ w,
+        "varcon-loss": lambda: step(loss, features, labels),
+    }
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    start = time.perf_counter()
+    for repeat in range(max_repeats):
+        for name, candidate in candidates.items():
+            features.grad = None
+            _synchronize(problem.device)
+            begin = time.perf_counter()
+            candidate()
+            _synchronize(problem.device)
+            times[name].append(time.perf_counter() - begin)
+        if repeat >= 5 and time.perf_counter() - start > budget:
+            break
+    medians = {name: statistics.median(values[2:]) for name, values in times.items()}
+    return {"ratio": medians["varcon-loss"] / medians["two products"], **medians}
+
+
+def step(loss: Loss, features: Tensor, labels: Tensor) -> None:
+    loss(features, labels).backward()
+
+
+@torch.no_grad()
+def _evaluate(loss: Loss, features: Tensor, labels: Tensor) -> None:
+    loss(features, labels)
+
+
+def _gate(name: str, loss: Loss, features: Tensor, labels: Tensor) -> float | None:
+    """Relative error against float64 on the first rows; raises if it is too large."""
+    from benchmarks.supcon import supcon_loss
+    from varcon_loss import varcon_loss
+
+    oracles = {
+        "varcon": lambda x, y: varcon_loss(x, y, impl="reference"),
+        "supcon": supcon_loss,
+    }
+    x, y = features.detach()[:GATE_ROWS].clone().requires_grad_(), labels[:GATE_ROWS]
+    value = loss(x, y)
+    value.backward()
+    oracle = oracles.get(CONTENDERS[name].family)
+    if oracle is None:
+        return None
+    exact_x = x.detach().double().requires_grad_()
+    exact = oracle(exact_x, y)
+    exact.backward()
+    assert x.grad is not None
+    assert exact_x.grad is not None
+    errors = [
+        float((got.detach().double() - want.detach()).norm() / want.detach().norm())
+        for got, want in ((value, exact), (x.grad, exact_x.grad))
+    ]
+    if not max(errors) <= TOLERANCE[features.dtype]:
+        raise ValueError(f"wrong by {max(errors):.1e}: not timed")
+    return max(errors)
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _reset_peak(device: str) -> int:
+    """Start a new peak; returns what is in use now (bytes)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    # Hand freed memory back to the system, else the peak could hide in it.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")

@@ -1,0 +1,95 @@
+"""The training objectives compared: encoder features in, loss out."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning.losses import SupConLoss
+from torch import Tensor, nn
+
+from varcon_loss import ProjectionHead, VarConLoss
+
+
+@dataclass(frozen=True)
+class Step:
+    """One loss, and what is worth watching: means over the batch."""
+
+    loss: Tensor
+    log: dict[str, float]
+    collapsed: bool  # the loss reads what it would if all embeddings coincided
+    tau2: Tensor | None = None  # per sample
+
+
+class CrossEntropy(nn.Module):
+    def __init__(self, in_dim: int, num_classes: int, **_: float) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(in_dim, num_classes)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Step:
+        logits = self.classifier(features)
+        loss = F.cross_entropy(logits, labels)
+        confidence = logits.detach().softmax(1).gather(1, labels.unsqueeze(1)).mean()
+        value = float(loss.detach())
+        collapsed = math.isclose(value, math.log(logits.shape[1]), rel_tol=0.005)
+        return Step(loss, {"loss": value, "confidence": float(confidence)}, collapsed)
+
+
+class SupCon(nn.Module):
+    def __init__(
+        self, in_dim: int, num_classes: int, *, dim: int, head: str, temperature: float = 0.1, **_
+    ) -> None:
+        super().__init__()
+        self.head = ProjectionHead(in_dim, dim, head)
+        self.criterion = SupConLoss(temperature=temperature)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Step:
+        loss = self.criterion(self.head(features), labels)
+        value = float(loss.detach())
+        collapsed = math.isclose(value, math.log(len(labels) - 1), rel_tol=0.005)
+        return Step(loss, {"loss": value}, collapsed)
+
+
+class VarCon(nn.Module):
+    def __init__(self, in_dim: int, num_classes: int, *, dim: int, head: str, **options) -> None:
+        super().__init__()
+        self.head = ProjectionHead(in_dim, dim, head)
+        self.criterion = VarConLoss(num_classes=num_classes, **options)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Step:
+        terms = self.criterion.terms(self.head(features), labels)
+        log = {
+            "loss": float(terms.reduced.detach()),
+            "kl": float(terms.kl.mean()),
+            "nll": float(terms.nll.mean()),
+            "confidence": float(terms.confidence.mean()),
+            "tau2": float(terms.tau2.mean()),
+        }
+        collapsed = log["nll"] > 0.98 * math.log(max(2, int(terms.num_classes)))
+        return Step(terms.reduced, log, collapsed, terms.tau2)
+
+
+METHODS: dict[str, Callable[..., nn.Module]] = {
+    "cross-entropy": CrossEntropy,
+    "SupCon": SupCon,
+    "VarCon": VarCon,
+    "VarCon leave-one-out": lambda *a, **k: VarCon(*a, **k, leave_one_out=True),
+    "VarCon epsilon=0": lambda *a, **k: VarCon(*a, **k, epsilon=0.0),
+}
+
+
+def make_objective(
+    method: str, in_dim: int, num_classes: int, *, dim: int, head: str, **options: float
+) -> nn.Module:
+    """The objective of ``method`` on encoder features ``[N, in_dim]``; its forward gives a `Step`."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    return METHODS[method](in_dim, num_classes, dim=dim, head=head, **options)
+
+
+def embeddings(objective: nn.Module, features: Tensor) -> Tensor:
+    """What the loss compares: the head's output, or the features where there is no head."""
+    head = getattr(objective, "head", None)
+    with torch.no_grad():
+        return features if head is None else head(features)

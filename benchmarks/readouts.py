@@ -1,0 +1,24 @@
+"""How good are frozen features? Read out by nearest neighbours and by a linear classifier."""
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
+from torch import Tensor
+
+
+def knn_predictions(train: Tensor, labels: Tensor, test: Tensor, k: int = 10) -> np.ndarray:
+    """Majority of the ``k`` most similar training features, by cosine similarity."""
+    model = make_pipeline(Normalizer(), KNeighborsClassifier(min(k, len(train))))
+    return model.fit(train.numpy(), labels.numpy()).predict(test.numpy())
+
+
+def linear_predictions(train: Tensor, labels: Tensor, test: Tensor) -> np.ndarray:
+    """Multinomial logistic regression on standardised features."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
+    return model.fit(train.numpy(), labels.numpy()).predict(test.numpy())
+
+
+def accuracy(predictions: np.ndarray, labels: Tensor) -> float:
+    return float(np.mean(predictions == labels.numpy()))

@@ -1,0 +1,71 @@
+"""Saved results: rows, with everything needed to read them years later."""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "varcon-loss", "pytorch-metric-learning", "timm", "numpy")
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Versions, device, commit and date."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "commit": _git("rev-parse", "--short", "HEAD")
+        + ("+" if _git("status", "-s", "-uno") else ""),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def save(
+    name: str, rows: list[dict[str, Any]], env: dict[str, Any], folder: Path = RESULTS
+) -> Path:
+    """Write ``name.json`` (rows and environment) and ``name.csv`` (rows); returns the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    body = ",\n".join("  " + json.dumps(row) for row in rows)
+    path.write_text(f'{{"environment": {json.dumps(env)},\n "rows": [\n{body}\n ]}}\n')
+    pd.DataFrame(rows).to_csv(path.with_suffix(".csv"), index=False)
+    return path
+
+
+def read(name: str, folder: Path = RESULTS) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The rows and the environment of a saved result.
+
+    Raises:
+        FileNotFoundError: nothing was saved under this name.
+    """
+    content = json.loads((folder / f"{name}.json").read_text())
+    return pd.DataFrame(content["rows"]), content["environment"]
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return done.stdout.strip() or "" if done.returncode == 0 else "unknown"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.machine()
