@@ -82,7 +82,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
 def make_objective(
     method: str, in_dim: int, num_classes: int, *, dim: int, head: str, **options: float
 ) -> nn.Module:
-    """The objective of ``method`` on encoder features ``[N, in_dim]``; its forward gives a `Step`."""
+    """The objective on encoder features ``[N, in_dim]``; its forward gives a `Step`."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     return METHODS[method](in_dim, num_classes, dim=dim, head=head, **options)

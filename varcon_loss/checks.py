@@ -119,6 +119,83 @@ def check_samples(
         )
 
 
+def check_reference_set(
+    ref_features: Tensor | None, ref_labels: Tensor | None, leave_one_out: bool, memory: bool
+) -> None:
+    if (ref_features is None) != (ref_labels is None):
+        given, missing = (
+            ("ref_features", "ref_labels") if ref_labels is None else ("ref_labels", "ref_features")
+        )
+        raise ValueError(f"{given} given without {missing}: a reference set needs both")
+    if ref_features is None:
+        return
+    if leave_one_out:
+        raise ValueError(
+            "leave_one_out has no meaning with ref_features: the anchors are not members of the "
+            "reference centroids"
+        )
+    if memory:
+        raise ValueError(
+            "ref_features cannot be used with a centroid memory: both say where the centroids "
+            "come from; use a second VarConLoss without centroid_momentum"
+        )
+
+
+def check_weight_device(weight: Tensor | None, features: Tensor) -> None:
+    if weight is not None and weight.device != features.device:
+        raise ValueError(
+            f"weight is on {weight.device} but features are on {features.device}: "
+            "move the loss module (or the weight) to the features' device"
+        )
+
+
+def check_memory_options(
+    num_classes: int | None,
+    feature_dim: int | None,
+    centroid_momentum: float | None,
+    leave_one_out: bool,
+) -> None:
+    if feature_dim is not None and (
+        isinstance(feature_dim, bool) or not isinstance(feature_dim, int) or feature_dim < 1
+    ):
+        raise ValueError(f"feature_dim must be a positive int or None, got {feature_dim!r}")
+    if centroid_momentum is None:
+        return
+    if isinstance(centroid_momentum, bool) or not isinstance(centroid_momentum, (int, float)):
+        raise TypeError(
+            f"centroid_momentum must be a number or None, got {type(centroid_momentum).__name__}"
+        )
+    if not 0 <= centroid_momentum < 1:
+        raise ValueError(
+            f"centroid_momentum must lie in [0, 1), got {centroid_momentum}: "
+            "0 keeps the latest batch, values near 1 average over many"
+        )
+    if num_classes is None or feature_dim is None:
+        raise ValueError(
+            "centroid_momentum needs num_classes and feature_dim, the shape of the memory, got "
+            f"num_classes={num_classes}, feature_dim={feature_dim}"
+        )
+    if leave_one_out:
+        raise ValueError(
+            "leave_one_out cannot be used with centroid_momentum: a remembered centroid is made "
+            "of many batches, from which a sample cannot be taken out"
+        )
+
+
+def check_memory(features: Tensor, memory: Tensor) -> None:
+    """Anchors ``[N, D]`` and the memory's centroids ``[C, D]``."""
+    if features.shape[1] != memory.shape[1]:
+        raise ValueError(
+            f"features have width {features.shape[1]} but the centroid memory has "
+            f"feature_dim={memory.shape[1]}"
+        )
+    if features.device != memory.device:
+        raise ValueError(
+            f"the centroid memory is on {memory.device} but features are on {features.device}: "
+            "move the loss module to the features' device"
+        )
+
+
 def check_width(rows: Tensor, ref_rows: Tensor) -> None:
     """Anchors ``[N, D]`` and reference ``[M, D]``, both already flattened."""
     if rows.shape[1] != ref_rows.shape[1]:

@@ -7,21 +7,11 @@ import torch
 from torch import Tensor
 
 from varcon_loss import checks
-from varcon_loss.centroids import (
-    centroids_without_self,
-    class_counts,
-    class_sums,
-    unit_centroids,
-    unit_rows,
-)
+from varcon_loss.centroids import unit_rows
 from varcon_loss.eager import eager_terms
-from varcon_loss.labels import (
-    Labels,
-    find_slots,
-    index_classes,
-    read_labels,
-    require_reference,
-)
+from varcon_loss.labels import Labels, read_labels
+from varcon_loss.matching import match_batch, match_memory, match_reference, summarise
+from varcon_loss.memory import CentroidMemory
 from varcon_loss.norms import row_norms
 from varcon_loss.reduction import VarConTerms, mask_terms, reduce_loss, with_views
 from varcon_loss.reference import reference_terms
@@ -102,27 +92,56 @@ def varcon_terms(
         >>> terms.tau2.shape
         torch.Size([8])
     """
-    checks.check_temperatures(temperature, epsilon)
-    checks.check_choices(reduction, impl, ignore_index)
-    num_classes = checks.resolve_num_classes(num_classes, weight)
-    checks.check_available(process_group, impl)
-    checks.check_samples(features, labels)
-    if (ref_features is None) != (ref_labels is None):
-        given, missing = (
-            ("ref_features", "ref_labels") if ref_labels is None else ("ref_labels", "ref_features")
-        )
-        raise ValueError(f"{given} given without {missing}: a reference set needs both")
-    if ref_features is not None and leave_one_out:
-        raise ValueError(
-            "leave_one_out has no meaning with ref_features: the anchors are not members of the "
-            "reference centroids"
-        )
-    if weight is not None and weight.device != features.device:
-        raise ValueError(
-            f"weight is on {weight.device} but features are on {features.device}: "
-            "move the loss module (or the weight) to the features' device"
-        )
+    options = Options(
+        temperature,
+        epsilon,
+        num_classes,
+        normalize,
+        reduction,
+        ignore_index,
+        weight,
+        leave_one_out,
+        process_group,
+        impl,
+    )
+    return compute_terms(features, labels, ref_features, ref_labels, options.checked(), None)
 
+
+class Options(NamedTuple):
+    """The arguments of `VarConLoss` that every call needs, under their public names."""
+
+    temperature: float
+    epsilon: float
+    num_classes: int | None
+    normalize: bool
+    reduction: str
+    ignore_index: int | None
+    weight: Tensor | None
+    leave_one_out: bool
+    process_group: object | None
+    impl: str
+
+    def checked(self) -> "Options":
+        """Raise on what cannot be; fill in ``num_classes`` from ``weight``."""
+        checks.check_temperatures(self.temperature, self.epsilon)
+        checks.check_choices(self.reduction, self.impl, self.ignore_index)
+        checks.check_available(self.process_group, self.impl)
+        num_classes = checks.resolve_num_classes(self.num_classes, self.weight)
+        return self._replace(num_classes=num_classes)
+
+
+def compute_terms(
+    features: Tensor,
+    labels: Tensor,
+    ref_features: Tensor | None,
+    ref_labels: Tensor | None,
+    options: Options,
+    memory: CentroidMemory | None,
+) -> VarConTerms:
+    """What function and module share: check the tensors, then compute without autocast."""
+    checks.check_samples(features, labels)
+    checks.check_reference_set(ref_features, ref_labels, options.leave_one_out, memory is not None)
+    checks.check_weight_device(options.weight, features)
     batch = _flatten_views(features, labels)
     reference = None
     if ref_features is not None and ref_labels is not None:
@@ -131,21 +150,10 @@ def varcon_terms(
         )
         reference = _flatten_views(ref_features, ref_labels)
         checks.check_width(batch.features, reference.features)
-
+    if memory is not None:
+        checks.check_memory(batch.features, memory.unit)
     with _without_autocast(features.device.type):
-        return _compute(
-            batch,
-            reference,
-            temperature=temperature,
-            epsilon=epsilon,
-            num_classes=num_classes,
-            normalize=normalize,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            weight=weight,
-            leave_one_out=leave_one_out,
-            impl="eager" if impl == "auto" else impl,
-        )
+        return _compute(batch, reference, options, memory)
 
 
 class _Samples(NamedTuple):
@@ -156,7 +164,6 @@ class _Samples(NamedTuple):
 
 class _Prepared(NamedTuple):
     features: Tensor  # [N, D], zero vectors where not valid
-    labels: Labels
     unit: Tensor  # [N, D] z
     norms: Tensor | None  # [N]; None: z is the features as they are
 
@@ -176,72 +183,52 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[obj
     return contextlib.nullcontext()
 
 
-def _prepare(
-    samples: _Samples, labels: Labels, *, normalize: bool, dtype: torch.dtype
-) -> _Prepared:
-    features = samples.features
+def _prepare(features: Tensor, labels: Labels, dtype: torch.dtype, *, normalize: bool) -> _Prepared:
     if labels.valid is not None:
         # From here on a row that takes no part is a zero vector, whatever it held: it adds
         # nothing to any sum, and its gradient is exactly 0.
         features = features.masked_fill(~labels.valid[:, None], 0.0)
     with torch.no_grad():
         norms = row_norms(features, dtype) if normalize else None
-        unit = unit_rows(features, norms, dtype)
-    return _Prepared(features, labels, unit, norms)
+        return _Prepared(features, unit_rows(features, norms, dtype), norms)
 
 
 def _compute(
-    batch: _Samples,
-    reference: _Samples | None,
-    *,
-    temperature: float,
-    epsilon: float,
-    num_classes: int | None,
-    normalize: bool,
-    reduction: str,
-    ignore_index: int | None,
-    weight: Tensor | None,
-    leave_one_out: bool,
-    impl: str,
+    batch: _Samples, reference: _Samples | None, options: Options, memory: CentroidMemory | None
 ) -> VarConTerms:
+    impl = "eager" if options.impl == "auto" else options.impl
+    num_classes, ignore_index = options.num_classes, options.ignore_index
     dtype = torch.promote_types(batch.features.dtype, torch.float32)
     if reference is not None:
         dtype = torch.promote_types(dtype, reference.features.dtype)
 
     labels = read_labels(batch.labels, num_classes, ignore_index)
-    anchors = _prepare(batch, labels, normalize=normalize, dtype=dtype)
-    pool = anchors
-    if reference is not None:
-        ref_labels = read_labels(reference.labels, num_classes, ignore_index, name="ref_labels")
-        pool = _prepare(reference, ref_labels, normalize=normalize, dtype=dtype)
-
+    anchors = _prepare(batch.features, labels, dtype, normalize=options.normalize)
     with torch.no_grad():
-        index, slots = index_classes(pool.labels, num_classes)
-        sums = class_sums(pool.unit, slots, index.size)
-        counts = None
-        if leave_one_out or index.may_be_sparse:
-            counts = class_counts(slots, pool.labels.valid, index.size, dtype)
-        centroids = unit_centroids(sums, counts if index.may_be_sparse else None)
-        own = centroids_without_self(pool.unit, sums, slots) if leave_one_out else None
-        if reference is not None:
-            slots, found = find_slots(labels, index)
-            labels = require_reference(labels, found)
+        if memory is not None:
+            summary = summarise(anchors.unit, labels, num_classes) if memory.update else None
+            # The reference's backward reads the centroids, which the next call changes.
+            match = match_memory(memory, summary, labels, dtype, copy=impl == "reference")
+        elif reference is not None:
+            ref_labels = read_labels(reference.labels, num_classes, ignore_index, name="ref_labels")
+            pool = _prepare(reference.features, ref_labels, dtype, normalize=options.normalize)
+            match = match_reference(summarise(pool.unit, ref_labels, num_classes), labels)
+        else:
+            summary = summarise(anchors.unit, labels, num_classes)
+            match = match_batch(summary, anchors.unit, labels, leave_one_out=options.leave_one_out)
 
-    rows = Rows(anchors.features, anchors.unit, anchors.norms, slots, centroids, own)
-    terms = _IMPLEMENTATIONS[impl](rows, temperature, epsilon)
+    rows = Rows(*anchors, match.slots, match.centroids, match.own)
+    terms = _IMPLEMENTATIONS[impl](rows, options.temperature, options.epsilon)
 
-    valid = labels.valid
-    if leave_one_out and counts is not None:
-        has_others = counts.index_select(0, slots) > 1
-        valid = has_others if valid is None else valid & has_others
-    terms = mask_terms(terms, valid, labels.out_of_range)
+    valid = match.labels.valid
+    terms = mask_terms(terms, valid, match.labels.out_of_range)
     row_weights = None
-    if weight is not None:
-        row_weights = weight.detach().to(dtype).index_select(0, labels.values)
+    if options.weight is not None:
+        row_weights = options.weight.detach().to(dtype).index_select(0, labels.values)
         row_weights = row_weights if valid is None else row_weights.masked_fill(~valid, 0.0)
-    reduced = reduce_loss(terms.loss, row_weights, valid, reduction)
+    reduced = reduce_loss(terms.loss, row_weights, valid, options.reduction)
 
     if valid is None:
-        valid = torch.ones_like(slots, dtype=torch.bool)
-    result = VarConTerms(*terms, valid, centroids.num_classes, reduced, impl)
+        valid = torch.ones_like(match.slots, dtype=torch.bool)
+    result = VarConTerms(*terms, valid, match.centroids.num_classes, reduced, impl)
     return result if len(batch.shape) == 1 else with_views(result, batch.shape)

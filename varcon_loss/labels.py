@@ -91,6 +91,12 @@ def index_classes(labels: Labels, num_classes: int | None) -> tuple[ClassIndex, 
     return index, find_slots(labels, index)[0]
 
 
+def classes_of_slots(labels: Labels, slots: Tensor, size: int) -> Tensor:
+    """The label in each slot, ``[S]``; 0 in empty slots."""
+    marks = slots if labels.valid is None else slots.masked_fill(~labels.valid, size)
+    return marks.new_zeros(size + 1).scatter_(0, marks, labels.values)[:size]
+
+
 def find_slots(labels: Labels, index: ClassIndex) -> tuple[Tensor, Tensor]:
     """Slots ``[N]`` in ``[0, S)``, and where the label's class was found ``[N]`` (bool).
 
@@ -107,6 +113,13 @@ def find_slots(labels: Labels, index: ClassIndex) -> tuple[Tensor, Tensor]:
     return slots, index.classes.index_select(0, slots) == values
 
 
+def narrow(labels: Labels, kept: Tensor) -> Labels:
+    """The same labels, valid only where ``kept`` ``[N]``."""
+    if values_may_be_read(kept) and bool(kept.all()):
+        return labels
+    return labels._replace(valid=kept if labels.valid is None else labels.valid & kept)
+
+
 def require_reference(labels: Labels, found: Tensor) -> Labels:
     """Anchors whose class the reference set lacks: an error, or ``out_of_range`` off the CPU."""
     missing = ~found if labels.valid is None else ~found & labels.valid
@@ -119,7 +132,6 @@ def require_reference(labels: Labels, found: Tensor) -> Labels:
                 "reference of its class (mark anchors without one with ignore_index)"
             )
         return labels
-    valid = found if labels.valid is None else labels.valid & found
     if labels.out_of_range is not None:
         missing = missing | labels.out_of_range
-    return labels._replace(valid=valid, out_of_range=missing)
+    return narrow(labels, found)._replace(out_of_range=missing)

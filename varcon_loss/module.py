@@ -1,9 +1,14 @@
 """The loss as a module."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from varcon_loss import checks
-from varcon_loss.functional import varcon_terms
+from varcon_loss.functional import Options, compute_terms
+from varcon_loss.memory import CentroidMemory, Prediction, predict
+from varcon_loss.norms import row_norms
 from varcon_loss.reduction import VarConTerms
 
 
@@ -37,6 +42,15 @@ class VarConLoss(nn.Module):
         impl: ``"auto"`` (the fastest that suits), ``"eager"`` (one pass, any device) or
             ``"reference"`` (the paper's equations line by line, ``[N, K]`` memory, twice
             differentiable). ``"triton"`` is not available yet.
+        feature_dim: width ``D`` of the embeddings; only ``centroid_momentum`` needs it.
+        centroid_momentum: an extension of the paper, for many classes in small batches: remember
+            one centroid a class (``centroid_memory``, a float32 buffer ``[num_classes, D]``).
+            In training mode with gradients enabled each call first moves the centroids of the
+            classes present, ``w <- unit(m w + (1 - m) mean)``, a class seen first takes its mean;
+            the softmax then runs over every class seen so far. In eval mode or without gradients
+            the memory is only read, and samples of classes never seen take no part. A batch with
+            NaN leaves the memory as it was. Keep the loss outside regions that activation
+            checkpointing recomputes: they would update it twice. ``None`` is the paper.
 
     Shape:
         features: ``[N, D]``, or ``[B, V, ...]`` for ``V`` views of each sample (trailing dimensions
@@ -59,6 +73,8 @@ class VarConLoss(nn.Module):
     """
 
     weight: Tensor | None
+    centroid_memory: Tensor | None
+    centroid_seen: Tensor | None
 
     def __init__(
         self,
@@ -73,21 +89,42 @@ class VarConLoss(nn.Module):
         leave_one_out: bool = False,
         process_group: object | None = None,
         impl: str = "auto",
+        feature_dim: int | None = None,
+        centroid_momentum: float | None = None,
     ) -> None:
         super().__init__()
-        checks.check_temperatures(temperature, epsilon)
-        checks.check_choices(reduction, impl, ignore_index)
-        checks.check_available(process_group, impl)
-        self.temperature = float(temperature)
-        self.epsilon = float(epsilon)
-        self.num_classes = checks.resolve_num_classes(num_classes, weight)
-        self.normalize = bool(normalize)
-        self.reduction = reduction
-        self.ignore_index = ignore_index
+        options = Options(
+            temperature,
+            epsilon,
+            num_classes,
+            bool(normalize),
+            reduction,
+            ignore_index,
+            weight,
+            bool(leave_one_out),
+            process_group,
+            impl,
+        ).checked()
+        self.temperature = options.temperature
+        self.epsilon = options.epsilon
+        self.num_classes = options.num_classes
+        self.normalize = options.normalize
+        self.reduction = options.reduction
+        self.ignore_index = options.ignore_index
         self.register_buffer("weight", None if weight is None else weight.detach().clone())
-        self.leave_one_out = bool(leave_one_out)
-        self.process_group = process_group
-        self.impl = impl
+        self.leave_one_out = options.leave_one_out
+        self.process_group = options.process_group
+        self.impl = options.impl
+
+        checks.check_memory_options(
+            self.num_classes, feature_dim, centroid_momentum, self.leave_one_out
+        )
+        self.feature_dim = feature_dim
+        self.centroid_momentum = centroid_momentum
+        remembers = centroid_momentum is not None
+        shape = (self.num_classes or 0, feature_dim or 0)
+        self.register_buffer("centroid_memory", torch.zeros(shape) if remembers else None)
+        self.register_buffer("centroid_seen", torch.zeros(shape[0]) if remembers else None)
 
     def forward(
         self,
@@ -119,38 +156,111 @@ class VarConLoss(nn.Module):
         ref_labels: Tensor | None = None,
     ) -> VarConTerms:
         """As the call, with the per-sample terms that one logs; the loss is ``.reduced``."""
-        return varcon_terms(
-            features,
-            labels,
-            self.temperature,
-            self.epsilon,
-            num_classes=self.num_classes,
-            normalize=self.normalize,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            weight=self.weight,
-            leave_one_out=self.leave_one_out,
-            process_group=self.process_group,
-            impl=self.impl,
-            ref_features=ref_features,
-            ref_labels=ref_labels,
+        update = self.training and torch.is_grad_enabled()
+        return compute_terms(
+            features, labels, ref_features, ref_labels, self._options(), self._memory(update)
         )
 
+    @property
+    def centroids(self) -> Tensor:
+        """Remembered centroids ``[C, D]``, float32, unit length; zero rows for classes not seen.
+
+        Raises:
+            RuntimeError: the loss was made without ``centroid_momentum``.
+        """
+        memory = self._require_memory()
+        return memory.unit / row_norms(memory.unit, memory.unit.dtype).unsqueeze(1)
+
+    @torch.no_grad()
+    def predict(self, features: Tensor) -> Prediction:
+        """Classify by the remembered centroids: the most probable class by Eq. 8.
+
+        Args:
+            features: ``[N, D]``, embeddings as the loss takes them.
+
+        Returns:
+            ``label`` ``[N]`` int64 and ``confidence`` ``[N]``: ``p(label | z)`` over the classes
+            seen so far. NaN features, or a memory that has seen no class, give confidence NaN.
+
+        Raises:
+            RuntimeError: the loss was made without ``centroid_momentum``.
+        """
+        memory = self._require_memory()
+        checks.check_memory(features, memory.unit)
+        return predict(
+            features, self.centroids, memory.seen > 0, self.temperature, normalize=self.normalize
+        )
+
+    @torch.no_grad()
+    def reset_memory(self) -> None:
+        """Forget every centroid.
+
+        Raises:
+            RuntimeError: the loss was made without ``centroid_momentum``.
+        """
+        memory = self._require_memory()
+        memory.unit.zero_()
+        memory.seen.zero_()
+
+    def _options(self) -> Options:
+        return Options(
+            self.temperature,
+            self.epsilon,
+            self.num_classes,
+            self.normalize,
+            self.reduction,
+            self.ignore_index,
+            self.weight,
+            self.leave_one_out,
+            self.process_group,
+            self.impl,
+        ).checked()
+
+    def _memory(self, update: bool) -> CentroidMemory | None:
+        if self.centroid_memory is None or self.centroid_seen is None:
+            return None
+        momentum = self.centroid_momentum or 0.0
+        return CentroidMemory(self.centroid_memory, self.centroid_seen, momentum, update)
+
+    def _require_memory(self) -> CentroidMemory:
+        memory = self._memory(update=False)
+        if memory is None:
+            raise RuntimeError(
+                "this loss remembers no centroids: make it with num_classes, feature_dim and "
+                "centroid_momentum"
+            )
+        return memory
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VarConLoss":
+        """As in `torch.nn.Module`, but the memory stays float32: it moves by small steps."""
+        kept = {name: getattr(self, name) for name in ("centroid_memory", "centroid_seen")}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if before is not None and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
     def extra_repr(self) -> str:
-        defaults = {
-            "num_classes": None,
-            "normalize": True,
-            "reduction": "mean",
-            "ignore_index": -100,
-            "leave_one_out": False,
-            "process_group": None,
-            "impl": "auto",
-        }
-        changed = [
-            f"{name}={value!r}"
-            for name, default in defaults.items()
-            if (value := getattr(self, name)) != default
-        ]
+        """What was chosen, where it differs from the defaults."""
+        shown = [f"temperature={self.temperature}", f"epsilon={self.epsilon}"]
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name)
+            if value != default:
+                shown.append(f"{name}={value!r}")
         if self.weight is not None:
-            changed.append(f"weight=[{len(self.weight)}]")
-        return ", ".join([f"temperature={self.temperature}", f"epsilon={self.epsilon}", *changed])
+            shown.append(f"weight=[{len(self.weight)}]")
+        return ", ".join(shown)
+
+
+_DEFAULTS = {
+    "num_classes": None,
+    "normalize": True,
+    "reduction": "mean",
+    "ignore_index": -100,
+    "leave_one_out": False,
+    "process_group": None,
+    "impl": "auto",
+    "feature_dim": None,
+    "centroid_momentum": None,
+}

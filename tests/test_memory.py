@@ -1,0 +1,269 @@
+"""The centroid memory: what it holds, when it moves, and what it survives."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.conftest import MakeBatch
+from varcon_loss import VarConLoss
+
+
+def make(impl: str = "eager", momentum: float = 0.9, **options) -> VarConLoss:
+    options = {"num_classes": 8, "feature_dim": 16} | options
+    return VarConLoss(centroid_momentum=momentum, impl=impl, **options)
+
+
+def moved(
+    memory: dict[int, Tensor], features: Tensor, labels: Tensor, m: float
+) -> dict[int, Tensor]:
+    """The update in plain words, a class at a time."""
+    memory = dict(memory)
+    for label in labels.unique().tolist():
+        if label == -100:
+            continue
+        mean = F.normalize(F.normalize(features[labels == label], dim=1).sum(0), dim=0)
+        memory[label] = (
+            F.normalize(m * memory[label] + (1 - m) * mean, dim=0) if label in memory else mean
+        )
+    return memory
+
+
+def test_updates_and_loss_follow_the_definition(impl: str, make_batch: MakeBatch) -> None:
+    criterion = make(impl, 0.7)
+    memory: dict[int, Tensor] = {}
+    for seed in range(4):
+        features, labels = make_batch(12, 3 + seed, seed=seed)
+        labels = labels.masked_fill(torch.arange(12) == seed, -100)
+        memory = moved(memory, features.detach(), labels, 0.7)
+        terms = criterion.terms(features, labels)
+        # The softmax runs over every class seen so far: a reference set of one vector each.
+        expected = VarConLoss(impl=impl).terms(
+            features, labels,
+            ref_features=torch.stack(list(memory.values())), ref_labels=torch.tensor(list(memory)),
+        )  # fmt: skip
+        assert terms.num_classes == len(memory)
+        torch.testing.assert_close(terms.loss, expected.loss, rtol=1e-5, atol=1e-5)
+        (got,) = torch.autograd.grad(terms.reduced, features)
+        (want,) = torch.autograd.grad(expected.reduced, features)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    for label in range(8):
+        want = memory.get(label, torch.zeros(16, dtype=torch.float64)).float()
+        torch.testing.assert_close(criterion.centroids[label], want, rtol=1e-5, atol=1e-6)
+
+
+def test_without_momentum_nothing_changes(impl: str, make_batch: MakeBatch) -> None:
+    features, labels = make_batch()
+    plain = VarConLoss(num_classes=8, impl=impl)
+    same = VarConLoss(num_classes=8, feature_dim=16, centroid_momentum=None, impl=impl)
+    assert torch.equal(plain(features, labels), same(features, labels))
+    assert list(same.state_dict()) == []
+    for use in (lambda: same.centroids, same.reset_memory, lambda: same.predict(features)):
+        with pytest.raises(RuntimeError, match="this loss remembers no centroids"):
+            use()
+
+
+def test_read_but_not_written_in_eval_or_without_gradients(
+    impl: str, make_batch: MakeBatch
+) -> None:
+    criterion = make(impl)
+    features, labels = make_batch(24, 5)
+    criterion(features, labels)
+    before = criterion.centroids.clone()
+    others, other_labels = make_batch(24, 8, seed=1)
+    criterion.eval()
+    terms = criterion.terms(others, other_labels)
+    with torch.no_grad():
+        criterion.train()
+        again = criterion.terms(others, other_labels)
+    assert torch.equal(criterion.centroids, before)
+    assert torch.equal(terms.loss, again.loss)
+    # Classes 5, 6 and 7 have not been seen: their samples take no part.
+    assert torch.equal(terms.valid, other_labels < 5)
+    torch.testing.assert_close(terms.reduced, terms.loss[other_labels < 5].mean())
+    assert terms.num_classes == 5
+
+
+def test_eval_before_any_training(impl: str, make_batch: MakeBatch) -> None:
+    """As trainers do for a sanity check."""
+    features, labels = make_batch()
+    loss = make(impl).eval()(features, labels)
+    assert loss.item() == 0
+    assert (torch.autograd.grad(loss, features)[0] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_batch_shows_in_the_loss_and_not_in_the_memory(
+    bad: float, impl: str, make_batch: MakeBatch
+) -> None:
+    criterion = make(impl)
+    features, labels = make_batch(24, 5)
+    criterion(features, labels)
+    before = criterion.centroids.clone()
+    poisoned = features.detach().clone()
+    poisoned[3] = bad
+    assert criterion(poisoned.requires_grad_(), labels).isnan()
+    after = criterion.centroids
+    assert after.isfinite().all()
+    assert torch.equal(after[labels[3]], before[labels[3]])
+    assert criterion(features, labels).isfinite()
+    assert make(impl)(poisoned, labels).isnan()  # also where the class has never been seen
+
+
+def test_members_that_cancel_leave_the_memory_alone(impl: str) -> None:
+    criterion = make(impl, num_classes=2, feature_dim=2)
+    opposite = torch.tensor([[1.0, 0], [-1, 0], [0, 1]], requires_grad=True)
+    labels = torch.tensor([0, 0, 1])
+    terms = criterion.terms(opposite, labels)
+    assert terms.reduced.isfinite()
+    assert terms.valid.tolist() == [False, False, True]  # class 0 is still unknown
+    assert criterion.centroids.tolist() == [[0, 0], [0, 1]]
+    half = make(impl, 0.5, num_classes=2, feature_dim=2)
+    for sign in (1.0, -1.0):  # the blend of a centroid with its opposite has no direction
+        half(sign * opposite[:1].detach().requires_grad_(), labels[:1])
+    assert half.centroids.tolist() == [[1, 0], [0, 0]]
+
+
+def test_state(impl: str, make_batch: MakeBatch) -> None:
+    criterion = make(impl)
+    features, labels = make_batch(24, 5)
+    criterion(features, labels)
+    assert set(criterion.state_dict()) == {"centroid_memory", "centroid_seen"}
+
+    loaded = make(impl)
+    buffer = io.BytesIO()
+    torch.save(criterion.state_dict(), buffer)
+    buffer.seek(0)
+    loaded.load_state_dict(torch.load(buffer, weights_only=True))
+    twins = [loaded, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))]
+    for twin in twins:
+        assert torch.equal(twin.centroids, criterion.centroids)
+    next_features, next_labels = make_batch(24, 7, seed=1)
+    expected = criterion(next_features, next_labels)
+    for twin in twins:
+        assert torch.equal(twin(next_features, next_labels), expected)
+
+    for move in (lambda c: c.half(), lambda c: c.double(), lambda c: c.to(torch.bfloat16)):
+        before = criterion.centroids.clone()
+        assert move(criterion).centroid_memory.dtype == torch.float32
+        assert torch.equal(criterion.centroids, before)
+    assert copy.deepcopy(criterion).to("meta").centroid_memory.device.type == "meta"
+    criterion.reset_memory()
+    assert (criterion.centroids == 0).all()
+    assert criterion.terms(features, labels).num_classes == 5
+
+
+def test_averaged_copies(make_batch: MakeBatch) -> None:
+    criterion = make()
+    averaged = torch.optim.swa_utils.AveragedModel(criterion, use_buffers=True)
+    for seed in range(3):
+        criterion(*make_batch(24, 5, seed=seed))
+        averaged.update_parameters(criterion)
+    twin = averaged.module
+    torch.testing.assert_close(twin.centroids.norm(dim=1), torch.tensor([1.0] * 5 + [0.0] * 3))
+    assert twin.eval()(*make_batch(24, 5)).isfinite()
+
+
+def test_gradient_accumulation(impl: str, make_batch: MakeBatch) -> None:
+    """Two forwards before their backwards: the second must not disturb the first's gradient."""
+    batches = [make_batch(24, 5, seed=seed) for seed in range(2)]
+    expected = []
+    criterion = make(impl)
+    for features, labels in batches:
+        expected.append(torch.autograd.grad(criterion(features, labels), features)[0])
+    criterion = make(impl)
+    losses = [criterion(features, labels) for features, labels in batches]
+    for (features, _), loss, want in zip(batches, losses, expected, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(loss, features)[0], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes(dtype: torch.dtype, impl: str, make_batch: MakeBatch) -> None:
+    criterion = make(impl)
+    features, labels = make_batch(dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = criterion(features, labels)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert criterion.centroid_memory is not None
+    assert criterion.centroid_memory.dtype == torch.float32
+    assert features.grad is not None
+    assert features.grad.isfinite().all()
+
+
+def test_compiles_into_one_graph(impl: str, make_batch: MakeBatch) -> None:
+    torch._dynamo.reset()
+    eager, traced = make(impl), make(impl)
+    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        features, labels = make_batch(24, 3 + 2 * seed, seed=seed)
+        labels = labels.masked_fill(labels == 1, -100)
+        torch.testing.assert_close(compiled(features, labels), eager(features, labels))
+        torch.testing.assert_close(traced.centroids, eager.centroids)
+    compiled(features, torch.full_like(labels, -100))
+    torch.testing.assert_close(traced.centroids, eager.centroids)
+
+
+def test_predict(make_batch: MakeBatch) -> None:
+    criterion = make(num_classes=8)
+    features, labels = make_batch(60, 5)
+    criterion(features, labels)
+    criterion.eval()
+    label, confidence = criterion.predict(features)
+    z = F.normalize(features.detach(), dim=1)
+    p = (z @ criterion.centroids[:5].double().T / 0.1).softmax(1)
+    torch.testing.assert_close(confidence, p.max(1).values)
+    assert torch.equal(label, p.argmax(1))
+    own = criterion.terms(features, labels).confidence
+    torch.testing.assert_close(own[label == labels], confidence[label == labels])
+    assert make().predict(features).confidence.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"centroid_momentum": 1.0},
+            ValueError,
+            r"centroid_momentum must lie in \[0, 1\), got 1.0",
+        ),
+        ({"centroid_momentum": -0.1}, ValueError, r"must lie in \[0, 1\), got -0.1"),
+        ({"centroid_momentum": float("nan")}, ValueError, r"must lie in \[0, 1\), got nan"),
+        ({"centroid_momentum": "0.9"}, TypeError, "centroid_momentum must be a number or None"),
+        (
+            {"centroid_momentum": 0.9, "feature_dim": None},
+            ValueError,
+            "needs num_classes and feature_dim",
+        ),
+        (
+            {"centroid_momentum": 0.9, "num_classes": None},
+            ValueError,
+            "needs num_classes and feature_dim",
+        ),
+        ({"feature_dim": 0}, ValueError, "feature_dim must be a positive int or None, got 0"),
+        (
+            {"centroid_momentum": 0.9, "leave_one_out": True},
+            ValueError,
+            "leave_one_out cannot be used",
+        ),
+    ],
+)
+def test_bad_options(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        VarConLoss(**{"num_classes": 8, "feature_dim": 16} | options)
+
+
+def test_bad_calls(make_batch: MakeBatch) -> None:
+    features, labels = make_batch()
+    with pytest.raises(ValueError, match=r"features have width 15 but .* feature_dim=16"):
+        make()(features[:, :15], labels)
+    with pytest.raises(ValueError, match="ref_features cannot be used with a centroid memory"):
+        make()(features, labels, ref_features=features, ref_labels=labels)
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 8\)"):
+        make()(features, labels + 8)
+    with pytest.raises(ValueError, match="the centroid memory is on meta but features are on cpu"):
+        make().to("meta")(features, labels)
