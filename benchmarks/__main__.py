@@ -79,6 +79,53 @@ def speed(
     )
 
 
+@app.command()
+def quality(
+    data: Annotated[
+        str, typer.Option(help="digits, mnist5k, mnist-pairs, cifar10, cifar100, folder")
+    ] = "mnist-pairs",
+    methods: Annotated[str, typer.Option(help="comma-separated; all by default")] = "",
+    batch_sizes: Annotated[
+        str, typer.Option(help="images a step (each seen in two views)")
+    ] = "16,64,128,512",
+    learning_rates: Annotated[
+        str, typer.Option(help="grid, the same for every method")
+    ] = "0.05,0.15,0.45",
+    seeds: Annotated[int, typer.Option(min=1, help="reported runs of each method")] = 5,
+    epochs: Annotated[int, typer.Option(min=1)] = 12,
+    noise: Annotated[str, typer.Option(help="shares of wrong training labels")] = "0",
+    workers: Annotated[int, typer.Option(min=1, help="runs at a time")] = 2,
+    root: Annotated[Path | None, typer.Option(help="folder of cifar10, cifar100, folder")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    out: Annotated[Path, typer.Option(help="folder of the result files")] = Path("runs/quality"),
+) -> None:
+    """Linear probe and kNN of VarCon, SupCon and cross-entropy over batch sizes, with intervals.
+
+    An interrupted sweep goes on where it stopped when the same command is given again.
+    """
+    from benchmarks import quality as harness
+    from benchmarks.methods import METHODS
+
+    chosen = [part.strip() for part in methods.split(",") if part.strip()] or list(METHODS)
+    store = harness.Store(out / f"{data}.jsonl")
+    rows = harness.sweep(
+        data,
+        chosen,
+        _numbers(batch_sizes),
+        [float(rate) for rate in learning_rates.split(",")],
+        seeds,
+        epochs,
+        store,
+        noises=[float(share) for share in noise.split(",")],
+        workers=workers,
+        root=root,
+        device=device,
+    )
+    for value in ("linear", "knn"):
+        console.print(value)
+        console.print(harness.summary(rows, value).to_string(index=False))
+
+
 def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]

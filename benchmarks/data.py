@@ -60,7 +60,7 @@ def _mnist_arrays() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mnist_pairs(_: Path | None) -> ImageData:
-    """Two digits side by side: 100 classes, 40 training images each; splits share no digit."""
+    """Two digits side by side: 100 classes, 30 training images each; splits share no digit."""
     digits, labels = _mnist_arrays()
     generator = np.random.default_rng(SPLIT_SEED)
     train, rest = train_test_split(
@@ -79,7 +79,7 @@ def _mnist_pairs(_: Path | None) -> ImageData:
         )
         return np.concatenate([digits[left], digits[right]], axis=3), classes
 
-    splits = [pairs(train, 40), pairs(validation, 10), pairs(test, 20)]
+    splits = [pairs(train, 30), pairs(validation, 10), pairs(test, 20)]
     return _assemble("mnist-pairs", *splits)
 
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from pytorch_metric_learning.losses import SupConLoss
+from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss
 from torch import Tensor, nn
 
 from varcon_loss import ProjectionHead, VarConLoss
+
+QUEUE = 2048  # embeddings that "SupCon memory" keeps
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,19 @@ class SupCon(nn.Module):
         return Step(loss, {"loss": value}, collapsed)
 
 
+class SupConMemory(SupCon):
+    """SupCon with a queue of past embeddings."""
+
+    def __init__(self, in_dim: int, num_classes: int, *, dim: int, head: str, **options) -> None:
+        super().__init__(in_dim, num_classes, dim=dim, head=head, **options)
+        self.criterion = CrossBatchMemory(self.criterion, dim, memory_size=QUEUE)
+
+
 class VarCon(nn.Module):
     def __init__(self, in_dim: int, num_classes: int, *, dim: int, head: str, **options) -> None:
         super().__init__()
         self.head = ProjectionHead(in_dim, dim, head)
-        self.criterion = VarConLoss(num_classes=num_classes, **options)
+        self.criterion = VarConLoss(num_classes=num_classes, feature_dim=dim, **options)
 
     def forward(self, features: Tensor, labels: Tensor) -> Step:
         terms = self.criterion.terms(self.head(features), labels)
@@ -75,7 +85,9 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "SupCon": SupCon,
     "VarCon": VarCon,
     "VarCon leave-one-out": lambda *a, **k: VarCon(*a, **k, leave_one_out=True),
-    "VarCon epsilon=0": lambda *a, **k: VarCon(*a, **k, epsilon=0.0),
+    "VarCon epsilon=0": lambda *a, **k: VarCon(*a, **k | {"epsilon": 0.0}),
+    "VarCon memory": lambda *a, **k: VarCon(*a, **{"centroid_momentum": 0.99} | k),
+    "SupCon memory": SupConMemory,
 }
 
 

@@ -29,6 +29,7 @@ class Recipe:
     head: str = "mlp-bn"
     temperature: float = 0.1
     epsilon: float | None = None  # the method's own where None
+    centroid_momentum: float | None = None  # likewise
     encoder: str = "small-cnn"
     loss_scale: float = 1.0  # the authors' 8-GPU script trains with 1 / 8
 
@@ -71,8 +72,9 @@ def train(
     make = {"small-cnn": SmallCNN, "cifar-resnet50": CifarResNet50}[recipe.encoder]
     encoder = make(channels).to(device)
     options = {"temperature": recipe.temperature}
-    if recipe.epsilon is not None:
-        options["epsilon"] = recipe.epsilon
+    for name in ("epsilon", "centroid_momentum"):
+        if getattr(recipe, name) is not None:
+            options[name] = getattr(recipe, name)
     objective = make_objective(
         method, encoder.out_dim, data.num_classes, dim=recipe.dim, head=recipe.head, **options
     ).to(device)
