@@ -76,7 +76,7 @@ class VarCon(nn.Module):
             "confidence": float(terms.confidence.mean()),
             "tau2": float(terms.tau2.mean()),
         }
-        collapsed = log["nll"] > 0.98 * math.log(max(2, int(terms.num_classes)))
+        collapsed = math.isclose(log["nll"], math.log(int(terms.num_classes)), rel_tol=0.01)
         return Step(terms.reduced, log, collapsed, terms.tau2)
 
 

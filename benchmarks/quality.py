@@ -125,13 +125,16 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
+        text = path.read_text() if path.exists() else ""
+        if text and not text.endswith("\n"):
+            path.write_text(text + "\n")  # a crash cut the last line short
+        lines = text.splitlines()
         self.rows: list[dict[str, Any]] = []
         for line in lines:
             try:
                 self.rows.append(json.loads(line))
             except json.JSONDecodeError:
-                continue  # the line that a crash cut short
+                continue
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
         wanted = asdict(cell)

@@ -107,6 +107,7 @@ def train(
         objective.train()
         sums: dict[str, float] = {}
         collapsed_steps = 0
+        last_tau2 = None
         for batch in torch.randperm(len(images))[: steps_per_epoch * batch_size].split(batch_size):
             batch = batch.to(device)
             views = torch.cat([augment(images[batch]) for _ in range(recipe.views)])
@@ -116,12 +117,13 @@ def train(
             optimizer.step()
             scheduler.step()
             collapsed_steps += step.collapsed
+            last_tau2 = step.tau2
             for key, value in step.log.items():
                 sums[key] = sums.get(key, 0.0) + value / steps_per_epoch
         history.append(sums)
         collapsed_epochs = collapsed_epochs + 1 if 2 * collapsed_steps > steps_per_epoch else 0
-        if step.tau2 is not None:
-            tau2.append(step.tau2.cpu())
+        if last_tau2 is not None:
+            tau2.append(last_tau2.cpu())
         if on_epoch is not None:
             on_epoch(epoch, sums, encoder)
     collapsed = collapsed_epochs >= min(COLLAPSE_EPOCHS, recipe.epochs)

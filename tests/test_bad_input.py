@@ -74,7 +74,10 @@ def test_samples(features, labels, error, message, impl) -> None:
             "weight has 4 entries but num_classes=3",
         ),
         ({"impl": "triton"}, NotImplementedError, "use 'auto' or 'eager'"),
-        ({"process_group": "world"}, NotImplementedError, "process_group is not available yet"),
+        ({"process_group": "all"}, ValueError, "process_group must be 'world'.*got 'all'"),
+        ({"process_group": 3}, TypeError, "process_group must be 'world'.*got int"),
+        ({"exchange": "gather"}, ValueError, "exchange must be one of .*got 'gather'"),
+        ({"exchange": "all-reduce"}, ValueError, "give num_classes"),
     ],
 )
 def test_options_fail_when_the_loss_is_made_and_in_the_function(options, error, message) -> None:

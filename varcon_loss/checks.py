@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
+EXCHANGES = ("auto", "all-reduce", "all-gather")
 IMPLEMENTATIONS = ("auto", "reference", "eager", "triton")
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (
@@ -41,6 +42,8 @@ def check_choices(reduction: str, impl: str, ignore_index: int | None) -> None:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
+    if impl == "triton":
+        raise NotImplementedError("impl='triton' is not available yet: use 'auto' or 'eager'")
     if ignore_index is not None and (
         isinstance(ignore_index, bool) or not isinstance(ignore_index, int)
     ):
@@ -71,6 +74,25 @@ def resolve_num_classes(num_classes: int | None, weight: Tensor | None) -> int |
             "give one weight per class"
         )
     return len(weight)
+
+
+def check_exchange(process_group: object | None, exchange: str, num_classes: int | None) -> None:
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange must be one of {EXCHANGES}, got {exchange!r}")
+    if exchange == "all-reduce" and num_classes is None:
+        raise ValueError("exchange='all-reduce' sums a table of all classes: give num_classes")
+    if process_group is None or isinstance(process_group, torch.distributed.ProcessGroup):
+        return
+    if isinstance(process_group, str):
+        if process_group != "world":
+            raise ValueError(
+                f"process_group must be 'world', a ProcessGroup or None, got {process_group!r}"
+            )
+    elif process_group != torch.distributed.GroupMember.NON_GROUP_MEMBER:
+        raise TypeError(
+            "process_group must be 'world', a torch.distributed.ProcessGroup or None, got "
+            f"{type(process_group).__name__}"
+        )
 
 
 def check_samples(
@@ -208,10 +230,3 @@ def check_width(rows: Tensor, ref_rows: Tensor) -> None:
             f"ref_features are on {ref_rows.device} but features are on {rows.device}: "
             "move them to one device"
         )
-
-
-def check_available(process_group: object | None, impl: str) -> None:
-    if process_group is not None:
-        raise NotImplementedError("process_group is not available yet: leave it at None")
-    if impl == "triton":
-        raise NotImplementedError("impl='triton' is not available yet: use 'auto' or 'eager'")

@@ -8,12 +8,33 @@ from torch import Tensor
 
 from varcon_loss import checks
 from varcon_loss.centroids import unit_rows
+from varcon_loss.distributed import (
+    Exchanged,
+    announce_failure,
+    exchange_classes,
+    make_plan,
+    resolve_group,
+)
 from varcon_loss.eager import eager_terms
-from varcon_loss.labels import Labels, read_labels
-from varcon_loss.matching import match_batch, match_memory, match_reference, summarise
+from varcon_loss.labels import Labels, find_slots, read_labels
+from varcon_loss.matching import (
+    ClassSummary,
+    Match,
+    match_batch,
+    match_learning_memory,
+    match_memory,
+    match_reference,
+    summarise,
+)
 from varcon_loss.memory import CentroidMemory
 from varcon_loss.norms import row_norms
-from varcon_loss.reduction import VarConTerms, mask_terms, reduce_loss, with_views
+from varcon_loss.reduction import (
+    RanksTotal,
+    VarConTerms,
+    mask_terms,
+    reduce_loss,
+    with_views,
+)
 from varcon_loss.reference import reference_terms
 from varcon_loss.rows import Rows
 
@@ -33,6 +54,7 @@ def varcon_loss(
     weight: Tensor | None = None,
     leave_one_out: bool = False,
     process_group: object | None = None,
+    exchange: str = "auto",
     impl: str = "auto",
     ref_features: Tensor | None = None,
     ref_labels: Tensor | None = None,
@@ -58,6 +80,7 @@ def varcon_loss(
         weight=weight,
         leave_one_out=leave_one_out,
         process_group=process_group,
+        exchange=exchange,
         impl=impl,
         ref_features=ref_features,
         ref_labels=ref_labels,
@@ -77,6 +100,7 @@ def varcon_terms(
     weight: Tensor | None = None,
     leave_one_out: bool = False,
     process_group: object | None = None,
+    exchange: str = "auto",
     impl: str = "auto",
     ref_features: Tensor | None = None,
     ref_labels: Tensor | None = None,
@@ -102,6 +126,7 @@ def varcon_terms(
         weight,
         leave_one_out,
         process_group,
+        exchange,
         impl,
     )
     return compute_terms(features, labels, ref_features, ref_labels, options.checked(), None)
@@ -119,41 +144,16 @@ class Options(NamedTuple):
     weight: Tensor | None
     leave_one_out: bool
     process_group: object | None
+    exchange: str
     impl: str
 
     def checked(self) -> "Options":
         """Raise on what cannot be; fill in ``num_classes`` from ``weight``."""
         checks.check_temperatures(self.temperature, self.epsilon)
         checks.check_choices(self.reduction, self.impl, self.ignore_index)
-        checks.check_available(self.process_group, self.impl)
         num_classes = checks.resolve_num_classes(self.num_classes, self.weight)
+        checks.check_exchange(self.process_group, self.exchange, num_classes)
         return self._replace(num_classes=num_classes)
-
-
-def compute_terms(
-    features: Tensor,
-    labels: Tensor,
-    ref_features: Tensor | None,
-    ref_labels: Tensor | None,
-    options: Options,
-    memory: CentroidMemory | None,
-) -> VarConTerms:
-    """What function and module share: check the tensors, then compute without autocast."""
-    checks.check_samples(features, labels)
-    checks.check_reference_set(ref_features, ref_labels, options.leave_one_out, memory is not None)
-    checks.check_weight_device(options.weight, features)
-    batch = _flatten_views(features, labels)
-    reference = None
-    if ref_features is not None and ref_labels is not None:
-        checks.check_samples(
-            ref_features, ref_labels, features_name="ref_features", labels_name="ref_labels"
-        )
-        reference = _flatten_views(ref_features, ref_labels)
-        checks.check_width(batch.features, reference.features)
-    if memory is not None:
-        checks.check_memory(batch.features, memory.unit)
-    with _without_autocast(features.device.type):
-        return _compute(batch, reference, options, memory)
 
 
 class _Samples(NamedTuple):
@@ -166,6 +166,88 @@ class _Prepared(NamedTuple):
     features: Tensor  # [N, D], zero vectors where not valid
     unit: Tensor  # [N, D] z
     norms: Tensor | None  # [N]; None: z is the features as they are
+
+
+class _Local(NamedTuple):
+    """All that a rank knows by itself."""
+
+    anchors: _Prepared
+    labels: Labels  # of the anchors
+    row_weights: Tensor | None  # [N] class weights, 0 where not valid
+    summary: ClassSummary | None  # of what makes the centroids; None: a memory that is only read
+    summary_labels: Labels  # what `summary` was made of
+
+    def weight(self) -> Tensor:
+        """What this rank adds to the denominator of the mean, 0-d."""
+        if self.row_weights is not None:
+            return self.row_weights.sum()
+        if self.labels.valid is not None:
+            return self.labels.valid.sum()
+        return torch.tensor(len(self.labels.values))
+
+
+def compute_terms(
+    features: Tensor,
+    labels: Tensor,
+    ref_features: Tensor | None,
+    ref_labels: Tensor | None,
+    options: Options,
+    memory: CentroidMemory | None,
+) -> VarConTerms:
+    """What function and module share: this rank's part, the exchange, then the rows."""
+    group = resolve_group(options.process_group)
+    if group is None:
+        batch, reference = _check(features, labels, ref_features, ref_labels, options, memory)
+        with _without_autocast(features.device.type):
+            local = _summarise_locally(batch, reference, options, memory)
+            return _evaluate(local, None, batch.shape, options, memory)
+
+    try:
+        batch, reference = _check(features, labels, ref_features, ref_labels, options, memory)
+        with _without_autocast(features.device.type):
+            local = _summarise_locally(batch, reference, options, memory)
+    except (TypeError, ValueError):
+        # The other ranks wait in this step's collective.
+        device = features.device if isinstance(features, Tensor) else torch.device("cpu")
+        announce_failure(group, device)
+        raise
+    with _without_autocast(features.device.type):
+        unit = local.anchors.unit
+        plan = make_plan(
+            group,
+            num_classes=options.num_classes,
+            dim=unit.shape[1],
+            dtype=unit.dtype,
+            device=unit.device,
+            num_rows=len(local.summary_labels.values),
+            exchange=options.exchange,
+        )
+        exchanged = exchange_classes(plan, local.summary, local.summary_labels, local.weight())
+        return _evaluate(local, exchanged, batch.shape, options, memory)
+
+
+def _check(
+    features: Tensor,
+    labels: Tensor,
+    ref_features: Tensor | None,
+    ref_labels: Tensor | None,
+    options: Options,
+    memory: CentroidMemory | None,
+) -> tuple[_Samples, _Samples | None]:
+    checks.check_samples(features, labels)
+    checks.check_reference_set(ref_features, ref_labels, options.leave_one_out, memory is not None)
+    checks.check_weight_device(options.weight, features)
+    batch = _flatten_views(features, labels)
+    if memory is not None:
+        checks.check_memory(batch.features, memory.unit)
+    if ref_features is None or ref_labels is None:
+        return batch, None
+    checks.check_samples(
+        ref_features, ref_labels, features_name="ref_features", labels_name="ref_labels"
+    )
+    reference = _flatten_views(ref_features, ref_labels)
+    checks.check_width(batch.features, reference.features)
+    return batch, reference
 
 
 def _flatten_views(features: Tensor, labels: Tensor) -> _Samples:
@@ -187,48 +269,104 @@ def _prepare(features: Tensor, labels: Labels, dtype: torch.dtype, *, normalize:
     if labels.valid is not None:
         # From here on a row that takes no part is a zero vector, whatever it held: it adds
         # nothing to any sum, and its gradient is exactly 0.
-        features = features.masked_fill(~labels.valid[:, None], 0.0)
+        features = features.masked_fill(~labels.valid.unsqueeze(1), 0.0)
     with torch.no_grad():
         norms = row_norms(features, dtype) if normalize else None
         return _Prepared(features, unit_rows(features, norms, dtype), norms)
 
 
-def _compute(
+def _summarise_locally(
     batch: _Samples, reference: _Samples | None, options: Options, memory: CentroidMemory | None
-) -> VarConTerms:
-    impl = "eager" if options.impl == "auto" else options.impl
+) -> _Local:
     num_classes, ignore_index = options.num_classes, options.ignore_index
     dtype = torch.promote_types(batch.features.dtype, torch.float32)
     if reference is not None:
         dtype = torch.promote_types(dtype, reference.features.dtype)
-
     labels = read_labels(batch.labels, num_classes, ignore_index)
     anchors = _prepare(batch.features, labels, dtype, normalize=options.normalize)
-    with torch.no_grad():
-        if memory is not None:
-            summary = summarise(anchors.unit, labels, num_classes) if memory.update else None
-            # The reference's backward reads the centroids, which the next call changes.
-            match = match_memory(memory, summary, labels, dtype, copy=impl == "reference")
-        elif reference is not None:
-            ref_labels = read_labels(reference.labels, num_classes, ignore_index, name="ref_labels")
-            pool = _prepare(reference.features, ref_labels, dtype, normalize=options.normalize)
-            match = match_reference(summarise(pool.unit, ref_labels, num_classes), labels)
-        else:
-            summary = summarise(anchors.unit, labels, num_classes)
-            match = match_batch(summary, anchors.unit, labels, leave_one_out=options.leave_one_out)
 
-    rows = Rows(*anchors, match.slots, match.centroids, match.own)
+    summary, summary_labels = None, labels
+    with torch.no_grad():
+        if reference is not None:
+            summary_labels = read_labels(
+                reference.labels, num_classes, ignore_index, name="ref_labels"
+            )
+            pool = _prepare(reference.features, summary_labels, dtype, normalize=options.normalize)
+            summary = summarise(pool.unit, summary_labels, num_classes)
+        elif memory is None or memory.update:
+            summary = summarise(anchors.unit, labels, num_classes)
+        row_weights = None
+        if options.weight is not None:
+            row_weights = options.weight.to(dtype).index_select(0, labels.values)
+            if labels.valid is not None:
+                row_weights = row_weights.masked_fill(~labels.valid, 0.0)
+    return _Local(anchors, labels, row_weights, summary, summary_labels)
+
+
+def _evaluate(
+    local: _Local,
+    exchanged: Exchanged | None,
+    shape: torch.Size,
+    options: Options,
+    memory: CentroidMemory | None,
+) -> VarConTerms:
+    impl = "eager" if options.impl == "auto" else options.impl
+    with torch.no_grad():
+        match = _match(local, exchanged, options, memory, copy=impl == "reference")
+    rows = Rows(*local.anchors, match.slots, match.centroids, match.own)
     terms = _IMPLEMENTATIONS[impl](rows, options.temperature, options.epsilon)
 
     valid = match.labels.valid
     terms = mask_terms(terms, valid, match.labels.out_of_range)
-    row_weights = None
-    if options.weight is not None:
-        row_weights = options.weight.detach().to(dtype).index_select(0, labels.values)
-        row_weights = row_weights if valid is None else row_weights.masked_fill(~valid, 0.0)
-    reduced = reduce_loss(terms.loss, row_weights, valid, options.reduction)
+    row_weights = local.row_weights
+    if row_weights is not None and valid is not None:
+        row_weights = row_weights.masked_fill(~valid, 0.0)
+    total = None
+    if exchanged is not None:
+        total = _total_weight(exchanged, match, options.weight)
+    reduced = reduce_loss(terms.loss, row_weights, valid, options.reduction, total)
 
     if valid is None:
         valid = torch.ones_like(match.slots, dtype=torch.bool)
     result = VarConTerms(*terms, valid, match.centroids.num_classes, reduced, impl)
-    return result if len(batch.shape) == 1 else with_views(result, batch.shape)
+    return result if len(shape) == 1 else with_views(result, shape)
+
+
+def _match(
+    local: _Local,
+    exchanged: Exchanged | None,
+    options: Options,
+    memory: CentroidMemory | None,
+    *,
+    copy: bool,  # the reference's backward reads the centroids, which the next call may change
+) -> Match:
+    unit, labels, summary, classes = local.anchors.unit, local.labels, local.summary, None
+    if exchanged is not None and summary is not None:
+        index = exchanged.summary.classes
+        summary = exchanged.summary._replace(slots=find_slots(labels, index)[0])
+        classes = exchanged.classes
+    if memory is not None:
+        if summary is None:
+            return match_memory(memory, labels, unit.dtype, copy=copy)
+        return match_learning_memory(
+            memory, summary, labels, unit.dtype, classes=classes, copy=copy
+        )
+    assert summary is not None
+    if local.summary_labels is not labels:
+        return match_reference(summary, labels)
+    return match_batch(summary, unit, labels, leave_one_out=options.leave_one_out)
+
+
+def _total_weight(exchanged: Exchanged, match: Match, weight: Tensor | None) -> RanksTotal:
+    """The denominator of the mean over all ranks.
+
+    Where classes drop out as a whole (a class of one under ``leave_one_out``), it follows from
+    what every rank knows of all classes by now.
+    """
+    total = exchanged.weight
+    if match.kept is not None:
+        counts = exchanged.summary.counts * match.kept
+        if weight is not None:
+            counts = counts * weight.to(counts.dtype).index_select(0, exchanged.classes)
+        total = counts.sum()
+    return RanksTotal(total, exchanged.world_size)

@@ -30,7 +30,7 @@ from varcon_loss.memory import CentroidMemory, remembered_centroids, update_memo
 class ClassSummary(NamedTuple):
     """What a set of samples says about its classes."""
 
-    index: ClassIndex
+    classes: ClassIndex
     slots: Tensor  # [N] slot of each sample
     sums: Tensor  # [S, D] sum of the rows of each class
     counts: Tensor  # [S] how many valid rows that is
@@ -43,55 +43,65 @@ class Match(NamedTuple):
     slots: Tensor  # [N] each anchor's own class
     own: Tensor | None  # [N, D] each anchor's own centroid where it is not centroids.unit[slots]
     labels: Labels  # the anchors' labels, fewer of them valid than before perhaps
+    kept: Tensor | None  # [S] bool, the classes whose members take part; None: all
 
 
 def summarise(unit: Tensor, labels: Labels, num_classes: int | None) -> ClassSummary:
     """Index the classes of samples ``[N, D]`` (zero rows where not valid) and sum each of them."""
     index, slots = index_classes(labels, num_classes)
-    sums = class_sums(unit, slots, index.size)
     counts = class_counts(slots, labels.valid, index.size, unit.dtype)
-    return ClassSummary(index, slots, sums, counts)
+    return ClassSummary(index, slots, class_sums(unit, slots, index.size), counts)
 
 
 def match_batch(
     summary: ClassSummary, unit: Tensor, labels: Labels, *, leave_one_out: bool
 ) -> Match:
-    """The anchors are the samples that ``summary`` was made of."""
-    centroids = unit_centroids(summary.sums, summary.counts, summary.index.may_be_sparse)
+    """The anchors are among the samples that ``summary`` was made of, in ``summary.slots``."""
+    index, slots, sums, counts = summary
+    centroids = unit_centroids(sums, counts, index.may_be_sparse)
     if not leave_one_out:
-        return Match(centroids, summary.slots, None, labels)
-    own = centroids_without_self(unit, summary.sums, summary.slots)
-    has_others = summary.counts.index_select(0, summary.slots) > 1
-    return Match(centroids, summary.slots, own, narrow(labels, has_others))
+        return Match(centroids, slots, None, labels, None)
+    kept = counts > 1
+    own = centroids_without_self(unit, sums, slots)
+    return Match(centroids, slots, own, narrow(labels, kept.index_select(0, slots)), kept)
 
 
 def match_reference(summary: ClassSummary, labels: Labels) -> Match:
     """``summary`` is of the reference set; every anchor must find its class there."""
-    centroids = unit_centroids(summary.sums, summary.counts, summary.index.may_be_sparse)
-    slots, found = find_slots(labels, summary.index)
-    return Match(centroids, slots, None, require_reference(labels, found))
+    index, _, sums, counts = summary
+    slots, found = find_slots(labels, index)
+    labels = require_reference(labels, found)
+    return Match(unit_centroids(sums, counts, index.may_be_sparse), slots, None, labels, None)
 
 
 def match_memory(
+    memory: CentroidMemory, labels: Labels, dtype: torch.dtype, *, copy: bool
+) -> Match:
+    """The memory as it is; anchors of classes that it does not know take no part."""
+    labels = narrow(labels, memory.seen.index_select(0, labels.values) > 0)
+    centroids = remembered_centroids(memory, dtype, copy=copy)
+    return Match(centroids, labels.values, None, labels, None)
+
+
+def match_learning_memory(
     memory: CentroidMemory,
-    summary: ClassSummary | None,
+    summary: ClassSummary,
     labels: Labels,
     dtype: torch.dtype,
     *,
+    classes: Tensor | None,
     copy: bool,
 ) -> Match:
-    """With a ``summary`` of the batch the memory learns from it first; without, it is only read.
+    """The memory after it has learned from the batch, whose slots hold ``classes`` ``[S]``.
 
-    Anchors of classes that the memory does not know take no part.
+    A class may still be unknown then: if its members cancel, they take no part; if one of them is
+    NaN, they do, so that it shows.
     """
-    shows: Tensor | None = None
-    if summary is not None:
-        classes = classes_of_slots(labels, summary.slots, summary.index.size)
-        update_memory(memory, classes, summary.sums, summary.counts)
-        # A class may still be unknown: its members cancel, or one is NaN, which must show.
-        shows = ~summary.sums.isfinite().all(1).index_select(0, summary.slots)
-    known = memory.seen.index_select(0, labels.values) > 0
-    if shows is not None:
-        known = known | shows
+    if classes is None:
+        classes = classes_of_slots(labels, summary.slots, summary.classes.size)
+    update_memory(memory, classes, summary.sums, summary.counts)
+    known = memory.seen.index_select(0, classes) > 0
+    kept = known | ~summary.sums.isfinite().all(1)
+    labels = narrow(labels, kept.index_select(0, summary.slots))
     centroids = remembered_centroids(memory, dtype, copy=copy)
-    return Match(centroids, labels.values, None, narrow(labels, known))
+    return Match(centroids, labels.values, None, labels, kept)

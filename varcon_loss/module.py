@@ -1,6 +1,8 @@
 """The loss as a module."""
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +40,16 @@ class VarConLoss(nn.Module):
             *other* members of its class. A sample alone in its class has none: like a SupCon
             anchor without positives it is left out of the mean (``terms.valid`` is False), while
             its class still counts among the others.
-        process_group: centroids over all ranks of a group. Not available yet.
+        process_group: ``"world"`` or a `torch.distributed.ProcessGroup`: centroids over all its
+            ranks. Ranks exchange class sums and counts, never embeddings, in one collective a step
+            (two without ``num_classes``) and none in backward. The call returns
+            ``W * local sum / global weight`` (``"sum"``: ``W * local sum``), ``W`` the number of
+            ranks, so that its mean over ranks is the loss of the concatenated batch, and DDP's or
+            FSDP's averaging makes the gradient exact. ``"none"`` and the per-sample terms are
+            local and unscaled. ``"world"`` is looked up at each call (without initialised
+            processes it means this one alone), so the module can be pickled.
+        exchange: ``"all-reduce"`` (a table of all classes), ``"all-gather"`` (rows of the classes
+            each rank holds) or ``"auto"``: the smaller, chosen by all ranks at their first step.
         impl: ``"auto"`` (the fastest that suits), ``"eager"`` (one pass, any device) or
             ``"reference"`` (the paper's equations line by line, ``[N, K]`` memory, twice
             differentiable). ``"triton"`` is not available yet.
@@ -88,6 +99,7 @@ class VarConLoss(nn.Module):
         weight: Tensor | None = None,
         leave_one_out: bool = False,
         process_group: object | None = None,
+        exchange: str = "auto",
         impl: str = "auto",
         feature_dim: int | None = None,
         centroid_momentum: float | None = None,
@@ -103,6 +115,7 @@ class VarConLoss(nn.Module):
             weight,
             bool(leave_one_out),
             process_group,
+            exchange,
             impl,
         ).checked()
         self.temperature = options.temperature
@@ -114,6 +127,7 @@ class VarConLoss(nn.Module):
         self.register_buffer("weight", None if weight is None else weight.detach().clone())
         self.leave_one_out = options.leave_one_out
         self.process_group = options.process_group
+        self.exchange = options.exchange
         self.impl = options.impl
 
         checks.check_memory_options(
@@ -213,6 +227,7 @@ class VarConLoss(nn.Module):
             self.weight,
             self.leave_one_out,
             self.process_group,
+            self.exchange,
             self.impl,
         ).checked()
 
@@ -230,6 +245,23 @@ class VarConLoss(nn.Module):
                 "centroid_momentum"
             )
         return memory
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None and not isinstance(self.process_group, str):
+            raise TypeError(
+                "a VarConLoss with a ProcessGroup handle cannot be pickled: make it with "
+                "process_group='world', or set criterion.process_group after loading"
+            )
+        return self.__dict__.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "VarConLoss":
+        """A copy with its own buffers in the same process group."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        if self.process_group is not None:
+            memo[id(self.process_group)] = self.process_group
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VarConLoss":
         """As in `torch.nn.Module`, but the memory stays float32: it moves by small steps."""
@@ -260,6 +292,7 @@ _DEFAULTS = {
     "ignore_index": -100,
     "leave_one_out": False,
     "process_group": None,
+    "exchange": "auto",
     "impl": "auto",
     "feature_dim": None,
     "centroid_momentum": None,

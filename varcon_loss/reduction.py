@@ -48,26 +48,44 @@ def mask_terms(terms: RowTerms, valid: Tensor | None, broken: Tensor | None) -> 
     return terms
 
 
+class RanksTotal(NamedTuple):
+    """What a mean over the ranks of a process group divides by."""
+
+    weight: Tensor  # 0-d, summed over ranks
+    world_size: int
+
+
 def reduce_loss(
-    loss: Tensor, row_weights: Tensor | None, valid: Tensor | None, reduction: str
+    loss: Tensor,
+    row_weights: Tensor | None,
+    valid: Tensor | None,
+    reduction: str,
+    total: RanksTotal | None,
 ) -> Tensor:
     """Weigh and reduce: ``[N]`` -> ``[]``, or ``[N]`` for ``"none"``.
 
     ``loss`` is 0 where not ``valid``, and so are ``row_weights``. The mean is
-    ``sum(weight * loss) / sum(weight)``, and 0 where nothing has weight.
+    ``sum(weight * loss) / sum(weight)``, and 0 where nothing has weight. Over several ranks the
+    denominator is ``total``, and mean and sum are multiplied by the number of ranks, so that what
+    DDP and FSDP average is the loss, and the gradient, of the whole batch.
     """
     if row_weights is not None:
         loss = loss * row_weights
     if reduction == "none":
         return loss
+    if total is not None:
+        loss = loss * total.world_size
     if reduction == "sum":
         return loss.sum()
-    if row_weights is None:
-        row_weights = valid
-    if row_weights is None:
-        return loss.mean() if len(loss) > 0 else loss.sum()
-    total = row_weights.sum()
-    return loss.sum() / torch.where(total == 0, 1, total)
+    if total is None:
+        if row_weights is None and valid is None:
+            return loss.mean() if len(loss) > 0 else loss.sum()
+        shares = valid if row_weights is None else row_weights
+        assert shares is not None
+        weight = shares.sum()
+    else:
+        weight = total.weight
+    return loss.sum() / torch.where(weight == 0, 1, weight)
 
 
 def with_views(terms: VarConTerms, shape: torch.Size) -> VarConTerms:

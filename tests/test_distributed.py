@@ -1,0 +1,353 @@
+"""Centroids over ranks, in real gloo processes, against one process on the concatenated batch."""
+
+import copy
+import itertools
+import pickle
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.ranks import run_ranks
+from varcon_loss import VarConLoss, varcon_terms
+
+NUM_CLASSES, DIM, WIDTH = 7, 6, 9
+
+# How a rank's share of the batch may look; each entry gives (labels) for rank r.
+SHARES = {
+    "equal": lambda rank, g: torch.randint(NUM_CLASSES, (8,), generator=g),
+    "unequal": lambda rank, g: torch.randint(NUM_CLASSES, (5 - rank,), generator=g),
+    "disjoint classes": lambda rank, g: torch.full((6,), rank) + torch.tensor([0, 4] * 3) % 7 * 0,
+    "one rank ignores all": lambda rank, g: (
+        torch.full((4,), -100) if rank == 0 else torch.randint(NUM_CLASSES, (6,), generator=g)
+    ),
+    "one rank is empty": lambda rank, g: (
+        torch.empty(0, dtype=torch.int64)
+        if rank == 0
+        else torch.randint(NUM_CLASSES, (6,), generator=g)
+    ),
+    "all ignored": lambda rank, g: torch.full((3,), -100),
+}
+OPTIONS = {
+    "known": {"num_classes": NUM_CLASSES},
+    "known, gathered": {"num_classes": NUM_CLASSES, "exchange": "all-gather"},
+    "unknown": {},
+    "leave-one-out": {"num_classes": NUM_CLASSES, "leave_one_out": True},
+    "leave-one-out, unknown": {"leave_one_out": True},
+    "sum": {"num_classes": NUM_CLASSES, "reduction": "sum"},
+    "weight": {"weight": torch.tensor([1.0, 0.0, 2.0, 0.5, 3.0, 1.0, 0.1], dtype=torch.float64)},
+    "weight, leave-one-out": {
+        "weight": torch.tensor([1.0, 0.0, 2.0, 0.5, 3.0, 1.0, 0.1], dtype=torch.float64),
+        "leave_one_out": True,
+    },
+    "reference": {"num_classes": NUM_CLASSES, "impl": "reference"},
+}
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, DIM)).double()
+
+
+def shares(case: str, world_size: int) -> list[tuple[Tensor, Tensor]]:
+    result = []
+    for rank in range(world_size):
+        g = torch.Generator().manual_seed(100 + rank)
+        labels = SHARES[case](rank, g)
+        result.append((torch.randn(len(labels), WIDTH, generator=g, dtype=torch.float64), labels))
+    return result
+
+
+def names(labels: Tensor, options: dict) -> Tensor:
+    """Without num_classes labels may be any integers: use hashes, beyond what float64 holds."""
+    if "num_classes" in options or "weight" in options:
+        return labels
+    return torch.where(labels == -100, labels, labels * (2**60 + 1) - 2**62)
+
+
+def sweep_on_rank(rank: int, world_size: int) -> dict:
+    results = {}
+    for case, (title, options) in itertools.product(SHARES, OPTIONS.items()):
+        inputs, labels = shares(case, world_size)[rank]
+        net = DistributedDataParallel(encoder()) if world_size > 1 else encoder()
+        criterion = VarConLoss(process_group="world", **options)
+        terms = criterion.terms(net(inputs), names(labels, options))
+        terms.reduced.backward()
+        gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+        results[case, title] = (
+            terms.reduced.detach(), terms.loss.detach(), terms.tau2, terms.num_classes, gradient,
+        )  # fmt: skip
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_equals_one_process_on_the_concatenated_batch(world_size: int, tmp_path: Path) -> None:
+    ranks = run_ranks(sweep_on_rank, world_size, tmp_path)
+    close = {"rtol": 1e-10, "atol": 1e-12}
+    for case, (title, options) in itertools.product(SHARES, OPTIONS.items()):
+        parts = shares(case, world_size)
+        inputs = torch.cat([x for x, _ in parts])
+        labels = names(torch.cat([y for _, y in parts]), options)
+        net = encoder()
+        local = {k: v for k, v in options.items() if k != "exchange"}
+        expected = varcon_terms(net(inputs), labels, **local)
+        expected.reduced.backward()
+        gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+        got = [rank[case, title] for rank in ranks]
+
+        def message(m: str, case: str = case, title: str = title) -> str:
+            return f"{case}, {title}: {m}"
+
+        losses = torch.stack([g[0] for g in got])
+        torch.testing.assert_close(losses.mean(), expected.reduced.detach(), msg=message, **close)
+        for index, name in ((1, "loss"), (2, "tau2")):
+            torch.testing.assert_close(
+                torch.cat([g[index] for g in got]),
+                getattr(expected, name).detach(), msg=message, **close,
+            )  # fmt: skip
+        for g in got:
+            assert g[3] == expected.num_classes
+            torch.testing.assert_close(g[4], gradient, msg=message, **close)
+
+
+class CountCollectives(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.calls.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def collectives_on_rank(rank: int, world_size: int) -> dict:
+    features = torch.randn(8, DIM, requires_grad=True)
+    labels = torch.arange(8) % NUM_CLASSES
+    counts = {}
+    for title, options in (
+        ("all-reduce", {"num_classes": NUM_CLASSES}),
+        ("all-gather", {"num_classes": NUM_CLASSES, "exchange": "all-gather"}),
+        ("many classes", {"num_classes": 100_000}),
+        ("unknown", {}),
+        ("memory", {"num_classes": NUM_CLASSES, "feature_dim": DIM, "centroid_momentum": 0.9}),
+    ):
+        criterion = VarConLoss(process_group="world", **options)
+        criterion(features, labels)  # the handshake
+        with CountCollectives() as forward:
+            loss = criterion(features, labels)
+        with CountCollectives() as backward:
+            loss.backward()
+        counts[title] = (forward.calls, backward.calls)
+    return counts
+
+
+def test_one_collective_a_step_and_none_in_backward(tmp_path: Path) -> None:
+    for counts in run_ranks(collectives_on_rank, 2, tmp_path):
+        assert all(backward == [] for _, backward in counts.values())
+        assert counts["all-reduce"][0] == ["allreduce_"]
+        assert counts["all-gather"][0] == ["_allgather_base_"]
+        assert counts["many classes"][0] == ["_allgather_base_"]
+        assert counts["unknown"][0] == ["allreduce_", "_allgather_base_"]
+        assert counts["memory"][0] == ["allreduce_"]
+
+
+def memory_on_rank(rank: int, world_size: int) -> dict:
+    results = {}
+    for title, options in (
+        ("all-reduce", {}),
+        ("all-gather", {"exchange": "all-gather"}),
+    ):
+        criterion = VarConLoss(
+            process_group="world", num_classes=NUM_CLASSES, feature_dim=DIM,
+            centroid_momentum=0.8, **options,
+        )  # fmt: skip
+        losses = []
+        for step in range(4):
+            inputs, labels = shares("unequal" if step % 2 else "equal", world_size)[rank]
+            features = (encoder()(inputs) * (step + 1)).float()
+            losses.append(criterion(features, labels).detach())
+        criterion.eval()
+        losses.append(criterion(features, labels).detach())
+        results[title] = (criterion.centroids, torch.stack(losses))
+    return results
+
+
+def test_memories_are_identical_and_those_of_one_process(tmp_path: Path) -> None:
+    ranks = run_ranks(memory_on_rank, 3, tmp_path)
+    single = VarConLoss(num_classes=NUM_CLASSES, feature_dim=DIM, centroid_momentum=0.8)
+    losses = []
+    for step in range(5):
+        parts = shares("unequal" if step % 2 or step == 4 else "equal", 3)
+        inputs, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        if step == 4:
+            single.eval()
+        features = (encoder()(inputs) * (min(step, 3) + 1)).float()
+        losses.append(single(features, labels).detach())
+    for title in ("all-reduce", "all-gather"):
+        for rank in ranks:
+            assert torch.equal(rank[title][0], ranks[0][title][0])
+            torch.testing.assert_close(rank[title][0], single.centroids, rtol=1e-5, atol=1e-6)
+        mean = torch.stack([rank[title][1] for rank in ranks]).mean(0)
+        torch.testing.assert_close(mean, torch.stack(losses), rtol=1e-5, atol=1e-6)
+
+
+def reference_set_on_rank(rank: int, world_size: int) -> tuple:
+    inputs, labels = shares("equal", world_size)[rank]
+    features = encoder()(inputs).detach().requires_grad_()
+    terms = VarConLoss(process_group="world").terms(
+        features, labels,
+        ref_features=torch.eye(NUM_CLASSES, DIM).double()[rank::world_size],
+        ref_labels=torch.arange(NUM_CLASSES)[rank::world_size],
+    )  # fmt: skip
+    return terms.reduced.detach(), terms.loss.detach()
+
+
+def test_a_reference_set_spread_over_ranks(tmp_path: Path) -> None:
+    ranks = run_ranks(reference_set_on_rank, 2, tmp_path)
+    inputs, labels = (torch.cat(c) for c in zip(*shares("equal", 2), strict=True))
+    expected = varcon_terms(
+        encoder()(inputs), labels,
+        ref_features=torch.eye(NUM_CLASSES, DIM).double(), ref_labels=torch.arange(NUM_CLASSES),
+    )  # fmt: skip
+    torch.testing.assert_close(torch.cat([r[1] for r in ranks]), expected.loss.detach())
+    torch.testing.assert_close(torch.stack([r[0] for r in ranks]).mean(), expected.reduced.detach())
+
+
+def errors_on_rank(rank: int, world_size: int) -> dict[str, str]:
+    """What each rank raises; the time shows that nobody waited for a timeout."""
+    messages = {}
+    x, y = torch.randn(4, DIM), torch.tensor([0, 1, 2, 0])
+
+    def attempt(title: str, features, labels, **options) -> None:
+        start = time.monotonic()
+        try:
+            VarConLoss(process_group="world", **options)(features, labels)
+            messages[title] = "nothing"
+        except Exception as error:
+            messages[title] = f"{type(error).__name__}: {error}"
+        assert time.monotonic() - start < 20
+        dist.barrier()
+
+    first = rank == 0
+    attempt("first step fails", x, None if rank else y, num_classes=5)
+    attempt("some know num_classes", x, y, **({"num_classes": 5} if first else {}))
+    attempt("num_classes", x, y, num_classes=5 if first else 6)
+    attempt("width", x if first else x[:, :3], y)
+    attempt("dtype", x if first else x.double(), y)
+    attempt("exchange", x, y, num_classes=5, exchange="all-gather" if first else "auto")
+    attempt("fine", x, y, num_classes=5)
+    attempt("later step fails", x, y + (3 if rank == 1 else 0), num_classes=5)
+    attempt("fine again", x, y, num_classes=5)
+    gathered = {"num_classes": 50, "exchange": "all-gather"}
+    attempt("fine gathered", x, y, **gathered)
+    attempt("gathered fails", x, y + (90 if rank == 1 else 0), **gathered)
+    big = torch.randn(9, DIM), torch.arange(9)
+    attempt("crowded", *(big if rank == 1 else (x, y)), **gathered)
+    attempt("unknown fine", x, y)
+    attempt("unknown fails", x, y.float() if rank == 1 else y)
+    return messages
+
+
+def test_errors_are_clear_on_every_rank_and_nobody_hangs(tmp_path: Path) -> None:
+    first, second = run_ranks(errors_on_rank, 2, tmp_path)
+    for title in ("fine", "fine again", "fine gathered", "unknown fine"):
+        assert first[title] == second[title] == "nothing"
+    for title, field in (
+        ("some know num_classes", "num_classes (rank 0: 5, rank 1: None)"),
+        ("num_classes", "num_classes (rank 0: 5, rank 1: 6)"),
+        ("width", "feature width (rank 0: 6, rank 1: 3)"),
+        ("dtype", "dtype (rank 0: torch.float32, rank 1: torch.float64)"),
+        ("exchange", "exchange (rank 0: all-gather, rank 1: auto)"),
+    ):
+        expected = f"ValueError: ranks disagree on {field}: it must be the same on all"
+        assert first[title] == second[title] == expected
+    for title, own in (
+        ("first step fails", "ValueError: labels is None"),
+        ("later step fails", "ValueError: labels must lie in [0, 5)"),
+        ("gathered fails", "ValueError: labels must lie in [0, 50)"),
+        ("crowded", "ValueError: rank 1 holds up to 9 classes"),
+        ("unknown fails", "TypeError: labels must be integers"),
+    ):
+        assert first[title].startswith("RuntimeError: VarCon's exchange failed on rank 1")
+        assert second[title].startswith(own)
+
+
+def accumulation_on_rank(rank: int, world_size: int) -> Tensor:
+    """Two micro-batches under no_sync, then a compiled criterion, must match plain calls."""
+    net = DistributedDataParallel(encoder())
+    criterion = VarConLoss(process_group="world", num_classes=NUM_CLASSES)
+    batches = [shares(case, world_size)[rank] for case in ("equal", "unequal")]
+    with net.no_sync():
+        criterion(net(batches[0][0]), batches[0][1]).backward()
+    torch.compile(criterion, backend="aot_eager")(net(batches[1][0]), batches[1][1]).backward()
+    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+
+def test_gradient_accumulation_and_compile(tmp_path: Path) -> None:
+    ranks = run_ranks(accumulation_on_rank, 2, tmp_path)
+    net = encoder()
+    for case in ("equal", "unequal"):
+        inputs, labels = (torch.cat(c) for c in zip(*shares(case, 2), strict=True))
+        varcon_terms(net(inputs), labels).reduced.backward()
+    expected = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    for gradient in ranks:
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+def fsdp_on_rank(rank: int, world_size: int) -> Tensor:
+    from torch.distributed.fsdp import fully_shard
+
+    net = fully_shard(encoder())
+    inputs, labels = shares("unequal", world_size)[rank]
+    VarConLoss(process_group="world", num_classes=NUM_CLASSES)(net(inputs), labels).backward()
+    return torch.cat([p.grad.full_tensor().flatten() for p in net.parameters()])
+
+
+def test_fsdp2(tmp_path: Path) -> None:
+    ranks = run_ranks(fsdp_on_rank, 2, tmp_path)
+    net = encoder()
+    inputs, labels = (torch.cat(c) for c in zip(*shares("unequal", 2), strict=True))
+    varcon_terms(net(inputs), labels).reduced.backward()
+    expected = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    for gradient in ranks:
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+def subgroups_on_rank(rank: int, world_size: int) -> tuple:
+    groups = [dist.new_group([0, 1]), dist.new_group([2])]
+    group = groups[rank // 2]
+    criterion = VarConLoss(process_group=group, num_classes=NUM_CLASSES)
+    inputs, labels = shares("equal", world_size)[rank]
+    twin = copy.deepcopy(criterion)
+    assert twin.process_group is group
+    with pytest.raises(TypeError, match=r"cannot be pickled.*process_group='world'"):
+        pickle.dumps(criterion)
+    if rank == 2:
+        with pytest.raises(ValueError, match=r"not a member of process_group"):
+            VarConLoss(process_group=groups[0])(encoder()(inputs), labels)
+    world = pickle.loads(pickle.dumps(VarConLoss(process_group="world")))
+    return criterion(encoder()(inputs), labels).detach(), world.process_group
+
+
+def test_subgroups_pickling_and_copies(tmp_path: Path) -> None:
+    ranks = run_ranks(subgroups_on_rank, 3, tmp_path)
+    parts = shares("equal", 3)
+    for members in ([0, 1], [2]):
+        inputs, labels = (torch.cat(c) for c in zip(*(parts[r] for r in members), strict=True))
+        expected = varcon_terms(encoder()(inputs), labels).reduced.detach()
+        mean = torch.stack([ranks[r][0] for r in members]).mean()
+        torch.testing.assert_close(mean, expected)
+    assert all(group == "world" for _, group in ranks)
+
+
+def test_world_of_one_without_initialised_processes() -> None:
+    features, labels = torch.randn(8, 4), torch.arange(8) % 3
+    assert torch.equal(
+        VarConLoss(process_group="world")(features, labels), VarConLoss()(features, labels)
+    )
