@@ -126,6 +126,30 @@ def quality(
         console.print(harness.summary(rows, value).to_string(index=False))
 
 
+@app.command(name="metric-learning")
+def metric_learning(
+    epochs: Annotated[int, typer.Option(min=1)] = 15,
+    seed: Annotated[int, typer.Option(help="of weights, order and augmentation")] = 0,
+    cost: Annotated[bool, typer.Option(help="also measure CrossBatchMemory against PML's")] = False,
+    out: Annotated[Path, typer.Option(help="folder of the result files")] = Path(
+        "runs/metric-learning"
+    ),
+) -> None:
+    """VarCon beside SupCon in pytorch-metric-learning: retrieval among unseen classes."""
+    from benchmarks import metric_learning as example
+    from benchmarks import results
+
+    env = results.environment()
+    rows = example.compare(epochs=epochs, seed=seed, console=console)
+    console.print(f"saved: {results.save('metric-learning', rows, env, out)}")
+    if cost:
+        rows = example.memory_cost()
+        rows.append({"loss": "adapter over core", "ratio": example.adapter_overhead()})
+        for row in rows:
+            console.print(row)
+        console.print(f"saved: {results.save('metric-learning-memory', rows, env, out)}")
+
+
 def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]

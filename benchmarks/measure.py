@@ -95,13 +95,13 @@ def check_and_weigh(name: str, problem: Problem) -> dict[str, Any]:
         step(loss, features, labels)
     features.grad = None
     gc.collect()
-    before = _reset_peak(problem.device)
+    before = reset_peak(problem.device)
     start = time.perf_counter()
     step(loss, features, labels)
     _synchronize(problem.device)
     seconds = time.perf_counter() - start
-    peak = _peak(problem.device) - before
-    return {"error": error, "peak_bytes": max(0, peak), "seconds": seconds}
+    extra = peak(problem.device) - before
+    return {"error": error, "peak_bytes": max(0, extra), "seconds": seconds}
 
 
 def time_together(
@@ -216,7 +216,7 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _reset_peak(device: str) -> int:
+def reset_peak(device: str) -> int:
     """Start a new peak; returns what is in use now (bytes)."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -227,7 +227,7 @@ def _reset_peak(device: str) -> int:
     return _status("VmRSS")
 
 
-def _peak(device: str) -> int:
+def peak(device: str) -> int:
     return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
 
 
