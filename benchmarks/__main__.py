@@ -150,6 +150,51 @@ def metric_learning(
         console.print(f"saved: {results.save('metric-learning-memory', rows, env, out)}")
 
 
+@app.command()
+def distributed(
+    ranks: Annotated[str, typer.Option(help="gloo processes on this machine")] = "2,4",
+    rows: Annotated[int, typer.Option(help="samples a rank")] = 256,
+    classes: Annotated[str, typer.Option(help="numbers of classes")] = "100,1000,100000",
+    dim: Annotated[int, typer.Option(help="embedding width")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="steps measured")] = 20,
+    out: Annotated[Path, typer.Option(help="folder of the result files")] = Path(
+        "runs/distributed"
+    ),
+) -> None:
+    """Bytes and time of global centroids against gathered embeddings; then 8 to 1024 ranks."""
+    import pandas as pd
+
+    from benchmarks import distributed as harness
+    from benchmarks import results
+    from benchmarks.progress import progress_bar
+
+    measured = []
+    sizes = [(w, c) for w in _numbers(ranks) for c in _numbers(classes)]
+    with progress_bar() as bar:
+        task = bar.add_task("distributed", total=len(sizes), note="")
+        for world_size, num_classes in sizes:
+            bar.update(task, note=f"{world_size} ranks, C={num_classes}")
+            measured += harness.measure(
+                world_size, rows, num_classes, dim, steps, out.absolute() / "work"
+            )
+            bar.advance(task)
+    console.print(pd.DataFrame(measured).to_string(index=False))
+    expected = harness.extrapolate(rows, dim)
+    console.print(pd.DataFrame(expected).to_string(index=False))
+    env = results.environment()
+    console.print(f"saved: {results.save('distributed', measured, env, out)}")
+    console.print(f"saved: {results.save('distributed-model', expected, env, out)}")
+    harness.draw(expected, out / "distributed-model.png")
+
+
+@app.command()
+def report() -> None:
+    """Rebuild benchmarks/RESULTS.md and its pictures from benchmarks/results/."""
+    from benchmarks.report import write
+
+    console.print(f"written: {write()}")
+
+
 def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]

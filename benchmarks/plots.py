@@ -6,9 +6,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
-from benchmarks import speed
+from benchmarks import quality, speed
 
 
 def draw_speed(frame: pd.DataFrame, out: Path, name: str) -> list[Path]:
@@ -53,3 +54,43 @@ def draw_speed(frame: pd.DataFrame, out: Path, name: str) -> list[Path]:
         figure.savefig(paths[-1], dpi=80)
         plt.close(figure)
     return paths
+
+
+def draw_quality(rows: list[dict], out: Path) -> list[Path]:
+    """Accuracy over batch size by method, and tau2 while VarCon trains, for one data set."""
+    data = rows[0]["data"]
+    figure, axes = plt.subplots(1, 4, figsize=(19, 4.2))
+    shown = {
+        "linear": "linear probe",
+        "knn": "kNN",
+        "linear, 1 a class": "probe on 1 image a class",
+    }
+    for axis, (value, title) in zip(axes, shown.items(), strict=False):
+        table = quality.summary(rows, value)
+        table = table[table["noise"] == 0.0]
+        for method, line in table.groupby("method", sort=False):
+            line = line.sort_values("batch_size").dropna(subset=["mean"])
+            axis.errorbar(
+                line["batch_size"],
+                line["mean"],
+                line["half_width"],
+                label=method,
+                capsize=2,
+                lw=1.2,
+            )
+        axis.set(title=f"{data}: {title}", xscale="log", xlabel="batch size")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    runs = [r for r in rows if r["method"] == "VarCon" and r["split"] == "test" and r["seed"] == 0]
+    for index, run in enumerate(sorted(runs, key=lambda r: r["batch_size"])):
+        quantiles = np.array(run["tau2"]).T  # 5, 25, 50, 75, 95 %
+        epochs = np.arange(1, quantiles.shape[1] + 1)
+        axes[3].plot(epochs, quantiles[2], color=f"C{index}", label=f"batch {run['batch_size']}")
+        axes[3].fill_between(epochs, quantiles[1], quantiles[3], color=f"C{index}", alpha=0.15)
+    axes[3].set(title=r"VarCon: $\tau_2$ in training (quartiles)", xlabel="epoch")
+    axes[3].legend(fontsize=7)
+    figure.tight_layout()
+    path = out / f"quality-{data}.png"
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+    return [path]

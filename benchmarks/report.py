@@ -1,0 +1,223 @@
+"""``benchmarks/RESULTS.md`` from the saved results: every number in it comes from a file."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks import plots, quality, results, speed
+
+READOUTS = {"linear": "linear probe", "knn": "kNN", "centroids": "nearest remembered centroid"}
+YARDSTICKS = {
+    "authors": "equations, authors' operations",
+    "lean": "equations, lean",
+    "supcon": "SupCon (pytorch-metric-learning)",
+}
+
+
+def write(folder: Path = results.RESULTS) -> Path:
+    """Rebuild the report and its pictures; returns its path."""
+    parts = [
+        "# Results\n",
+        "Rebuilt by `python -m benchmarks report` from the files in `benchmarks/results/`, which "
+        "carry versions, device, commit and date. Measured on what those files say, and nowhere "
+        "else: nothing here was measured on a GPU.\n",
+    ]
+    quality_rows = _quality_rows(folder)
+    has_speed = (folder / "speed-cpu.json").exists()
+    parts.append("## What was found\n")
+    if has_speed:
+        parts += _speed_findings(folder)
+    if quality_rows:
+        parts += _quality_findings(quality_rows)
+    if has_speed:
+        parts += _speed_tables(folder)
+    parts += _memory_costs(folder)
+    if quality_rows:
+        parts += _quality_tables(quality_rows, folder)
+    path = folder.parent / "RESULTS.md"
+    path.write_text("\n".join(parts).rstrip() + "\n")
+    return path
+
+
+def _quality_rows(folder: Path) -> list[dict[str, Any]]:
+    rows = []
+    for path in sorted(folder.glob("quality-*.jsonl")):
+        rows += [json.loads(line) for line in path.read_text().splitlines()]
+    return rows
+
+
+def _speed_findings(folder: Path) -> Iterator[str]:
+    frame, env = results.read("speed-cpu", folder)
+    full = frame[frame["mode"] == "forward+backward"]
+
+    def cell(name: str, n: int, k: int, value: str = "median") -> float | None:
+        found = full[
+            (full["contender"] == name) & (full["num_rows"] == n) & (full["num_classes"] == k)
+        ][value].dropna()
+        return float(found.iloc[0]) if len(found) else None
+
+    yield (
+        f"**Speed** ({env['device']}, {env['threads']} threads, torch {env['versions']['torch']}, "
+        f"{env['date']}, commit {env['commit']}; float32, D = 128, forward + backward, medians of "
+        "interleaved runs):\n"
+    )
+    for n, k in ((64, 10), (4096, 1000), (8192, 1000), (16384, 1000), (16384, 10)):
+        ours = cell(speed.OURS, n, k)
+        if ours is None:
+            continue
+        ratios = []
+        for short, name in YARDSTICKS.items():
+            other = cell(name, n, k)
+            title = {"authors": "the authors' operations", "lean": "the lean equations"}.get(
+                short, "pytorch-metric-learning's SupCon"
+            )
+            if other is not None:
+                ratios.append(f"{other / ours:.2g}x the time for {title}")
+        floor = cell(speed.OURS, n, k, "over_two_products")
+        if floor is not None:
+            ratios.append(f"{floor:.2g}x the two bare matrix products")
+        yield f"- N = {n}, K = {k}: {ours * 1e3:.3g} ms; " + "; ".join(ratios) + "."
+    slower = _slower_than_authors(full)
+    yield (
+        "- Slower than the authors' operations beyond the quartiles at: "
+        + (", ".join(slower) if slower else "no size measured")
+        + "."
+    )
+    for k in sorted(full["num_classes"].unique()):
+        ours = full[(full["contender"] == speed.OURS) & (full["num_classes"] == k)]
+        slope = speed.growth(ours, "median")
+        if slope is not None:
+            yield f"- Time grows as N^{slope:.2f} from N = {speed.SLOPE_FROM} at K = {k}."
+    ours, authors = (cell(n, 8192, 1000, "peak_bytes") for n in (speed.OURS, YARDSTICKS["authors"]))
+    if ours and authors:
+        yield (
+            f"- Peak extra memory at N = 8192, K = 1000: {ours / 2**20:.0f} MiB against "
+            f"{authors / 2**20:.0f} MiB for the authors' operations ({ours / authors:.2g}x)."
+        )
+    yield ""
+
+
+def _slower_than_authors(full: pd.DataFrame) -> list[str]:
+    found = []
+    for (n, k), part in full.groupby(["num_rows", "num_classes"]):
+        by_name = part.set_index("contender")
+        if not {speed.OURS, YARDSTICKS["authors"]} <= set(by_name.index):
+            continue
+        ours, theirs = by_name.loc[speed.OURS], by_name.loc[YARDSTICKS["authors"]]
+        if pd.notna(theirs["median"]) and ours["q1"] > theirs["q3"]:
+            found.append(f"N = {n}, K = {k} ({ours['median'] / theirs['median']:.2f}x)")
+    return found
+
+
+def _quality_findings(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield (
+        "**Quality** (small CNN, two views, learning rate chosen for each method and batch size on "
+        "a validation split; differences from SupCon are paired by seed, with 95 % intervals; "
+        "*ahead* and *behind* mean that the interval excludes 0):\n"
+    )
+    for value in ("linear", "knn"):
+        table = quality.summary(rows, value)
+        for method in ("VarCon", "VarCon memory", "VarCon leave-one-out", "VarCon epsilon=0"):
+            part = table[(table["method"] == method) & (table["noise"] == 0.0)].dropna(
+                subset=["gain_half_width"]
+            )
+            groups: dict[str, list[str]] = {"ahead": [], "behind": [], "undecided": []}
+            for _, line in part.iterrows():
+                gain, half = line["gain"], line["gain_half_width"]
+                verdict = "undecided" if abs(gain) <= half else "ahead" if gain > 0 else "behind"
+                groups[verdict].append(
+                    f"{line['data']} at {line['batch_size']} ({100 * gain:+.1f} ± {100 * half:.1f})"
+                )
+            if len(part):
+                listed = "; ".join(f"{k}: {', '.join(v)}" for k, v in groups.items() if v)
+                yield f"- {method}, {READOUTS[value]}, points against SupCon: {listed}."
+    collapsed = sum(bool(row["collapsed"]) for row in rows if row["split"] == "test")
+    total = sum(row["split"] == "test" for row in rows)
+    yield f"- Collapsed runs: {collapsed} of {total} reported ones.\n"
+
+
+def _speed_tables(folder: Path) -> Iterator[str]:
+    frame, _ = results.read("speed-cpu", folder)
+    yield "## Speed\n"
+    yield "`python -m benchmarks speed`: ms for forward + backward (times ours).\n"
+    full = frame[frame["mode"] == "forward+backward"]
+    for k, part in full.groupby("num_classes"):
+        sizes = sorted(part["num_rows"].unique())
+        yield f"\nK = {k}\n"
+        yield "| contender | " + " | ".join(f"N = {n}" for n in sizes) + " | time ~ | memory ~ |"
+        yield "|---" * (len(sizes) + 3) + "|"
+        ours = part[part["contender"] == speed.OURS].set_index("num_rows")["median"]
+        for name, line in part.groupby("contender", sort=False):
+            cells = []
+            for _, cell in line.sort_values("num_rows").iterrows():
+                if pd.isna(cell["median"]):
+                    cells.append(str(cell["status"]))
+                else:
+                    ratio = cell["median"] / ours[cell["num_rows"]]
+                    cells.append(f"{cell['median'] * 1e3:.3g} ({ratio:.2g}x)")
+            slopes = [speed.growth(line, value) for value in ("median", "peak_bytes")]
+            cells += ["" if s is None else f"N^{s:.2f}" for s in slopes]
+            yield f"| {name} | " + " | ".join(cells) + " |"
+    yield ""
+    for picture in plots.draw_speed(frame, folder, "speed-cpu"):
+        yield f"![time, memory and speed-up over batch size](results/{picture.name})\n"
+
+
+def _memory_costs(folder: Path) -> Iterator[str]:
+    if not (folder / "metric-learning-memory.json").exists():
+        return
+    frame, env = results.read("metric-learning-memory", folder)
+    yield "## CrossBatchMemory\n"
+    yield (
+        f"`python -m benchmarks metric-learning --cost` ({env['date']}, commit {env['commit']}): "
+        "one forward and backward, N = 256, memory 65,536, D = 128.\n"
+    )
+    yield "| | ms | peak extra memory, MiB |\n|---|---|---|"
+    for _, row in frame.dropna(subset=["median"]).iterrows():
+        yield f"| {row['loss']} | {row['median'] * 1e3:.0f} | {row['peak_bytes'] / 2**20:.0f} |"
+    ratio = frame["ratio"].dropna()
+    if len(ratio):
+        yield (f"\nThe adapter takes {ratio.iloc[0]:.2f}x the core's time at N = 4096, K = 1000.\n")
+
+
+def _quality_tables(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
+    yield "## Quality\n"
+    yield (
+        "Accuracy on held-out images, mean ± half-width of the 95 % interval over seeds; in "
+        "brackets the paired difference from SupCon in points.\n"
+    )
+    for data in dict.fromkeys(row["data"] for row in rows):
+        of_data = [row for row in rows if row["data"] == data]
+        for value, title in READOUTS.items():
+            if not any(row.get(value) is not None for row in of_data):
+                continue
+            table = quality.summary(of_data, value)
+            for noise, noisy in table.groupby("noise"):
+                sizes = sorted(noisy["batch_size"].unique())
+                suffix = f", {noise:.0%} wrong labels" if noise else ""
+                yield f"\n{data}: {title}{suffix}\n"
+                yield "| method | " + " | ".join(f"batch {s}" for s in sizes) + " |"
+                yield "|---" * (len(sizes) + 1) + "|"
+                for method, line in noisy.groupby("method", sort=False):
+                    if line["mean"].isna().all():
+                        continue
+                    cells = [_cell(line[line["batch_size"] == size]) for size in sizes]
+                    yield f"| {method} | " + " | ".join(cells) + " |"
+        for picture in plots.draw_quality(of_data, folder):
+            yield f"\n![{data}](results/{picture.name})"
+    yield ""
+
+
+def _cell(line: pd.DataFrame) -> str:
+    if line.empty or pd.isna(line["mean"].iloc[0]):
+        return ""
+    row = line.iloc[0]
+    text = f"{100 * row['mean']:.1f} ± {100 * row['half_width']:.1f}"
+    if pd.notna(row["gain"]):
+        text += f" ({100 * row['gain']:+.1f} ± {100 * row['gain_half_width']:.1f})"
+    if row["collapsed"]:
+        text += f", {row['collapsed']} collapsed"
+    return text

@@ -1,0 +1,278 @@
+"""VarCon as a timm training task: `VarConTask` stands where timm's ``ClassificationTask`` stands.
+
+The task trains ``model`` by VarCon on projected pre-logits features, and the model's own classifier
+as an online linear probe, on detached features. Validation, EMA, checkpoints and the optimizer see
+the plain timm model (and the projection, where it trains).
+"""
+
+import logging
+from typing import Any
+
+import torch
+from timm.models import group_parameters
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from varcon_loss import ProjectionHead, VarConLoss
+
+_logger = logging.getLogger(__name__)
+
+METRICS = ("varcon_loss", "probe_loss", "kl", "nll", "confidence", "tau2")
+
+
+def _detach_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
+
+
+def classifier_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that turn features into logits: what an online probe may train.
+
+    Raises:
+        ValueError: the model has no classifier (``num_classes=0``).
+    """
+    found = model.get_classifier()  # type: ignore[operator]
+    layers = list(found) if isinstance(found, (tuple, list)) else [found]
+    # Some models answer with their whole head; volo classifies patches with a layer of its own.
+    layers = [getattr(layer, "fc", layer) for layer in layers]
+    auxiliary = getattr(model, "aux_head", None)
+    if isinstance(auxiliary, nn.Module):
+        layers.append(auxiliary)
+    parents = {id(child): parent for parent in model.modules() for child in parent.children()}
+    result = []
+    for layer in layers:
+        parent = parents.get(id(layer))
+        # A layer that normalises and classifies in one: its norm belongs to the probe.
+        result.append(parent if type(parent).__name__.endswith("NormLinear") else layer)
+    if any(isinstance(layer, nn.Identity) or layer is None for layer in result):
+        raise ValueError(
+            "the model has no classifier, which VarConTask trains as its online probe: create it "
+            "with num_classes >= 1"
+        )
+    return result
+
+
+def embedding_width(model: nn.Module) -> int:
+    """Width of ``forward_head(..., pre_logits=True)``."""
+    for layer in classifier_layers(model):
+        for module in layer.modules():
+            width = getattr(module, "in_features", None) or getattr(module, "in_channels", None)
+            if width:
+                return int(width)
+    return int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
+
+
+class VarConTrainableModule(nn.Module):
+    """Model and projection in one forward, so that DDP and compilers see all that trains."""
+
+    def __init__(self, model: nn.Module, projection: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.projection = projection
+
+    def no_weight_decay(self) -> set[str]:
+        """The model's own choice, under the names that the optimizer sees."""
+        model = unwrap_model(self.model)
+        return {f"model.{name}" for name in getattr(model, "no_weight_decay", set)()}
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """The model's layers for layer-wise decay; the projection is with the last of them."""
+        model = unwrap_model(self.model)
+        if not hasattr(model, "group_matcher"):
+            return {}
+        layers = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+        last = max(layers.values(), default=0)
+        return lambda name: layers.get(name.removeprefix("model."), last)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
+        """Images -> projections ``[N, dim]`` and the probe's logits."""
+        features = self.model.forward_features(x)  # type: ignore[operator]
+        embeddings = self.model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+        if embeddings.ndim > 2:
+            embeddings = embeddings.flatten(1)
+        return self.projection(embeddings), self.model.forward_head(features)  # type: ignore[operator]
+
+
+class VarConTask(ClassificationTask):
+    """Train a timm model with VarCon, beside an online linear probe.
+
+    Args:
+        model: a timm model with a classifier. Its classifier's input is detached from here on, so
+            that the probe teaches the encoder nothing.
+        criterion: the probe's loss on logits (timm's own choice where None).
+        criterion_kwargs: for timm >= 1.0.31, as in ``ClassificationTask``.
+        device: where task tensors live.
+        dtype: of task tensors.
+        verbose: log what is trained.
+        temperature: ``tau1`` of VarCon.
+        epsilon: how far the confidence moves ``tau2`` (Eq. 13).
+        dim: width of the embeddings.
+        head: `varcon_loss.ProjectionHead` kind: ``"mlp-bn"``, ``"mlp"`` or ``"linear"``.
+        probe_weight: weight of the probe's loss; it trains nothing but the classifier.
+        leave_one_out: as in `varcon_loss.VarConLoss`.
+        global_centroids: centroids over all ranks (``process_group="world"``).
+        centroid_momentum: remember centroids, as in `varcon_loss.VarConLoss`.
+        log_interval: log the means of `METRICS` every so many training steps; 0: never.
+
+    The result of a step holds ``loss``, ``output`` (the probe's logits) and the detached 0-d
+    `METRICS`. Batches may hold several views of an image, as long as labels repeat with them.
+
+    Raises:
+        ValueError: a model without classifier; whatever `varcon_loss.VarConLoss` refuses.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Any = None,
+        criterion_kwargs: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+        *,
+        temperature: float = 0.1,
+        epsilon: float = 0.02,
+        dim: int = 128,
+        head: str = "mlp-bn",
+        probe_weight: float = 1.0,
+        leave_one_out: bool = False,
+        global_centroids: bool = False,
+        centroid_momentum: float | None = None,
+        log_interval: int = 50,
+    ) -> None:
+        if criterion is None:
+            criterion = nn.CrossEntropyLoss() if criterion_kwargs is None else None
+        extra = {} if criterion_kwargs is None else {"criterion_kwargs": criterion_kwargs}
+        super().__init__(
+            model, criterion=criterion, device=device, dtype=dtype, verbose=verbose, **extra
+        )
+        layers = classifier_layers(model)
+        projection: nn.Module = ProjectionHead(embedding_width(model), dim, head)
+        if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+            projection = nn.SyncBatchNorm.convert_sync_batchnorm(projection)
+        for layer in layers:
+            layer.register_forward_pre_hook(_detach_input)
+        parameter = next(model.parameters())
+        projection.to(device=parameter.device, dtype=parameter.dtype)
+        self.trainable_module = VarConTrainableModule(model, projection)
+        self.contrast = VarConLoss(
+            temperature,
+            epsilon,
+            num_classes=int(model.num_classes),  # type: ignore[arg-type]
+            feature_dim=dim,
+            leave_one_out=leave_one_out,
+            process_group="world" if global_centroids else None,
+            centroid_momentum=centroid_momentum,
+        ).to(parameter.device)
+        self.probe_weight = probe_weight
+        self.log_interval = log_interval
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        if verbose:
+            _logger.info(f"VarConTask: {self.contrast}, head {head} to {dim}")
+
+    def prepare_distributed(
+        self, device_ids: list[Any] | None = None, **ddp_kwargs: Any
+    ) -> "VarConTask":
+        """Wrap what trains in DDP; on CPUs without device ids, which DDP refuses there."""
+        if self.device.type == "cpu":
+            device_ids = None
+        super().prepare_distributed(device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(
+        self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
+    ) -> nn.Module:
+        """Compile training and evaluation, which take different paths through the model."""
+        plain = self.get_eval_model()
+        options = {"backend": backend, "mode": mode, **compile_kwargs}
+        self.trainable_module = torch.compile(self.trainable_module, **options)
+        self.eval_model = torch.compile(plain, **options)
+        return self.eval_model
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> Any:
+        """The plain timm model, from inside EMA, DDP and compiled wrappers."""
+        if module is None:
+            kept = getattr(self, "eval_model_ema" if ema else "eval_model", None)
+            if kept is not None:
+                return kept
+            module = self.get_trainable_module(ema=ema)
+        if module is None:
+            return None
+        inner = unwrap_model(module)
+        return inner.model if isinstance(inner, VarConTrainableModule) else inner
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """The projection, and the loss's memory where it has one."""
+        module = self.get_trainable_module(ema=ema) if module is None else module
+        state = {"projection": unwrap_model(module).projection.state_dict()}
+        if self.contrast.centroid_momentum is not None:
+            state["contrast"] = self.contrast.state_dict()
+        return state
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """The counterpart of `get_task_state`; a checkpoint without task state changes nothing."""
+        if not state:
+            _logger.warning("VarConTask: the checkpoint has no projection; it starts afresh")
+            return
+        module = self.get_trainable_module(ema=ema) if module is None else module
+        unwrap_model(module).projection.load_state_dict(state["projection"], strict=strict)
+        if "contrast" in state and not ema:
+            self.contrast.load_state_dict(state["contrast"], strict=strict)
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """All that trains; without the classifier where ``exclude_head``."""
+        module = unwrap_model(self.get_trainable_module())
+        excluded = set()
+        if exclude_head:
+            layers = classifier_layers(unwrap_model(module.model))
+            excluded = {id(p) for layer in layers for p in layer.parameters()}
+        return [p for p in module.parameters() if id(p) not in excluded]
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """One step.
+
+        Args:
+            input: images ``[N, C, H, W]``.
+            target: class indices ``[N]``.
+        """
+        if target.ndim != 1 or target.is_floating_point():
+            raise ValueError(
+                "VarCon needs one class index an image, got targets "
+                f"{target.dtype} {list(target.shape)}: switch mixup, cutmix and multi-label off"
+            )
+        projections, logits = self.trainable_module(input)
+        terms = self.contrast.terms(projections, target)
+        branches = logits if isinstance(logits, (tuple, list)) else (logits,)
+        probe_loss = torch.stack([self.criterion(x, target) for x in branches]).mean()
+        metrics = {
+            "varcon_loss": terms.reduced.detach(),
+            "probe_loss": probe_loss.detach(),
+            "kl": terms.kl.mean(),
+            "nll": terms.nll.mean(),
+            "confidence": terms.confidence.mean(),
+            "tau2": terms.tau2.mean(),
+        }
+        self._log(metrics)
+        loss = terms.reduced + self.probe_weight * probe_loss
+        return {"loss": loss, "output": branches[0], **metrics}
+
+    def _log(self, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, value.new_zeros(())) + value
+        self._steps += 1
+        if self.verbose and self.log_interval and (self._steps - 1) % self.log_interval == 0:
+            shown = "  ".join(f"{name}: {float(value):.4g}" for name, value in metrics.items())
+            _logger.info(f"VarCon: {shown}")
+
+    def pop_means(self) -> dict[str, float]:
+        """Means of `METRICS` over the steps since the last call."""
+        means = {name: float(total) / max(1, self._steps) for name, total in self._sums.items()}
+        self._sums, self._steps = {}, 0
+        return means

@@ -1,0 +1,95 @@
+"""Uses timm the way its train.py does, with nothing else: what the launcher is tested on."""
+
+import argparse
+import os
+
+import torch
+import yaml
+from timm import utils
+from timm.data import AugMixDataset, create_dataset, create_loader
+from timm.models import create_model
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.task import ClassificationTask, resume_task_checkpoint
+
+config_parser = argparse.ArgumentParser(add_help=False)
+config_parser.add_argument("-c", "--config", default="")
+parser = argparse.ArgumentParser()
+parser.add_argument("data")
+parser.add_argument("--model", default="resnet10t")
+parser.add_argument("--opt", default="sgd")
+parser.add_argument("--lr", type=float, default=0.05)
+parser.add_argument("--weight-decay", type=float, default=2e-5)
+parser.add_argument("--momentum", type=float, default=0.9)
+parser.add_argument("--layer-decay", type=float)
+parser.add_argument("--num-classes", type=int)
+parser.add_argument("--batch-size", type=int, default=8)
+parser.add_argument("--aug-splits", type=int, default=0)
+parser.add_argument("--epochs", type=int, default=1)
+parser.add_argument("--output", default="out")
+parser.add_argument("--resume", default="")
+parser.add_argument("--model-ema", action="store_true")
+parser.add_argument("--no-aug", action="store_true")
+parser.add_argument("--no-prefetcher", action="store_true")
+parser.add_argument("--mixup", type=float, default=0.0)
+parser.add_argument("--cutmix", type=float, default=0.0)
+parser.add_argument("--jsd-loss", action="store_true")
+parser.add_argument("--bce-loss", action="store_true")
+parser.add_argument("--kd-model-name", default=None)
+parser.add_argument("--naflex-loader", action="store_true")
+parser.add_argument("--torchscript", action="store_true")
+parser.add_argument("--dataset", default="")
+parser.add_argument("--train-img-sizes", nargs="+", type=int)
+
+
+def main():
+    known, remaining = config_parser.parse_known_args()
+    if known.config:
+        with open(known.config) as file:
+            parser.set_defaults(**yaml.safe_load(file))
+    args = parser.parse_args(remaining)
+    os.makedirs(args.output, exist_ok=True)
+    with open(os.path.join(args.output, "args.yaml"), "w") as file:
+        file.write(yaml.safe_dump(args.__dict__))
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    model = create_model(args.model, num_classes=args.num_classes)
+    dataset = create_dataset("", root=args.data, split="train", is_training=True)
+    if args.aug_splits > 1:
+        dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
+    loader = create_loader(
+        dataset, (3, 32, 32), args.batch_size, is_training=True, num_workers=1, device=device,
+        num_aug_splits=args.aug_splits, use_prefetcher=True, persistent_workers=False,
+    )  # fmt: skip
+    task = ClassificationTask(model=model, criterion=torch.nn.CrossEntropyLoss(), device=device)
+    optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args))
+    if args.resume:
+        resume_task_checkpoint(task, args.resume, optimizer=optimizer)
+    if args.model_ema:
+        task.setup_ema(decay=0.9)
+    saver = utils.CheckpointSaver(
+        model=model, optimizer=optimizer, args=args, checkpoint_dir=args.output,
+        recovery_dir=args.output, task=task,
+    )  # fmt: skip
+    for epoch in range(args.epochs):
+        task.get_trainable_module().train()
+        losses = utils.AverageMeter()
+        for input, target in loader:
+            result = task(input, target)
+            loss = result["loss"]
+            loss /= 1.0
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            task.update_ema(step=epoch)
+            losses.update(loss.item(), len(input))
+            print(f"batch {len(input)} {type(task).__name__}")
+        task.get_eval_model().eval()(torch.zeros(2, 3, 32, 32))
+        utils.update_summary(
+            epoch, {"loss": losses.avg}, {"loss": 0.0}, os.path.join(args.output, "summary.csv"),
+            write_header=epoch == 0,
+        )  # fmt: skip
+        saver.save_checkpoint(epoch, metric=losses.avg)
+
+
+if __name__ == "__main__":
+    main()
