@@ -188,6 +188,93 @@ def distributed(
 
 
 @app.command()
+def momentum(
+    momenta: Annotated[str, typer.Option(help="of the centroid memory")] = "0.5,0.9,0.99,0.999",
+    batch_sizes: Annotated[str, typer.Option(help="images a step")] = "16,64,256",
+    classes: Annotated[str, typer.Option(help="numbers of classes")] = "20,100",
+    seeds: Annotated[int, typer.Option(min=1)] = 5,
+    epochs: Annotated[int, typer.Option(min=1)] = 12,
+    learning_rate: Annotated[float, typer.Option()] = 0.15,
+    workers: Annotated[int, typer.Option(min=1, help="runs at a time")] = 2,
+    out: Annotated[Path, typer.Option(help="folder of the result files")] = Path("runs/quality"),
+) -> None:
+    """A good momentum of the centroid memory for a batch size and number of classes."""
+    from benchmarks import quality as harness
+
+    rows = harness.momentum_sweep(
+        [float(m) for m in momenta.split(",")],
+        _numbers(batch_sizes),
+        _numbers(classes),
+        seeds,
+        epochs,
+        learning_rate,
+        harness.Store(out / "momentum.jsonl"),
+        workers=workers,
+    )
+    console.print(harness.momentum_table(rows).to_string(index=False))
+
+
+@app.command(name="memory-cost")
+def memory_cost(
+    rows: Annotated[int, typer.Option(help="batch size N")] = 512,
+    classes: Annotated[str, typer.Option(help="numbers of classes C")] = "1000,100000",
+    dim: Annotated[int, typer.Option(help="embedding width")] = 128,
+    out: Annotated[Path, typer.Option(help="folder of the result files")] = Path("runs/speed"),
+) -> None:
+    """The centroid memory beside plain VarCon, and SupCon with a queue of the same bytes."""
+    from benchmarks import memory_cost as harness
+    from benchmarks import results
+    from benchmarks.progress import progress_bar
+
+    measured = []
+    with progress_bar() as bar:
+        task = bar.add_task("memory-cost", total=len(_numbers(classes)), note="")
+        for num_classes in _numbers(classes):
+            measured += harness.compare(rows, num_classes, dim)
+            bar.advance(task)
+    for row in measured:
+        console.print(row)
+    console.print(f"saved: {results.save('memory-cost', measured, results.environment(), out)}")
+
+
+@app.command()
+def paper(
+    root: Annotated[Path, typer.Option(help="folder with torchvision's CIFAR-100 files")],
+    epochs: Annotated[int, typer.Option(min=1)] = 200,
+    batch_size: Annotated[int, typer.Option(min=2)] = 1024,
+    probe_epochs: Annotated[int, typer.Option(min=1)] = 100,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cuda",
+    out: Annotated[Path, typer.Option(help="folder of the result files")] = Path("runs/paper"),
+) -> None:
+    """The paper's CIFAR-100 recipe: ResNet-50, 200 epochs, then a linear probe. Wants a GPU."""
+    from benchmarks import results
+    from benchmarks.data import load
+    from benchmarks.paper import reproduce
+    from benchmarks.progress import progress_bar
+
+    with progress_bar() as bar:
+        task = bar.add_task("CIFAR-100", total=epochs, note="")
+
+        def show(_: int, log: dict[str, float], __: object) -> None:
+            bar.update(task, advance=1, note=f"loss {log['loss']:.3f} τ2 {log['tau2']:.3f}")
+
+        row = reproduce(
+            load("cifar100", root),
+            seed=seed,
+            device=device,
+            epochs=epochs,
+            batch_size=batch_size,
+            probe_epochs=probe_epochs,
+            on_epoch=show,
+        )
+    console.print(f"top-1 of the linear probe: {row['top1']:.2%}")
+    console.print(
+        f"saved: {results.save('paper-cifar100', [row], results.environment(device), out)}"
+    )
+
+
+@app.command()
 def report() -> None:
     """Rebuild benchmarks/RESULTS.md and its pictures from benchmarks/results/."""
     from benchmarks.report import write

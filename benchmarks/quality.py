@@ -21,7 +21,12 @@ from torch import Tensor
 
 from benchmarks.data import ImageData, Split, load
 from benchmarks.progress import progress_bar
-from benchmarks.readouts import accuracy, knn_predictions, linear_predictions
+from benchmarks.readouts import (
+    accuracy,
+    centroid_predictions,
+    knn_predictions,
+    linear_predictions,
+)
 from benchmarks.training import Recipe, Run, encode, train
 
 FEW_SHOTS = (1, 5, 10)  # labelled images a class for the few-shot probes
@@ -85,12 +90,10 @@ def _read_out(
         )
         predictions = linear_predictions(features[few], labels[few], test)
         scores[f"linear, {shots} a class"] = accuracy(predictions, held_out.labels)
-    criterion = getattr(run.objective, "criterion", None)
-    if getattr(criterion, "centroid_memory", None) is not None:
-        run.objective.eval()
-        with torch.no_grad():
-            predicted = criterion.predict(run.objective.head(test.to(device))).label  # type: ignore[union-attr]
-        scores["centroids"] = accuracy(predicted.cpu().numpy(), held_out.labels)
+    run.objective.cpu()
+    predicted = centroid_predictions(run.objective, test)
+    if predicted is not None:
+        scores["centroids"] = accuracy(predicted, held_out.labels)
     return scores
 
 
@@ -276,4 +279,52 @@ def summary(rows: Sequence[dict[str, Any]], value: str, baseline: str = "SupCon"
                 "gain_half_width": gain_half,
             }
         )
+    return pd.DataFrame(table)
+
+
+def momentum_sweep(
+    momenta: Sequence[float],
+    batch_sizes: Sequence[int],
+    classes: Sequence[int],
+    seeds: int,
+    epochs: int,
+    learning_rate: float,
+    store: Store,
+    *,
+    workers: int,
+) -> list[dict[str, Any]]:
+    """Which momentum suits which batch size and number of classes, on ``mnist-pairs``.
+
+    At one learning rate, on the validation split: this chooses a default, it reports no accuracy.
+    """
+    cells = [
+        Cell(
+            "mnist-pairs",
+            "VarCon memory",
+            size,
+            learning_rate,
+            seed,
+            "validation",
+            epochs,
+            momentum=momentum,
+            classes=k,
+        )
+        for seed, k, size, momentum in itertools.product(
+            range(seeds), classes, batch_sizes, momenta
+        )
+    ]
+    return run_cells(cells, store, workers=workers, title="momentum")
+
+
+def momentum_table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Linear probe plus kNN, halved: mean and half-width by classes, batch size and momentum."""
+    frame = pd.DataFrame(rows).dropna(subset=["momentum"])
+    frame["score"] = (frame["linear"] + frame["knn"]) / 2
+    table = []
+    for keys, group in frame.groupby(["classes", "batch_size", "momentum"]):
+        mean, half = interval(group["score"])
+        table.append(
+            dict(zip(("classes", "batch_size", "momentum"), keys, strict=True), mean=mean,
+                 half_width=half, seeds=len(group))
+        )  # fmt: skip
     return pd.DataFrame(table)

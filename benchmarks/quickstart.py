@@ -13,10 +13,15 @@ from sklearn.manifold import TSNE
 
 from benchmarks.data import ImageData, load
 from benchmarks.progress import progress_bar
-from benchmarks.readouts import accuracy, knn_predictions, linear_predictions
+from benchmarks.readouts import (
+    accuracy,
+    centroid_predictions,
+    knn_predictions,
+    linear_predictions,
+)
 from benchmarks.training import Recipe, Run, encode, train
 
-METHODS = ("VarCon", "SupCon", "cross-entropy")
+METHODS = ("VarCon", "VarCon memory", "SupCon", "cross-entropy")
 
 
 def quickstart(
@@ -34,7 +39,9 @@ def quickstart(
         f"held-out images of {data.num_classes} classes; two augmented views an image"
     )
     runs: dict[str, Run] = {}
-    table = Table("method", "kNN", "linear probe", "training time", title="Held-out accuracy")
+    table = Table(
+        "method", "kNN", "linear probe", "centroids", "training time", title="Held-out accuracy"
+    )
     scores: dict[str, dict[str, float]] = {}
     with progress_bar() as bar:
         for method in METHODS:
@@ -56,7 +63,10 @@ def quickstart(
             runs[method] = train(data, method, recipe, seed, on_epoch=show)
             seconds = time.perf_counter() - start
             scores[method] = _score(runs[method], data)
-            cells = [f"{value:.1%}" for value in scores[method].values()]
+            cells = [
+                f"{scores[method][name]:.1%}" if name in scores[method] else ""
+                for name in ("knn", "linear", "centroids")
+            ]
             mark = " (collapsed)" if runs[method].collapsed else ""
             table.add_row(method + mark, *cells, f"{seconds:.0f} s")
     console.print(table)
@@ -69,9 +79,15 @@ def quickstart(
 
 def _score(run: Run, data: ImageData) -> dict[str, float]:
     features, held_out = encode(run.encoder, data.train), encode(run.encoder, data.test)
+    predictions = {
+        "knn": knn_predictions(features, data.train.labels, held_out),
+        "linear": linear_predictions(features, data.train.labels, held_out),
+        "centroids": centroid_predictions(run.objective, held_out),
+    }
     return {
-        name: accuracy(predict(features, data.train.labels, held_out), data.test.labels)
-        for name, predict in (("knn", knn_predictions), ("linear", linear_predictions))
+        name: accuracy(predicted, data.test.labels)
+        for name, predicted in predictions.items()
+        if predicted is not None
     }
 
 

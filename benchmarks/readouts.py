@@ -5,7 +5,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
-from torch import Tensor
+from torch import Tensor, nn
+
+from benchmarks.methods import embeddings
+from varcon_loss import VarConLoss
 
 
 def knn_predictions(train: Tensor, labels: Tensor, test: Tensor, k: int = 10) -> np.ndarray:
@@ -18,6 +21,15 @@ def linear_predictions(train: Tensor, labels: Tensor, test: Tensor) -> np.ndarra
     """Multinomial logistic regression on standardised features."""
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
     return model.fit(train.numpy(), labels.numpy()).predict(test.numpy())
+
+
+def centroid_predictions(objective: nn.Module, test: Tensor) -> np.ndarray | None:
+    """The nearest remembered centroid, for objectives whose loss remembers centroids."""
+    criterion = getattr(objective, "criterion", None)
+    if not isinstance(criterion, VarConLoss) or criterion.centroid_momentum is None:
+        return None
+    objective.eval()
+    return criterion.predict(embeddings(objective, test)).label.numpy()
 
 
 def accuracy(predictions: np.ndarray, labels: Tensor) -> float:

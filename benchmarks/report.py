@@ -34,7 +34,7 @@ def write(folder: Path = results.RESULTS) -> Path:
         parts += _quality_findings(quality_rows)
     if has_speed:
         parts += _speed_tables(folder)
-    parts += _memory_costs(folder)
+    parts += _costs(folder)
     if quality_rows:
         parts += _quality_tables(quality_rows, folder)
     path = folder.parent / "RESULTS.md"
@@ -166,21 +166,59 @@ def _speed_tables(folder: Path) -> Iterator[str]:
         yield f"![time, memory and speed-up over batch size](results/{picture.name})\n"
 
 
-def _memory_costs(folder: Path) -> Iterator[str]:
-    if not (folder / "metric-learning-memory.json").exists():
-        return
-    frame, env = results.read("metric-learning-memory", folder)
-    yield "## CrossBatchMemory\n"
-    yield (
-        f"`python -m benchmarks metric-learning --cost` ({env['date']}, commit {env['commit']}): "
-        "one forward and backward, N = 256, memory 65,536, D = 128.\n"
-    )
-    yield "| | ms | peak extra memory, MiB |\n|---|---|---|"
-    for _, row in frame.dropna(subset=["median"]).iterrows():
-        yield f"| {row['loss']} | {row['median'] * 1e3:.0f} | {row['peak_bytes'] / 2**20:.0f} |"
-    ratio = frame["ratio"].dropna()
-    if len(ratio):
-        yield (f"\nThe adapter takes {ratio.iloc[0]:.2f}x the core's time at N = 4096, K = 1000.\n")
+def _costs(folder: Path) -> Iterator[str]:
+    """Smaller tables: memories, and exchanges between ranks."""
+    if (folder / "memory-cost.json").exists():
+        frame, env = results.read("memory-cost", folder)
+        yield "## Centroid memory: cost\n"
+        yield f"`python -m benchmarks memory-cost` ({env['date']}, commit {env['commit']}).\n"
+        yield "| | N | C | ms | peak extra memory, MiB |\n|---|---|---|---|---|"
+        for _, row in frame.iterrows():
+            yield f"| {row['contender']} | {row['N']} | {row['C']} | {_time_and_memory(row)} |"
+        yield ""
+    if (folder / "metric-learning-memory.json").exists():
+        frame, env = results.read("metric-learning-memory", folder)
+        yield "## CrossBatchMemory\n"
+        yield (
+            f"`python -m benchmarks metric-learning --cost` ({env['date']}, commit "
+            f"{env['commit']}): one forward and backward, N = 256, memory 65,536, D = 128.\n"
+        )
+        yield "| | ms | peak extra memory, MiB |\n|---|---|---|"
+        for _, row in frame.dropna(subset=["status"]).iterrows():
+            yield f"| {row['loss']} | {_time_and_memory(row)} |"
+        for ratio in frame["ratio"].dropna():
+            yield f"\nThe adapter takes {ratio:.2f}x the core's time at N = 4096, K = 1000.\n"
+    if (folder / "distributed.json").exists():
+        frame, env = results.read("distributed", folder)
+        yield "## Between ranks\n"
+        yield (
+            f"`python -m benchmarks distributed` ({env['date']}, commit {env['commit']}): gloo "
+            "processes on one machine, so times are of little meaning and bytes are exact.\n"
+        )
+        yield "| | ranks | C | KB sent a rank and step | by the model | ms |"
+        yield "|---|---|---|---|---|---|"
+        for _, row in frame.iterrows():
+            sent, model = row["bytes_per_rank"] / 1e3, row["bytes_by_model"] / 1e3
+            yield (
+                f"| {row['contender']} | {row['ranks']} | {row['C']} | {sent:.0f} | {model:.0f} | "
+                f"{row['seconds'] * 1e3:.1f} |"
+            )
+        yield "\nThe same model from 8 to 1024 ranks of 256 samples (MB sent a rank and step):\n"
+        model_frame, _ = results.read("distributed-model", folder)
+        pivot = model_frame.pivot_table(
+            index=["contender", "ranks"], columns="C", values="MB sent", sort=False
+        )
+        yield "| | ranks | " + " | ".join(f"C = {c:,}" for c in pivot.columns) + " |"
+        yield "|---" * (len(pivot.columns) + 2) + "|"
+        for (name, ranks), row in pivot.iterrows():
+            yield f"| {name} | {ranks} | " + " | ".join(f"{v:.3g}" for v in row) + " |"
+        yield "\n![bytes over classes](results/distributed-model.png)\n"
+
+
+def _time_and_memory(row: pd.Series) -> str:
+    if row["status"] != "ok":
+        return f"{row['status']} | "
+    return f"{row['median'] * 1e3:.3g} | {row['peak_bytes'] / 2**20:.0f}"
 
 
 def _quality_tables(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:

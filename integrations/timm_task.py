@@ -32,7 +32,7 @@ def classifier_layers(model: nn.Module) -> list[nn.Module]:
         ValueError: the model has no classifier (``num_classes=0``).
     """
     found = model.get_classifier()  # type: ignore[operator]
-    layers = list(found) if isinstance(found, (tuple, list)) else [found]
+    layers = list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
     # Some models answer with their whole head; volo classifies patches with a layer of its own.
     layers = [getattr(layer, "fc", layer) for layer in layers]
     auxiliary = getattr(model, "aux_head", None)
@@ -54,12 +54,20 @@ def classifier_layers(model: nn.Module) -> list[nn.Module]:
 
 def embedding_width(model: nn.Module) -> int:
     """Width of ``forward_head(..., pre_logits=True)``."""
-    for layer in classifier_layers(model):
-        for module in layer.modules():
-            width = getattr(module, "in_features", None) or getattr(module, "in_channels", None)
-            if width:
-                return int(width)
-    return int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
+    widths = {_input_width(layer) for layer in classifier_layers(model)} - {None}
+    if len(widths) == 1:
+        return int(widths.pop())  # type: ignore[arg-type]
+    # Classifiers of several branches (crossvit) see a part each; or nothing tells.
+    hidden = None if widths else getattr(model, "head_hidden_size", None)
+    return int(hidden or model.num_features)  # type: ignore[arg-type]
+
+
+def _input_width(layer: nn.Module) -> int | None:
+    for module in layer.modules():
+        width = getattr(module, "in_features", None) or getattr(module, "in_channels", None)
+        if width:
+            return int(width)
+    return None
 
 
 class VarConTrainableModule(nn.Module):

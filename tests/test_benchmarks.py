@@ -169,6 +169,17 @@ class TestData:
         assert loaded.train.images.shape[1:] == (3, 32, 32)
         assert loaded.flips
 
+    def test_the_papers_recipe_runs_end_to_end(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from benchmarks.paper import reproduce
+
+        _write_cifar("cifar100", 100, tmp_path, monkeypatch)
+        tiny = quality._first_classes(data.load("cifar100", tmp_path), 3)
+        row = reproduce(tiny, seed=0, device="cpu", epochs=1, batch_size=8, probe_epochs=2)
+        assert row["loss_scale"] == 1 / 8
+        assert 0 <= row["top1"] <= 1
+
     def test_image_folder(self, tmp_path: Path) -> None:
         from PIL import Image
 
@@ -264,3 +275,28 @@ class TestQuality:
         assert mean == 2
         assert half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
         json.dumps(half)
+
+
+def test_bytes_sent_follow_the_model(tmp_path: Path) -> None:
+    from benchmarks import distributed
+
+    rows = distributed.measure(2, 64, 500, 32, 3, tmp_path)
+    for row in rows:
+        # Packets have headers, and a barrier is among what is counted.
+        assert row["bytes_per_rank"] == pytest.approx(row["bytes_by_model"], rel=0.15, abs=3000)
+    expected = pd.DataFrame(distributed.extrapolate())
+    assert set(expected["ranks"]) == {8, 64, 256, 1024}
+
+
+def test_the_report_rebuilds_from_the_saved_results(tmp_path: Path) -> None:
+    from benchmarks.report import write
+
+    text = write(_copy_of_results(tmp_path)).read_text()
+    assert text.startswith("# Results")
+    assert "## What was found" in text
+
+
+def _copy_of_results(tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(results.RESULTS, tmp_path / "results"))

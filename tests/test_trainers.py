@@ -1,0 +1,92 @@
+"""The examples of docs/distributed.md, in two real processes each."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.ranks import run_ranks
+from varcon_loss import VarConLoss, varcon_terms
+
+DOCS = Path(__file__).parent.parent / "docs" / "distributed.md"
+
+
+def share(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(rank)
+    return torch.randn(8, 6, generator=g), torch.randint(5, (8,), generator=g)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(6, 4)
+
+
+def example(title: str) -> str:
+    """The code block under a heading of the documentation, as it stands there."""
+    found = re.search(rf"^{title}:\n\n```python\n(.*?)```", DOCS.read_text(), re.S | re.M)
+    assert found is not None
+    return found.group(1)
+
+
+def after_one_step() -> torch.Tensor:
+    """One process on the concatenated batch, plain SGD."""
+    model = net()
+    x, y = (torch.cat(part) for part in zip(*(share(r) for r in range(2)), strict=True))
+    varcon_terms(model(x), y).reduced.backward()
+    return (model.weight - 0.1 * model.weight.grad).detach()
+
+
+def launched(rank: int, world_size: int) -> None:
+    """The environment that torchrun gives a process."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), GROUP_RANK="0",
+        LOCAL_WORLD_SIZE=str(world_size), TORCHELASTIC_RUN_ID="test",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="29500",
+    )  # fmt: skip
+
+
+def lightning_on_rank(rank: int, world_size: int) -> torch.Tensor:
+    launched(rank, world_size)
+    import lightning
+
+    scope: dict = {"lightning": lightning, "VarConLoss": VarConLoss}
+    exec(example("Lightning"), scope)
+    module = scope["Encoder"](net())
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=world_size, strategy="ddp", max_steps=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, use_distributed_sampler=False,
+        barebones=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader([share(rank)], batch_size=None))
+    return module.net.weight.detach()
+
+
+def accelerate_on_rank(rank: int, world_size: int) -> torch.Tensor:
+    launched(rank, world_size)
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    model = net()
+    scope = {
+        "accelerator": accelerator,
+        "VarConLoss": VarConLoss,
+        "net": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loader": [share(rank)],
+    }
+    exec(example("Accelerate"), scope)
+    return model.weight.detach()
+
+
+@pytest.mark.parametrize(
+    ("host", "on_rank"), [("lightning", lightning_on_rank), ("accelerate", accelerate_on_rank)]
+)
+def test_the_documented_example_takes_the_true_step(host: str, on_rank, tmp_path: Path) -> None:
+    pytest.importorskip(host)
+    for weight in run_ranks(on_rank, 2, tmp_path):
+        torch.testing.assert_close(weight, after_one_step())
