@@ -35,13 +35,16 @@ def class_counts(slots: Tensor, valid: Tensor | None, size: int, dtype: torch.dt
     return ones.new_zeros(size).index_add_(0, slots, ones)
 
 
-def unit_centroids(sums: Tensor, counts: Tensor, may_be_sparse: bool) -> Centroids:
-    """Directions of the class means. A class whose members cancel out gets a zero centroid."""
+def unit_centroids(sums: Tensor, counts: Tensor | None) -> Centroids:
+    """Directions of the class means. A class whose members cancel out gets a zero centroid.
+
+    ``counts`` ``[S]`` tells the empty slots; None: there are none.
+    """
     unit = sums / row_norms(sums, sums.dtype).unsqueeze(1)
-    if may_be_sparse:
-        present = counts > 0
-        return Centroids(unit, present, present.sum())
-    return Centroids(unit, None, torch.tensor(len(sums), device=sums.device))
+    if counts is None:
+        return Centroids(unit, None, torch.tensor(len(sums), device=sums.device))
+    present = counts > 0
+    return Centroids(unit, present, present.sum())
 
 
 def centroids_without_self(unit: Tensor, sums: Tensor, slots: Tensor) -> Tensor:

@@ -172,6 +172,7 @@ def exchange_classes(
     empty = torch.zeros(1, plan.dim, dtype=plan.dtype, device=plan.device)
     sums, counts, classes = empty, empty[:, 0], torch.zeros_like(empty[:, 0], dtype=torch.int64)
     if summary is not None and labels is not None:
+        assert summary.counts is not None
         sums, counts = summary.sums, summary.counts
         classes = classes_of_slots(labels, summary.slots, summary.classes.size)
     local = torch.cat([sums, counts.unsqueeze(1)], dim=1)  # [S_local, D + 1]

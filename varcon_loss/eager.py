@@ -64,7 +64,7 @@ def sweep(
     empty, and its matrix product is skipped, unless ``need_grad``.
     """
     (num_rows, dim), num_slots = z.shape, w.shape[0]
-    loss, others = z.new_empty(num_rows), z.new_empty(4, num_rows)
+    losses, others = [], []
     gradient = z.new_empty((num_rows, dim) if need_grad else 0)
 
     on_cpu = z.device.type == "cpu"
@@ -72,7 +72,9 @@ def sweep(
     num_chunks = max(1, -(-num_rows // max(128, budget // (num_slots + dim))))
     chunk = -(-num_rows // num_chunks)
     buffer = z.new_empty(chunk, num_slots + 1)
-    keys = torch.cat([w, w.sum(0, keepdim=True)]).div_(temperature)  # [S + 1, D]
+    keys = z.new_empty(num_slots + 1, dim)  # [S + 1, D]
+    torch.div(w, temperature, out=keys[:-1])
+    torch.sum(keys[:-1], 0, out=keys[-1])
     # K = 0: no row is valid, but log(-1) would turn the zeros into NaN.
     if on_cpu:
         num_others: Tensor | int = max(0, int(num_classes) - 1)
@@ -110,8 +112,8 @@ def sweep(
         lse_others = total.log_() if shift is None else total.log_().add_(shift)
 
         terms = row_objective(own_logit, lse_others, sum_others, num_others, temperature, epsilon)
-        loss[part] = terms.loss
-        torch.stack((terms.kl, terms.nll, terms.confidence, terms.tau2), out=others[:, part])
+        losses.append(terms.loss)
+        others.append(torch.stack((terms.kl, terms.nll, terms.confidence, terms.tau2)))
         if not need_grad:
             continue
 
@@ -132,7 +134,11 @@ def sweep(
             # dL/dx = (g - (g . z) z) / |x|
             along = (g * queries).sum(1, keepdim=True)
             g.addcmul_(queries, along, value=-1)
-    return loss, others, gradient
+    if len(losses) == 1:
+        return losses[0], others[0], gradient
+    if not losses:
+        return z.new_empty(0), z.new_empty(4, 0), gradient
+    return torch.cat(losses), torch.cat(others, dim=1), gradient
 
 
 class _Scale(torch.autograd.Function):

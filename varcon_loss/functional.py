@@ -286,15 +286,16 @@ def _summarise_locally(
     anchors = _prepare(batch.features, labels, dtype, normalize=options.normalize)
 
     summary, summary_labels = None, labels
+    count = options.leave_one_out or memory is not None or options.process_group is not None
     with torch.no_grad():
         if reference is not None:
             summary_labels = read_labels(
                 reference.labels, num_classes, ignore_index, name="ref_labels"
             )
             pool = _prepare(reference.features, summary_labels, dtype, normalize=options.normalize)
-            summary = summarise(pool.unit, summary_labels, num_classes)
+            summary = summarise(pool.unit, summary_labels, num_classes, count=count)
         elif memory is None or memory.update:
-            summary = summarise(anchors.unit, labels, num_classes)
+            summary = summarise(anchors.unit, labels, num_classes, count=count)
         row_weights = None
         if options.weight is not None:
             row_weights = options.weight.to(dtype).index_select(0, labels.values)
@@ -365,6 +366,7 @@ def _total_weight(exchanged: Exchanged, match: Match, weight: Tensor | None) -> 
     """
     total = exchanged.weight
     if match.kept is not None:
+        assert exchanged.summary.counts is not None
         counts = exchanged.summary.counts * match.kept
         if weight is not None:
             counts = counts * weight.to(counts.dtype).index_select(0, exchanged.classes)

@@ -33,7 +33,7 @@ class ClassSummary(NamedTuple):
     classes: ClassIndex
     slots: Tensor  # [N] slot of each sample
     sums: Tensor  # [S, D] sum of the rows of each class
-    counts: Tensor  # [S] how many valid rows that is
+    counts: Tensor | None  # [S] how many valid rows that is; None: at least one in every slot
 
 
 class Match(NamedTuple):
@@ -46,10 +46,17 @@ class Match(NamedTuple):
     kept: Tensor | None  # [S] bool, the classes whose members take part; None: all
 
 
-def summarise(unit: Tensor, labels: Labels, num_classes: int | None) -> ClassSummary:
-    """Index the classes of samples ``[N, D]`` (zero rows where not valid) and sum each of them."""
+def summarise(
+    unit: Tensor, labels: Labels, num_classes: int | None, *, count: bool
+) -> ClassSummary:
+    """Index the classes of samples ``[N, D]`` (zero rows where not valid) and sum each of them.
+
+    ``count`` where the number of samples matters, not only that there are some.
+    """
     index, slots = index_classes(labels, num_classes)
-    counts = class_counts(slots, labels.valid, index.size, unit.dtype)
+    counts = None
+    if count or index.may_be_sparse:
+        counts = class_counts(slots, labels.valid, index.size, unit.dtype)
     return ClassSummary(index, slots, class_sums(unit, slots, index.size), counts)
 
 
@@ -58,9 +65,10 @@ def match_batch(
 ) -> Match:
     """The anchors are among the samples that ``summary`` was made of, in ``summary.slots``."""
     index, slots, sums, counts = summary
-    centroids = unit_centroids(sums, counts, index.may_be_sparse)
+    centroids = unit_centroids(sums, counts if index.may_be_sparse else None)
     if not leave_one_out:
         return Match(centroids, slots, None, labels, None)
+    assert counts is not None
     kept = counts > 1
     own = centroids_without_self(unit, sums, slots)
     return Match(centroids, slots, own, narrow(labels, kept.index_select(0, slots)), kept)
@@ -71,7 +79,8 @@ def match_reference(summary: ClassSummary, labels: Labels) -> Match:
     index, _, sums, counts = summary
     slots, found = find_slots(labels, index)
     labels = require_reference(labels, found)
-    return Match(unit_centroids(sums, counts, index.may_be_sparse), slots, None, labels, None)
+    centroids = unit_centroids(sums, counts if index.may_be_sparse else None)
+    return Match(centroids, slots, None, labels, None)
 
 
 def match_memory(
@@ -99,6 +108,7 @@ def match_learning_memory(
     """
     if classes is None:
         classes = classes_of_slots(labels, summary.slots, summary.classes.size)
+    assert summary.counts is not None
     update_memory(memory, classes, summary.sums, summary.counts)
     known = memory.seen.index_select(0, classes) > 0
     kept = known | ~summary.sums.isfinite().all(1)

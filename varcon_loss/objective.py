@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# softplus(x) - x < 1e-17 beyond this: no digit of a float64 is lost.
+SOFTPLUS_LINEAR = 40.0
+
 
 class RowObjective(NamedTuple):
     """Loss terms of each row, and what its gradient is made of. All ``[N]``."""
@@ -48,9 +51,9 @@ def row_objective(
     """
     # 1 - p and 1 - q_y are computed as sigmoids, never by subtraction, and exp(1 / tau2) is never
     # formed: it overflows float32 for tau2 < 0.0113.
-    margin = own_logit - lse_others
-    p_own, p_rest = torch.sigmoid(margin), torch.sigmoid(-margin)
-    nll = -F.logsigmoid(margin)
+    margin = lse_others - own_logit
+    p_own, p_rest = torch.sigmoid(-margin), torch.sigmoid(margin)
+    nll = F.softplus(margin, threshold=SOFTPLUS_LINEAR)
     lse = own_logit + nll
 
     tau2 = (p_own * (2 * epsilon)).add_(temperature - epsilon)
