@@ -41,7 +41,8 @@ _REFUSED_WITH_VIEWS: tuple[tuple[str, Any, str], ...] = (
 def _flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        usage=f"{PROGRAM} path/to/train.py [its own arguments] --loss varcon [--varcon-...]",
+        usage=f"{PROGRAM} path/to/train.py [its own arguments] --loss varcon [--varcon-...]\n"
+        f"       {PROGRAM} probe CHECKPOINT DATA [--help]",
         description="Run timm's train.py with VarCon. Every other flag keeps its meaning.",
         allow_abbrev=False,
         add_help=False,
@@ -76,6 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         parser.print_help()
         raise SystemExit(0 if arguments else 2)
+    if arguments[0] == "probe":
+        _check_timm()
+        from varcon_loss.integrations import timm_probe
+
+        timm_probe.main(arguments[1:])
+        return
     script = Path(arguments[0])
     if not script.is_file():
         _stop(f"no such script: {script}; give the path of timm's train.py first")

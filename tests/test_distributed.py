@@ -351,3 +351,46 @@ def test_world_of_one_without_initialised_processes() -> None:
     assert torch.equal(
         VarConLoss(process_group="world")(features, labels), VarConLoss()(features, labels)
     )
+
+
+def wrapped_memory_on_rank(rank: int, world_size: int) -> list:
+    """The loss as a part of the wrapped model, under DDP with and without buffers, and FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = encoder().float()
+            self.criterion = VarConLoss(
+                process_group="world", num_classes=NUM_CLASSES, feature_dim=DIM,
+                centroid_momentum=0.8,
+            )  # fmt: skip
+
+        def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+            return self.criterion(self.net(inputs), labels)
+
+    results = []
+    for wrap in (
+        lambda m: DistributedDataParallel(m, broadcast_buffers=True),
+        lambda m: DistributedDataParallel(m, broadcast_buffers=False),
+        fully_shard,
+    ):
+        inner = Model()
+        model = wrap(inner)
+        for step in range(3):
+            inputs, labels = shares("unequal" if step % 2 else "equal", world_size)[rank]
+            model(inputs.float(), labels).backward()
+        results.append(inner.criterion.centroids.clone())
+    return results
+
+
+def test_a_memory_inside_the_wrapped_model(tmp_path: Path) -> None:
+    ranks = run_ranks(wrapped_memory_on_rank, 2, tmp_path)
+    single = VarConLoss(num_classes=NUM_CLASSES, feature_dim=DIM, centroid_momentum=0.8)
+    for step in range(3):
+        parts = shares("unequal" if step % 2 else "equal", 2)
+        inputs, labels = (torch.cat(c) for c in zip(*parts, strict=True))
+        single(encoder().float()(inputs.float()), labels)
+    for results in ranks:
+        for centroids in results:
+            torch.testing.assert_close(centroids, single.centroids, rtol=1e-5, atol=1e-6)

@@ -255,6 +255,38 @@ def test_the_launcher_trains_records_and_repeats(images: Path, tmp_path: Path) -
     assert resumed.returncode == 0, resumed.stderr
 
 
+def test_the_probe_reads_out_a_checkpoint(images: Path, tmp_path: Path) -> None:
+    done = launch(
+        SCRIPT, images, "--num-classes", 3, "--loss", "varcon", "--epochs", 2, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    options = (
+        "--img-size",
+        32,
+        "--workers",
+        1,
+        "--epochs",
+        20,
+        "--neighbours",
+        3,
+        "--device",
+        "cpu",
+    )
+    done = launch(
+        "probe", "out/last.pth.tar", images, "--model", "resnet10t", *options, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    top1, top5, knn = (float(words[words.index(w) + 1]) for w in ("top-1", "top-5", "kNN"))
+    assert top5 == 100.0  # three classes
+    assert top1 > 50  # brightness tells them apart
+    assert knn > 50
+    wrong = launch(
+        "probe", "out/last.pth.tar", images, "--model", "resnet18", *options, cwd=tmp_path
+    )
+    assert "the checkpoint is not a resnet18" in wrong.stderr
+
+
 def test_without_varcon_the_launcher_is_not_there(images: Path, tmp_path: Path) -> None:
     done = launch(SCRIPT, images, "--num-classes", 3, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
