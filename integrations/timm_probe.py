@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false
 """``varcon-timm probe CHECKPOINT DATA``: what frozen features are worth.
 
 The second stage of the usual protocol: features of a trained timm model are computed once, without
@@ -61,11 +62,12 @@ def main(arguments: Sequence[str]) -> Scores:
     splits = [extract(model, args, split) for split in (args.train_split, args.val_split)]
     train, validation = splits
     logits = probe(train, validation, epochs=args.epochs, lr=args.lr, device=args.device)
+    found = neighbours(train, validation, args.neighbours) == validation.labels
     scores = Scores(
-        *(_accuracy(logits, validation.labels, k) for k in (1, 5)),
-        100 * float((neighbours(train, validation, args.neighbours) == validation.labels)
-                    .float().mean()),
-    )  # fmt: skip
+        top1=_accuracy(logits, validation.labels, 1),
+        top5=_accuracy(logits, validation.labels, 5),
+        knn=100 * float(found.float().mean()),
+    )
     print(f"linear probe top-1 {scores.top1:.2f}  top-5 {scores.top5:.2f}  kNN {scores.knn:.2f}")
     return scores
 
@@ -94,7 +96,7 @@ def extract(model: nn.Module, args: argparse.Namespace, split: str) -> Features:
     config = resolve_data_config({"img_size": args.img_size}, model=model)
     dataset = create_dataset(args.dataset, root=args.data, split=split, is_training=False)
     loader = create_loader(
-        dataset,
+        dataset,  # type: ignore[arg-type]
         config["input_size"],
         args.batch_size,
         is_training=False,
