@@ -38,16 +38,12 @@ def update_memory(memory: CentroidMemory, classes: Tensor, sums: Tensor, counts:
     means = sums / norms.unsqueeze(1)
     old = memory.unit.index_select(0, classes)
     was_seen = memory.seen.index_select(0, classes)
-    usable = norms.isfinite()  # the length of a zero row is infinite
+    # Where nothing was remembered, `old` is zero and the blend points where the mean does.
     blended = memory.momentum * old + (1 - memory.momentum) * means
     blended_norms = row_norms(blended, blended.dtype)
-    blended = blended / blended_norms.unsqueeze(1)
-
-    moved = (was_seen > 0) & blended_norms.isfinite() & usable
-    first = (was_seen == 0) & usable
-    new = torch.where(moved.unsqueeze(1), blended, old)
-    new = torch.where(first.unsqueeze(1), means, new)
-    now_seen = torch.where(first, 1.0, was_seen)
+    moved = norms.isfinite() & blended_norms.isfinite()  # the length of a zero row is infinite
+    new = torch.where(moved.unsqueeze(1), blended / blended_norms.unsqueeze(1), old)
+    now_seen = torch.where(moved, 1.0, was_seen)
     # Slots are filled from the first on, and an empty one repeats what the first writes. If that
     # is empty too, all are, and class 0 is written back unchanged.
     filled = counts > 0
