@@ -35,6 +35,7 @@ def write(folder: Path = results.RESULTS) -> Path:
     if has_speed:
         parts += _speed_tables(folder)
     parts += _costs(folder)
+    parts += _momentum(folder)
     if quality_rows:
         parts += _quality_tables(quality_rows, folder)
     path = folder.parent / "RESULTS.md"
@@ -115,28 +116,37 @@ def _slower_than_authors(full: pd.DataFrame) -> list[str]:
 def _quality_findings(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield (
         "**Quality** (small CNN, two views, learning rate chosen for each method and batch size on "
-        "a validation split; differences from SupCon are paired by seed, with 95 % intervals; "
+        "a validation split; differences are paired by seed, in points, with 95 % intervals; "
         "*ahead* and *behind* mean that the interval excludes 0):\n"
     )
-    for value in ("linear", "knn"):
-        table = quality.summary(rows, value)
-        for method in ("VarCon", "VarCon memory", "VarCon leave-one-out", "VarCon epsilon=0"):
-            part = table[(table["method"] == method) & (table["noise"] == 0.0)].dropna(
-                subset=["gain_half_width"]
-            )
-            groups: dict[str, list[str]] = {"ahead": [], "behind": [], "undecided": []}
-            for _, line in part.iterrows():
-                gain, half = line["gain"], line["gain_half_width"]
-                verdict = "undecided" if abs(gain) <= half else "ahead" if gain > 0 else "behind"
-                groups[verdict].append(
-                    f"{line['data']} at {line['batch_size']} ({100 * gain:+.1f} ± {100 * half:.1f})"
-                )
-            if len(part):
-                listed = "; ".join(f"{k}: {', '.join(v)}" for k, v in groups.items() if v)
-                yield f"- {method}, {READOUTS[value]}, points against SupCon: {listed}."
+    for method, baseline in (
+        ("VarCon", "SupCon"),
+        ("VarCon epsilon=0", "SupCon"),
+        ("VarCon leave-one-out", "SupCon"),
+        ("VarCon memory", "SupCon"),
+        ("VarCon memory", "VarCon"),
+        ("VarCon memory", "SupCon memory"),
+        ("VarCon memory", "cross-entropy"),
+    ):
+        for value in ("linear", "knn"):
+            listed = _verdicts(quality.summary(rows, value, baseline), method)
+            if listed:
+                yield f"- {method} against {baseline}, {READOUTS[value]}: {listed}."
     collapsed = sum(bool(row["collapsed"]) for row in rows if row["split"] == "test")
     total = sum(row["split"] == "test" for row in rows)
     yield f"- Collapsed runs: {collapsed} of {total} reported ones.\n"
+
+
+def _verdicts(table: pd.DataFrame, method: str) -> str:
+    part = table[(table["method"] == method) & (table["noise"] == 0.0)]
+    groups: dict[str, list[str]] = {"ahead": [], "behind": [], "undecided": []}
+    for _, line in part.dropna(subset=["gain_half_width"]).iterrows():
+        gain, half = line["gain"], line["gain_half_width"]
+        verdict = "undecided" if abs(gain) <= half else "ahead" if gain > 0 else "behind"
+        groups[verdict].append(
+            f"{line['data']} at {line['batch_size']} ({100 * gain:+.1f} ± {100 * half:.1f})"
+        )
+    return "; ".join(f"{name}: {', '.join(cells)}" for name, cells in groups.items() if cells)
 
 
 def _speed_tables(folder: Path) -> Iterator[str]:
@@ -164,6 +174,32 @@ def _speed_tables(folder: Path) -> Iterator[str]:
     yield ""
     for picture in plots.draw_speed(frame, folder, "speed-cpu"):
         yield f"![time, memory and speed-up over batch size](results/{picture.name})\n"
+
+
+def _momentum(folder: Path) -> Iterator[str]:
+    path = folder / "momentum.jsonl"
+    if not path.exists():
+        return
+    table = quality.momentum_table([json.loads(line) for line in path.read_text().splitlines()])
+    momenta = sorted(table["momentum"].unique())
+    yield "## Momentum of the centroid memory\n"
+    yield (
+        "`python -m benchmarks momentum`: mean of linear probe and kNN on the validation split of "
+        "mnist-pairs, at one learning rate, mean ± half-width of the 95 % interval over "
+        f"{table['seeds'].min()} to {table['seeds'].max()} seeds.\n"
+    )
+    yield "| classes | batch | " + " | ".join(f"momentum {m:g}" for m in momenta) + " |"
+    yield "|---" * (len(momenta) + 2) + "|"
+    for (classes, size), line in table.groupby(["classes", "batch_size"]):
+        by_momentum = line.set_index("momentum")
+        cells = [
+            f"{100 * by_momentum.loc[m, 'mean']:.1f} ± {100 * by_momentum.loc[m, 'half_width']:.1f}"
+            if m in by_momentum.index
+            else ""
+            for m in momenta
+        ]
+        yield f"| {classes:.0f} | {size} | " + " | ".join(cells) + " |"
+    yield ""
 
 
 def _costs(folder: Path) -> Iterator[str]:
