@@ -196,34 +196,33 @@ def compute_terms(
 ) -> VarConTerms:
     """What function and module share: this rank's part, the exchange, then the rows."""
     group = resolve_group(options.process_group)
-    if group is None:
-        batch, reference = _check(features, labels, ref_features, ref_labels, options, memory)
-        with _without_autocast(features.device.type):
-            local = _summarise_locally(batch, reference, options, memory)
-            return _evaluate(local, None, batch.shape, options, memory)
-
     try:
         batch, reference = _check(features, labels, ref_features, ref_labels, options, memory)
         with _without_autocast(features.device.type):
             local = _summarise_locally(batch, reference, options, memory)
     except (TypeError, ValueError):
-        # The other ranks wait in this step's collective.
-        device = features.device if isinstance(features, Tensor) else torch.device("cpu")
-        announce_failure(group, device)
+        if group is not None:
+            # The other ranks wait in this step's collective.
+            device = features.device if isinstance(features, Tensor) else torch.device("cpu")
+            announce_failure(group, device)
         raise
     with _without_autocast(features.device.type):
-        unit = local.anchors.unit
-        plan = make_plan(
-            group,
-            num_classes=options.num_classes,
-            dim=unit.shape[1],
-            dtype=unit.dtype,
-            device=unit.device,
-            num_rows=len(local.summary_labels.values),
-            exchange=options.exchange,
-        )
-        exchanged = exchange_classes(plan, local.summary, local.summary_labels, local.weight())
+        exchanged = None if group is None else _exchange(group, local, options)
         return _evaluate(local, exchanged, batch.shape, options, memory)
+
+
+def _exchange(group: object, local: _Local, options: Options) -> Exchanged:
+    unit = local.anchors.unit
+    plan = make_plan(
+        group,
+        num_classes=options.num_classes,
+        dim=unit.shape[1],
+        dtype=unit.dtype,
+        device=unit.device,
+        num_rows=len(local.summary_labels.values),
+        exchange=options.exchange,
+    )
+    return exchange_classes(plan, local.summary, local.summary_labels, local.weight())
 
 
 def _check(
