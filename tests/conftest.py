@@ -1,11 +1,14 @@
 """What every test shares: the implementations under test, and data."""
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on CPU tensors
 torch.set_num_threads(1)  # one worker a core; the numbers do not depend on it
 
 IMPLEMENTATIONS = ("reference", "eager")

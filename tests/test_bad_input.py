@@ -73,7 +73,6 @@ def test_samples(features, labels, error, message, impl) -> None:
             ValueError,
             "weight has 4 entries but num_classes=3",
         ),
-        ({"impl": "triton"}, NotImplementedError, "use 'auto' or 'eager'"),
         ({"process_group": "all"}, ValueError, "process_group must be 'world'.*got 'all'"),
         ({"process_group": 3}, TypeError, "process_group must be 'world'.*got int"),
         ({"exchange": "gather"}, ValueError, "exchange must be one of .*got 'gather'"),

@@ -14,6 +14,7 @@ class Centroids(NamedTuple):
     unit: Tensor  # [S, D] unit length; zero rows where the slot is empty
     present: Tensor | None  # [S] bool; None: no slot is empty
     num_classes: Tensor  # 0-d int64, K
+    packed: bool  # are the first K slots the ones that are not empty?
 
 
 def unit_rows(rows: Tensor, norms: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -35,16 +36,17 @@ def class_counts(slots: Tensor, valid: Tensor | None, size: int, dtype: torch.dt
     return ones.new_zeros(size).index_add_(0, slots, ones)
 
 
-def unit_centroids(sums: Tensor, counts: Tensor | None) -> Centroids:
+def unit_centroids(sums: Tensor, counts: Tensor | None, *, packed: bool = True) -> Centroids:
     """Directions of the class means. A class whose members cancel out gets a zero centroid.
 
     ``counts`` ``[S]`` tells the empty slots; None: there are none.
     """
     unit = sums / row_norms(sums, sums.dtype).unsqueeze(1)
     if counts is None:
-        return Centroids(unit, None, torch.tensor(len(sums), device=sums.device))
+        num_classes = torch.full((), len(sums), dtype=torch.int64, device=sums.device)
+        return Centroids(unit, None, num_classes, True)
     present = counts > 0
-    return Centroids(unit, present, present.sum())
+    return Centroids(unit, present, present.sum(), packed)
 
 
 def centroids_without_self(unit: Tensor, sums: Tensor, slots: Tensor) -> Tensor:

@@ -42,8 +42,6 @@ def check_choices(reduction: str, impl: str, ignore_index: int | None) -> None:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
-    if impl == "triton":
-        raise NotImplementedError("impl='triton' is not available yet: use 'auto' or 'eager'")
     if ignore_index is not None and (
         isinstance(ignore_index, bool) or not isinstance(ignore_index, int)
     ):

@@ -219,7 +219,7 @@ def _by_all_reduce(
     dist.all_reduce(table, group=plan.group)
     sums, counts = table[:num_classes, :-1], table[:num_classes, -1]
     every = torch.arange(num_classes, device=plan.device)
-    index = ClassIndex(num_classes, True, torch.where(counts > 0, every, -1), None)
+    index = ClassIndex(num_classes, True, torch.where(counts > 0, every, -1), None, False)
     summary = ClassSummary(index, every, sums.contiguous(), counts.contiguous())
     exchanged = Exchanged(summary, every, tail[plan.world_size], plan.world_size)
     return exchanged, tail[: plan.world_size]

@@ -10,12 +10,11 @@ extra key, the sum of all centroids, makes the first product yield ``sum_k u_k``
 second apply ``- q_other`` to all classes at once.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from varcon_loss.objective import row_objective, row_slopes
+from varcon_loss.operators import SweepResult, make_operator
 from varcon_loss.rows import Rows, RowTerms
 
 # Elements of one chunk's logits and rows. 4 MiB of float32 stay in a CPU's caches (2^18 and 2^22
@@ -29,43 +28,32 @@ LARGEST_PLAIN_LOGIT = 40.0
 
 def eager_terms(rows: Rows, temperature: float, epsilon: float) -> RowTerms:
     """As `reference_terms`, without ``[N, K]`` matrices."""
-    need_grad = torch.is_grad_enabled() and rows.features.requires_grad
-    arguments = (
-        rows.features,
-        rows.unit,
-        rows.norms,
-        rows.slots,
-        *rows.centroids,
-        rows.own,
-        temperature,
-        epsilon,
-        need_grad,
-    )
-    loss, others = (_sweep_op if torch.compiler.is_compiling() else _Sweep.apply)(*arguments)[:2]
-    return RowTerms(loss, *others.unbind())
+    return run_sweep(rows, temperature, epsilon)
 
 
 def sweep(
     features: Tensor,
-    z: Tensor,
+    unit: Tensor | None,
     norms: Tensor | None,
+    valid: Tensor | None,
     slots: Tensor,
     w: Tensor,
     present: Tensor | None,
     num_classes: Tensor,
+    packed: bool,
     own: Tensor | None,
     temperature: float,
     epsilon: float,
     need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss ``[N]``; KL, NLL, confidence and tau2 ``[4, N]``; dloss/dfeatures ``[N, D]``.
-
-    See `Rows` for the shapes. ``features`` is only what the gradient belongs to. The gradient is
-    empty, and its matrix product is skipped, unless ``need_grad``.
-    """
+) -> SweepResult:
+    """See `operators`. ``features`` is only what the gradient belongs to."""
+    assert unit is not None
+    assert valid is None
+    z = unit
     (num_rows, dim), num_slots = z.shape, w.shape[0]
     losses, others = [], []
     gradient = z.new_empty((num_rows, dim) if need_grad else 0)
+    scale = z.new_empty(0)
 
     on_cpu = z.device.type == "cpu"
     budget = CHUNK_CPU if on_cpu else CHUNK_ACCELERATOR
@@ -135,72 +123,10 @@ def sweep(
             along = (g * queries).sum(1, keepdim=True)
             g.addcmul_(queries, along, value=-1)
     if len(losses) == 1:
-        return losses[0], others[0], gradient
+        return losses[0], others[0], gradient, scale
     if not losses:
-        return z.new_empty(0), z.new_empty(4, 0), gradient
-    return torch.cat(losses), torch.cat(others, dim=1), gradient
+        return z.new_empty(0), z.new_empty(4, 0), gradient, scale
+    return torch.cat(losses), torch.cat(others, dim=1), gradient, scale
 
 
-class _Scale(torch.autograd.Function):
-    """Upstream times saved gradient, where the result may be differentiated again: refuse.
-
-    The saved gradient has no history of its own, so the second derivative would be silently zero.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, upstream: Tensor) -> Tensor:
-        return gradient * upstream.unsqueeze(1)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
-        raise NotImplementedError(
-            "the closed-form gradient of VarCon cannot be differentiated again: "
-            "use impl='reference' where second derivatives are needed"
-        )
-
-
-def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[2])
-    ctx.dtype = inputs[0].dtype
-
-
-def _scale_kept_gradient(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True
-        scaled = _Scale.apply(gradient.detach().requires_grad_(), upstream)
-    else:
-        scaled = gradient * upstream.unsqueeze(1)
-    return scaled.to(ctx.dtype), *(None,) * 10
-
-
-class _Sweep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        output = sweep(*arguments)
-        _keep_gradient(ctx, arguments, output)
-        loss, others, _ = output
-        ctx.mark_non_differentiable(others)
-        return loss, others
-
-    backward = staticmethod(_scale_kept_gradient)
-
-
-# The same as one operator, so that torch.compile neither unrolls the chunks nor breaks the graph.
-_sweep_op = torch.library.custom_op(
-    "varcon_loss::sweep",
-    sweep,
-    mutates_args=(),
-    schema=(
-        "(Tensor features, Tensor z, Tensor? norms, Tensor slots, Tensor w, Tensor? present, "
-        "Tensor num_classes, Tensor? own, float temperature, float epsilon, bool need_grad)"
-        " -> (Tensor, Tensor, Tensor)"
-    ),
-)
-_sweep_op.register_autograd(_scale_kept_gradient, setup_context=_keep_gradient)
-
-
-@_sweep_op.register_fake
-def _(features: Tensor, z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    need_grad = arguments[-1]
-    gradient = z.new_empty(z.shape if need_grad else 0)
-    return z.new_empty(len(z)), z.new_empty(4, len(z)), gradient
+run_sweep = make_operator("varcon_loss::sweep", sweep)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varcon_loss import checks
+from varcon_loss import checks, fused
 from varcon_loss.centroids import unit_rows
 from varcon_loss.distributed import (
     Exchanged,
@@ -36,9 +36,13 @@ from varcon_loss.reduction import (
     with_views,
 )
 from varcon_loss.reference import reference_terms
-from varcon_loss.rows import Rows
+from varcon_loss.rows import Rows, Samples
 
-_IMPLEMENTATIONS = {"reference": reference_terms, "eager": eager_terms}
+_IMPLEMENTATIONS = {
+    "reference": reference_terms,
+    "eager": eager_terms,
+    "triton": fused.fused_terms,
+}
 
 
 def varcon_loss(
@@ -156,26 +160,23 @@ class Options(NamedTuple):
         return self._replace(num_classes=num_classes)
 
 
-class _Samples(NamedTuple):
+class _Batch(NamedTuple):
+    """What the caller gave, without views."""
+
     features: Tensor  # [N, D]
     labels: Tensor  # [N]
     shape: torch.Size  # [N], or [B, V] with views: the shape of per-sample results
 
 
-class _Prepared(NamedTuple):
-    features: Tensor  # [N, D], zero vectors where not valid
-    unit: Tensor  # [N, D] z
-    norms: Tensor | None  # [N]; None: z is the features as they are
-
-
 class _Local(NamedTuple):
     """All that a rank knows by itself."""
 
-    anchors: _Prepared
+    anchors: Samples
     labels: Labels  # of the anchors
     row_weights: Tensor | None  # [N] class weights, 0 where not valid
     summary: ClassSummary | None  # of what makes the centroids; None: a memory that is only read
     summary_labels: Labels  # what `summary` was made of
+    impl: str  # what runs
 
     def weight(self) -> Tensor:
         """What this rank adds to the denominator of the mean, 0-d."""
@@ -212,13 +213,13 @@ def compute_terms(
 
 
 def _exchange(group: object, local: _Local, options: Options) -> Exchanged:
-    unit = local.anchors.unit
+    anchors = local.anchors
     plan = make_plan(
         group,
         num_classes=options.num_classes,
-        dim=unit.shape[1],
-        dtype=unit.dtype,
-        device=unit.device,
+        dim=anchors.features.shape[1],
+        dtype=anchors.dtype,
+        device=anchors.features.device,
         num_rows=len(local.summary_labels.values),
         exchange=options.exchange,
     )
@@ -232,7 +233,7 @@ def _check(
     ref_labels: Tensor | None,
     options: Options,
     memory: CentroidMemory | None,
-) -> tuple[_Samples, _Samples | None]:
+) -> tuple[_Batch, _Batch | None]:
     checks.check_samples(features, labels)
     checks.check_reference_set(ref_features, ref_labels, options.leave_one_out, memory is not None)
     checks.check_weight_device(options.weight, features)
@@ -249,13 +250,13 @@ def _check(
     return batch, reference
 
 
-def _flatten_views(features: Tensor, labels: Tensor) -> _Samples:
+def _flatten_views(features: Tensor, labels: Tensor) -> _Batch:
     """``[B, V, ...]`` -> ``[B * V, D]``: each view is a sample with the same label."""
     if features.ndim == 2:
-        return _Samples(features, labels, labels.shape)
+        return _Batch(features, labels, labels.shape)
     shape = features.shape[:2]
     dim = features.shape[2:].numel()
-    return _Samples(features.reshape(shape.numel(), dim), labels.repeat_interleave(shape[1]), shape)
+    return _Batch(features.reshape(shape.numel(), dim), labels.repeat_interleave(shape[1]), shape)
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
@@ -264,25 +265,33 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[obj
     return contextlib.nullcontext()
 
 
-def _prepare(features: Tensor, labels: Labels, dtype: torch.dtype, *, normalize: bool) -> _Prepared:
+def _prepare(
+    features: Tensor, labels: Labels, dtype: torch.dtype, impl: str, *, normalize: bool
+) -> Samples:
+    if impl == "triton":
+        with torch.no_grad():
+            norms = fused.row_norms(features, labels.valid) if normalize else None
+            return Samples(features, None, norms, labels.valid)
     if labels.valid is not None:
         # From here on a row that takes no part is a zero vector, whatever it held: it adds
         # nothing to any sum, and its gradient is exactly 0.
         features = features.masked_fill(~labels.valid.unsqueeze(1), 0.0)
     with torch.no_grad():
         norms = row_norms(features, dtype) if normalize else None
-        return _Prepared(features, unit_rows(features, norms, dtype), norms)
+        return Samples(features, unit_rows(features, norms, dtype), norms, None)
 
 
 def _summarise_locally(
-    batch: _Samples, reference: _Samples | None, options: Options, memory: CentroidMemory | None
+    batch: _Batch, reference: _Batch | None, options: Options, memory: CentroidMemory | None
 ) -> _Local:
     num_classes, ignore_index = options.num_classes, options.ignore_index
     dtype = torch.promote_types(batch.features.dtype, torch.float32)
     if reference is not None:
         dtype = torch.promote_types(dtype, reference.features.dtype)
+    impl = _choose_impl(options.impl, batch, dtype)
+    normalize = options.normalize
     labels = read_labels(batch.labels, num_classes, ignore_index)
-    anchors = _prepare(batch.features, labels, dtype, normalize=options.normalize)
+    anchors = _prepare(batch.features, labels, dtype, impl, normalize=normalize)
 
     summary, summary_labels = None, labels
     count = options.leave_one_out or memory is not None or options.process_group is not None
@@ -291,16 +300,28 @@ def _summarise_locally(
             summary_labels = read_labels(
                 reference.labels, num_classes, ignore_index, name="ref_labels"
             )
-            pool = _prepare(reference.features, summary_labels, dtype, normalize=options.normalize)
-            summary = summarise(pool.unit, summary_labels, num_classes, count=count)
+            pool = _prepare(reference.features, summary_labels, dtype, impl, normalize=normalize)
+            summary = summarise(pool, summary_labels, num_classes, count=count)
         elif memory is None or memory.update:
-            summary = summarise(anchors.unit, labels, num_classes, count=count)
+            summary = summarise(anchors, labels, num_classes, count=count)
         row_weights = None
         if options.weight is not None:
             row_weights = options.weight.to(dtype).index_select(0, labels.values)
             if labels.valid is not None:
                 row_weights = row_weights.masked_fill(~labels.valid, 0.0)
-    return _Local(anchors, labels, row_weights, summary, summary_labels)
+    return _Local(anchors, labels, row_weights, summary, summary_labels, impl)
+
+
+def _choose_impl(impl: str, batch: _Batch, dtype: torch.dtype) -> str:
+    """What ``"auto"`` stands for here; an error where ``"triton"`` cannot run."""
+    if impl == "auto":
+        on_gpu = batch.features.device.type == "cuda"
+        return "triton" if on_gpu and fused.why_not(batch.features, dtype) is None else "eager"
+    if impl == "triton":
+        obstacle = fused.why_not(batch.features, dtype)
+        if obstacle is not None:
+            raise ValueError(f"impl='triton' cannot run here: {obstacle}; use impl='auto'")
+    return impl
 
 
 def _evaluate(
@@ -310,10 +331,10 @@ def _evaluate(
     options: Options,
     memory: CentroidMemory | None,
 ) -> VarConTerms:
-    impl = "eager" if options.impl == "auto" else options.impl
+    impl = local.impl
     with torch.no_grad():
         match = _match(local, exchanged, options, memory, copy=impl == "reference")
-    rows = Rows(*local.anchors, match.slots, match.centroids, match.own)
+    rows = Rows(local.anchors, match.slots, match.centroids, match.own)
     terms = _IMPLEMENTATIONS[impl](rows, options.temperature, options.epsilon)
 
     valid = match.labels.valid
@@ -340,21 +361,21 @@ def _match(
     *,
     copy: bool,  # the reference's backward reads the centroids, which the next call may change
 ) -> Match:
-    unit, labels, summary, classes = local.anchors.unit, local.labels, local.summary, None
+    anchors, labels, summary, classes = local.anchors, local.labels, local.summary, None
     if exchanged is not None and summary is not None:
         index = exchanged.summary.classes
         summary = exchanged.summary._replace(slots=find_slots(labels, index)[0])
         classes = exchanged.classes
     if memory is not None:
         if summary is None:
-            return match_memory(memory, labels, unit.dtype, copy=copy)
+            return match_memory(memory, labels, anchors.dtype, copy=copy)
         return match_learning_memory(
-            memory, summary, labels, unit.dtype, classes=classes, copy=copy
+            memory, summary, labels, anchors.dtype, classes=classes, copy=copy
         )
     assert summary is not None
     if local.summary_labels is not labels:
         return match_reference(summary, labels)
-    return match_batch(summary, unit, labels, leave_one_out=options.leave_one_out)
+    return match_batch(summary, anchors, labels, leave_one_out=options.leave_one_out)
 
 
 def _total_weight(exchanged: Exchanged, match: Match, weight: Tensor | None) -> RanksTotal:

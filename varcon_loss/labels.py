@@ -29,6 +29,7 @@ class ClassIndex(NamedTuple):
     may_be_sparse: bool  # can a slot be empty?
     table: Tensor | None  # [C] slot of every class, -1 where absent; with num_classes
     classes: Tensor | None  # [S] sorted labels; without num_classes
+    packed: bool = True  # do the empty slots come last?
 
 
 def read_labels(

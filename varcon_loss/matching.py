@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from varcon_loss import fused
 from varcon_loss.centroids import (
     Centroids,
     centroids_without_self,
@@ -25,6 +26,7 @@ from varcon_loss.labels import (
     require_reference,
 )
 from varcon_loss.memory import CentroidMemory, remembered_centroids, update_memory
+from varcon_loss.rows import Samples
 
 
 class ClassSummary(NamedTuple):
@@ -47,39 +49,49 @@ class Match(NamedTuple):
 
 
 def summarise(
-    unit: Tensor, labels: Labels, num_classes: int | None, *, count: bool
+    samples: Samples, labels: Labels, num_classes: int | None, *, count: bool
 ) -> ClassSummary:
-    """Index the classes of samples ``[N, D]`` (zero rows where not valid) and sum each of them.
+    """Index the classes of samples ``[N, D]`` and sum each of them.
 
     ``count`` where the number of samples matters, not only that there are some.
     """
     index, slots = index_classes(labels, num_classes)
+    if samples.unit is None:
+        sums, counts = fused.class_sums(
+            samples.features, samples.norms, samples.valid, slots, index.size
+        )
+        return ClassSummary(index, slots, sums, counts)
     counts = None
     if count or index.may_be_sparse:
-        counts = class_counts(slots, labels.valid, index.size, unit.dtype)
-    return ClassSummary(index, slots, class_sums(unit, slots, index.size), counts)
+        counts = class_counts(slots, labels.valid, index.size, samples.dtype)
+    return ClassSummary(index, slots, class_sums(samples.unit, slots, index.size), counts)
+
+
+def _centroids(summary: ClassSummary) -> Centroids:
+    index = summary.classes
+    counts = summary.counts if index.may_be_sparse else None
+    return unit_centroids(summary.sums, counts, packed=index.packed)
 
 
 def match_batch(
-    summary: ClassSummary, unit: Tensor, labels: Labels, *, leave_one_out: bool
+    summary: ClassSummary, samples: Samples, labels: Labels, *, leave_one_out: bool
 ) -> Match:
     """The anchors are among the samples that ``summary`` was made of, in ``summary.slots``."""
-    index, slots, sums, counts = summary
-    centroids = unit_centroids(sums, counts if index.may_be_sparse else None)
+    _, slots, sums, counts = summary
+    centroids = _centroids(summary)
     if not leave_one_out:
         return Match(centroids, slots, None, labels, None)
     assert counts is not None
     kept = counts > 1
-    own = centroids_without_self(unit, sums, slots)
+    own = centroids_without_self(samples.unit_rows(), sums, slots)
     return Match(centroids, slots, own, narrow(labels, kept.index_select(0, slots)), kept)
 
 
 def match_reference(summary: ClassSummary, labels: Labels) -> Match:
     """``summary`` is of the reference set; every anchor must find its class there."""
-    index, _, sums, counts = summary
-    slots, found = find_slots(labels, index)
+    slots, found = find_slots(labels, summary.classes)
     labels = require_reference(labels, found)
-    centroids = unit_centroids(sums, counts if index.may_be_sparse else None)
+    centroids = _centroids(summary)
     return Match(centroids, slots, None, labels, None)
 
 

@@ -63,7 +63,7 @@ def remembered_centroids(memory: CentroidMemory, dtype: torch.dtype, *, copy: bo
     num_classes = present.sum()
     everything = values_may_be_read(present) and bool(present.all())
     unit = memory.unit.to(dtype, copy=copy)
-    return Centroids(unit, None if everything else present, num_classes)
+    return Centroids(unit, None if everything else present, num_classes, everything)
 
 
 class Prediction(NamedTuple):

@@ -50,9 +50,10 @@ class VarConLoss(nn.Module):
             processes it means this one alone), so the module can be pickled.
         exchange: ``"all-reduce"`` (a table of all classes), ``"all-gather"`` (rows of the classes
             each rank holds) or ``"auto"``: the smaller, chosen by all ranks at their first step.
-        impl: ``"auto"`` (the fastest that suits), ``"eager"`` (one pass, any device) or
-            ``"reference"`` (the paper's equations line by line, ``[N, K]`` memory, twice
-            differentiable). ``"triton"`` is not available yet.
+        impl: ``"eager"`` (one pass, any device), ``"triton"`` (fused kernels for CUDA devices; not
+            for float64, nor rows wider than 1,024), ``"auto"`` (``"triton"`` where it can run,
+            else ``"eager"``) or ``"reference"`` (the paper's equations line by line, ``[N, K]``
+            memory, twice differentiable).
         feature_dim: width ``D`` of the embeddings; only ``centroid_momentum`` needs it.
         centroid_momentum: an extension of the paper, for many classes in small batches: remember
             one centroid a class (``centroid_memory``, a float32 buffer ``[num_classes, D]``).

@@ -12,12 +12,12 @@ from varcon_loss.rows import Rows, RowTerms
 
 def reference_terms(rows: Rows, temperature: float, epsilon: float) -> RowTerms:
     """Eq. 7-13 of arXiv 2506.07413, on ``[N, K]`` matrices."""
-    w, present, _ = rows.centroids
+    w, present, *_ = rows.centroids
     z = rows.features.to(w.dtype)
-    if rows.norms is not None:
+    if rows.anchors.norms is not None:
         # Dividing by the (constant) length first only keeps extreme features in range; it is the
         # normalisation after it that autograd differentiates.
-        z = F.normalize(z / rows.norms[:, None], dim=1)
+        z = F.normalize(z / rows.anchors.norms[:, None], dim=1)
     own = rows.slots[:, None]  # [N, 1]
 
     logits = z @ w.T / temperature  # [N, S]

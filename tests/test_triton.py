@@ -1,0 +1,299 @@
+"""The Triton kernels, under the interpreter on a CPU and compiled on a GPU, against the others.
+
+The interpreter multiplies bfloat16 operands upcast to float32: true bfloat16 products are proven
+only on a GPU.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from varcon_loss import VarConLoss, VarConTerms, fused, varcon_loss, varcon_terms
+from varcon_loss.centroids import Centroids
+from varcon_loss.eager import run_sweep
+from varcon_loss.rows import Rows, Samples
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOAT32 = {"rtol": 2e-5, "atol": 2e-6}
+
+
+def batch(
+    num_rows: int, num_classes: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(num_rows, dim, generator=generator) * 3
+    labels = torch.randint(num_classes, (num_rows,), generator=generator)
+    return features.to(DEVICE, dtype), labels.to(DEVICE)
+
+
+def compare(features: Tensor, labels: Tensor, **options: object) -> None:
+    """Values and gradients under a random upstream gradient, float32."""
+    results = []
+    for impl in ("reference", "triton"):
+        anchors = features.clone().requires_grad_()
+        terms = varcon_terms(anchors, labels, impl=impl, **options)
+        assert terms.impl == impl
+        generator = torch.Generator().manual_seed(1)
+        upstream = torch.randn(terms.reduced.shape, generator=generator).to(DEVICE)
+        (gradient,) = torch.autograd.grad(terms.reduced, anchors, upstream)
+        results.append((terms, gradient))
+    (expected, expected_grad), (got, got_grad) = results
+    assert_terms(got, expected, FLOAT32)
+    assert got_grad.dtype == features.dtype
+    scale = float(expected_grad.abs().max()) if expected_grad.numel() else 1.0
+    torch.testing.assert_close(got_grad, expected_grad, rtol=2e-5, atol=2e-6 * max(scale, 1.0))
+
+
+def assert_terms(got: VarConTerms, expected: VarConTerms, tolerances: dict) -> None:
+    for name in ("loss", "kl", "nll", "confidence", "tau2", "reduced"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), **tolerances)
+    assert torch.equal(got.valid, expected.valid)
+    assert torch.equal(got.num_classes, expected.num_classes)
+
+
+@pytest.mark.parametrize("need", [1, 2, 17, 63, 130])
+@pytest.mark.parametrize(("num_classes", "dim"), [(1, 1), (2, 3), (33, 16), (7, 65), (70, 129)])
+def test_odd_shapes(need: int, num_classes: int, dim: int) -> None:
+    compare(*batch(need, num_classes, dim))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_classes": 40},
+        {"ignore_index": 3},
+        {"ignore_index": None},
+        {"weight": torch.linspace(0, 2, 12)},
+        {"leave_one_out": True},
+        {"leave_one_out": True, "num_classes": 12},
+        {"normalize": False, "reduction": "sum"},
+        {"reduction": "none"},
+        {"temperature": 0.02, "epsilon": 0.01},
+        {"temperature": 1.5, "epsilon": 0.0},
+    ],
+    ids=str,
+)
+def test_options(options: dict) -> None:
+    options = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in options.items()}
+    compare(*batch(50, 12, 20), **options)
+
+
+def test_reference_set_views_and_strides() -> None:
+    features, labels = batch(20, 4, 24)
+    ref_features, ref_labels = batch(30, 4, 24, seed=1)
+    compare(features, labels, ref_features=ref_features, ref_labels=ref_labels)
+    compare(features.view(20, 2, 12), labels)
+    compare(features.T.contiguous().T, labels)
+    compare(features[:, ::2], labels)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e20, 1e37])
+def test_features_of_any_size(scale: float) -> None:
+    features, labels = batch(20, 4, 8)
+    expected = varcon_loss(features, labels, impl="reference")
+    got = varcon_loss(features * scale, labels, impl="triton")
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_say_nothing() -> None:
+    features, labels = batch(12, 3, 8)
+    features[2] = 0
+    features[5] = torch.nan
+    labels[5] = -100
+    features.requires_grad_()
+    loss = varcon_loss(features, labels, impl="triton")
+    (gradient,) = torch.autograd.grad(loss, features)
+    assert loss.isfinite()
+    assert gradient[2].eq(0).all()
+    assert gradient[5].eq(0).all()
+    assert gradient[0].ne(0).any()
+
+    ignored = torch.full_like(labels, -100)
+    for rows in (features, features[:0]):
+        loss = varcon_loss(rows, ignored[: len(rows)], impl="triton", num_classes=3)
+        assert float(loss.detach()) == 0
+        assert torch.autograd.grad(loss, rows)[0].eq(0).all()
+
+
+def test_nan_shows() -> None:
+    features, labels = batch(12, 3, 8)
+    features[4, 1] = torch.nan
+    assert varcon_loss(features, labels, impl="triton").isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(37, 5, 24), (64, 33, 130), (3, 3, 1)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_half_operands(dtype: torch.dtype, shape: tuple[int, int, int], normalize: bool) -> None:
+    """The loss and gradient of eager float32 whose centroids are rounded as the operands are."""
+    features, labels = batch(*shape, dtype)
+    features = features / (1 if normalize else 10)
+    labels = torch.unique(labels, return_inverse=True)[1]
+    z = features.float()
+    norms = torch.linalg.vector_norm(z, dim=1) if normalize else None
+    unit = z / norms[:, None] if norms is not None else z
+    w = torch.zeros(int(labels.max()) + 1, shape[2], device=DEVICE)
+    w = torch.nn.functional.normalize(w.index_add(0, labels, unit), dim=1)
+
+    def sweep(run, w: Tensor, anchors: Samples) -> tuple[Tensor, Tensor]:
+        count = torch.tensor(len(w), device=DEVICE)
+        terms = run(Rows(anchors, labels, Centroids(w, None, count, True), None), 0.1, 0.02)
+        return terms.loss, torch.autograd.grad(terms.loss.sum(), anchors.features)[0]
+
+    ours = features.detach().requires_grad_()
+    loss, gradient = sweep(fused.fused_terms, w, Samples(ours, None, norms, None))
+    theirs = z.detach().requires_grad_()
+    # The own class is float32 in the kernel: only the other centroids are rounded.
+    rounded = Rows(
+        Samples(theirs, unit, norms, None),
+        labels,
+        Centroids(w.to(dtype).float(), None, torch.tensor(len(w), device=DEVICE), True),
+        w.index_select(0, labels),
+    )
+    terms = run_sweep(rounded, 0.1, 0.02)
+    (expected,) = torch.autograd.grad(terms.loss.sum(), theirs)
+
+    unit_roundoff = torch.finfo(dtype).eps / 2
+    # The sum of other logits uses exact centroids here and rounded ones there, and the weights of
+    # the second product are rounded here only; each error is at most a roundoff of its term.
+    size = 1.0 if norms is None else float((1 / norms).max())
+    torch.testing.assert_close(loss, terms.loss, rtol=0, atol=4 * unit_roundoff / 0.1)
+    error = (gradient.float() - expected).norm(dim=1).max()
+    assert gradient.dtype == dtype
+    assert float(error) <= 6 * unit_roundoff / 0.1 * size
+
+
+def test_small_gradients_survive_float16() -> None:
+    """Confident rows: every entry of the gradient is below float16's range, until it is scaled."""
+    features = torch.eye(8, dtype=torch.float16, device=DEVICE).repeat(2, 1) * 100
+    features = (features + torch.linspace(-1, 1, 128, device=DEVICE).view(16, 8)).half()
+    labels = torch.arange(8, device=DEVICE).repeat(2)
+    gradients = []
+    for impl in ("eager", "triton"):
+        anchors = features.clone().requires_grad_()
+        loss = varcon_loss(anchors, labels, temperature=0.05, epsilon=0.0, impl=impl)
+        gradients.append(torch.autograd.grad(loss * 2.0**20, anchors)[0].float())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0.02, atol=2e-4)
+    assert gradients[0].abs().max() > 0
+
+
+def test_two_runs_give_identical_bits() -> None:
+    features, labels = batch(200, 3, 24)
+    runs = []
+    for _ in range(2):
+        anchors = features.clone().requires_grad_()
+        loss = varcon_loss(anchors, labels, impl="triton")
+        runs.append((loss, torch.autograd.grad(loss, anchors)[0]))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+def test_memory() -> None:
+    losses = {}
+    for impl in ("reference", "triton"):
+        criterion = VarConLoss(num_classes=9, feature_dim=12, centroid_momentum=0.9, impl=impl).to(
+            DEVICE
+        )
+        for seed in range(3):
+            anchors, labels = batch(16, 9, 12, seed=seed)
+            anchors.requires_grad_()
+            loss = criterion(anchors, labels)
+        losses[impl] = (loss, torch.autograd.grad(loss, anchors)[0], criterion.centroids)
+    for got, expected in zip(losses["triton"], losses["reference"], strict=True):
+        torch.testing.assert_close(got, expected, **FLOAT32)
+
+
+def test_forward_alone_keeps_no_gradient() -> None:
+    features, labels = batch(10, 3, 8)
+    with torch.no_grad():
+        got = varcon_loss(features, labels, impl="triton")
+    torch.testing.assert_close(got, varcon_loss(features, labels, impl="reference"), **FLOAT32)
+
+
+def test_second_derivatives_are_refused() -> None:
+    features, labels = batch(10, 3, 8)
+    features.requires_grad_()
+    loss = varcon_loss(features, labels, impl="triton")
+    (gradient,) = torch.autograd.grad(loss, features, create_graph=True)
+    with pytest.raises(NotImplementedError, match="impl='reference'"):
+        (loss + gradient.square().sum()).backward()
+
+
+def test_compiles_as_one_graph() -> None:
+    torch._dynamo.reset()
+    criterion = VarConLoss(num_classes=5, impl="triton")
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    features, labels = batch(24, 5, 16)
+    features.requires_grad_()
+    expected, got = criterion(features, labels), compiled(features, labels)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, features), torch.autograd.grad(expected, features)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_follow_the_rules(dtype: torch.dtype) -> None:
+    features, labels = batch(9, 4, 6, dtype)
+    valid = labels != 2
+    norms = fused.row_norms(features, valid)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(fused.row_norms, (features, valid), test_utils=checks)
+    arguments = (features, norms, valid, labels, 4)
+    torch.library.opcheck(fused.class_sums, arguments, test_utils=checks)
+    sums, counts = fused.class_sums(*arguments)
+    w = torch.nn.functional.normalize(sums, dim=1)
+    count = (counts > 0).sum()
+    present = counts > 0
+    operator = torch.ops.varcon_loss.fused_sweep.default
+    features.requires_grad_()
+    torch.library.opcheck(
+        operator,
+        (features, None, norms, valid, labels, w, present, count, False, None, 0.1, 0.02, True),
+    )
+
+
+def test_float64_is_an_error_and_wide_rows_too() -> None:
+    labels = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="float64"):
+        varcon_loss(torch.ones(4, 3, device=DEVICE).double(), labels, impl="triton")
+    wide = torch.ones(4, fused.LARGEST_DIM + 1, device=DEVICE)
+    with pytest.raises(ValueError, match="width 1025"):
+        varcon_loss(wide, labels, impl="triton")
+    assert varcon_terms(wide, labels).impl == "eager"
+
+
+def test_import_leaves_triton_alone() -> None:
+    code = "import sys, varcon_loss.fused; sys.exit('varcon_loss.kernels' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_interpreter_no_cpu() -> None:
+    code = (
+        "import torch, varcon_loss\n"
+        "try: varcon_loss.varcon_loss(torch.ones(4, 3), torch.zeros(4).long(), impl='triton')\n"
+        "except ValueError as error: assert 'CUDA' in str(error), error\n"
+        "else: raise SystemExit('no error')"
+    )
+    environment = {"PATH": "/usr/bin:/bin"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_compiler_takes_what_the_interpreter_takes(everything: bool) -> None:
+    """For a GPU that need not be there: the compiler has rules that the interpreter lacks."""
+    code = (
+        "import torch\n"
+        "from benchmarks.kernel_code import compile_sweep\n"
+        "for dtype in (torch.bfloat16, torch.float16, torch.float32):\n"
+        f"    made = compile_sweep(dtype, 128, 65536, everything={everything})\n"
+        "    assert made.matrix_instructions > 0 and made.shared_bytes <= 232448, made\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
