@@ -123,4 +123,4 @@ def inspect_sweep() -> list[KernelCode]:
 if __name__ == "__main__":
     import pandas as pd
 
-    print(pd.DataFrame(inspect_sweep()).to_markdown(index=False))
+    print(pd.DataFrame(inspect_sweep()).to_string(index=False))
