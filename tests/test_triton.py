@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from varcon_loss import VarConLoss, VarConTerms, fused, varcon_loss, varcon_terms
 from varcon_loss.centroids import Centroids
-from varcon_loss.eager import run_sweep
+from varcon_loss.eager import eager_terms
 from varcon_loss.rows import Rows, Samples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,10 +57,10 @@ def assert_terms(got: VarConTerms, expected: VarConTerms, tolerances: dict) -> N
     assert torch.equal(got.num_classes, expected.num_classes)
 
 
-@pytest.mark.parametrize("need", [1, 2, 17, 63, 130])
+@pytest.mark.parametrize("num_rows", [1, 2, 17, 63, 130])
 @pytest.mark.parametrize(("num_classes", "dim"), [(1, 1), (2, 3), (33, 16), (7, 65), (70, 129)])
-def test_odd_shapes(need: int, num_classes: int, dim: int) -> None:
-    compare(*batch(need, num_classes, dim))
+def test_odd_shapes(num_rows: int, num_classes: int, dim: int) -> None:
+    compare(*batch(num_rows, num_classes, dim))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_half_operands(dtype: torch.dtype, shape: tuple[int, int, int], normaliz
         Centroids(w.to(dtype).float(), None, torch.tensor(len(w), device=DEVICE), True),
         w.index_select(0, labels),
     )
-    terms = run_sweep(rounded, 0.1, 0.02)
+    terms = eager_terms(rounded, 0.1, 0.02)
     (expected,) = torch.autograd.grad(terms.loss.sum(), theirs)
 
     unit_roundoff = torch.finfo(dtype).eps / 2

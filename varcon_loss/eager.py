@@ -15,41 +15,19 @@ from torch import Tensor
 
 from varcon_loss.objective import row_objective, row_slopes
 from varcon_loss.operators import SweepResult, make_operator
-from varcon_loss.rows import Rows, RowTerms
+from varcon_loss.rows import Rows
 
 # Elements of one chunk's logits and rows. 4 MiB of float32 stay in a CPU's caches (2^18 and 2^22
 # were both slower at N = 8192, K = 1000); an accelerator wants fewer, larger launches.
 CHUNK_CPU = 2**20
 CHUNK_ACCELERATOR = 2**25
 
-# exp(u) with |u| <= 40, and sums of 2^31 of them, are safe in float32 with no maximum subtracted.
-LARGEST_PLAIN_LOGIT = 40.0
 
-
-def eager_terms(rows: Rows, temperature: float, epsilon: float) -> RowTerms:
-    """As `reference_terms`, without ``[N, K]`` matrices."""
-    return run_sweep(rows, temperature, epsilon)
-
-
-def sweep(
-    features: Tensor,
-    unit: Tensor | None,
-    norms: Tensor | None,
-    valid: Tensor | None,
-    slots: Tensor,
-    w: Tensor,
-    present: Tensor | None,
-    num_classes: Tensor,
-    packed: bool,
-    own: Tensor | None,
-    temperature: float,
-    epsilon: float,
-    need_grad: bool,
-) -> SweepResult:
-    """See `operators`. ``features`` is only what the gradient belongs to."""
-    assert unit is not None
+def sweep(rows: Rows, temperature: float, epsilon: float, need_grad: bool) -> SweepResult:
+    """See `operators`."""
+    (_, z, norms, valid), slots, (w, present, num_classes, _), own = rows
+    assert z is not None
     assert valid is None
-    z = unit
     (num_rows, dim), num_slots = z.shape, w.shape[0]
     losses, others = [], []
     gradient = z.new_empty((num_rows, dim) if need_grad else 0)
@@ -68,8 +46,7 @@ def sweep(
         num_others: Tensor | int = max(0, int(num_classes) - 1)
     else:
         num_others = num_classes.sub(1).clamp_min(0).to(z.dtype)
-    # Unit rows and centroids bound the logits by 1 / tau1.
-    bounded = norms is not None and 1 / temperature <= LARGEST_PLAIN_LOGIT
+    bounded = rows.have_small_logits(temperature)
 
     for start in range(0, num_rows, chunk or 1):
         part = slice(start, start + chunk)
@@ -129,4 +106,5 @@ def sweep(
     return torch.cat(losses), torch.cat(others, dim=1), gradient, scale
 
 
-run_sweep = make_operator("varcon_loss::sweep", sweep)
+# As `reference_terms`, without ``[N, K]`` matrices.
+eager_terms = make_operator("varcon_loss::sweep", sweep)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varcon_loss.eager import LARGEST_PLAIN_LOGIT
 from varcon_loss.operators import SweepResult, make_operator
+from varcon_loss.rows import Rows
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -149,24 +149,11 @@ def choose_tiles(num_rows: int, dim: int, itemsize: int) -> Tiles:
     return Tiles(rows, keys, 8 if rows * width >= 16384 else 4, 2)
 
 
-def sweep(
-    features: Tensor,
-    unit: Tensor | None,
-    norms: Tensor | None,
-    valid: Tensor | None,
-    slots: Tensor,
-    w: Tensor,
-    present: Tensor | None,
-    num_classes: Tensor,
-    packed: bool,
-    own: Tensor | None,
-    temperature: float,
-    epsilon: float,
-    need_grad: bool,
-) -> SweepResult:
+def sweep(rows: Rows, temperature: float, epsilon: float, need_grad: bool) -> SweepResult:
     """See `operators`. The gradient has the dtype of the features, its scale is float32."""
     from varcon_loss import kernels
 
+    (features, _, norms, valid), slots, (w, present, num_classes, packed), own = rows
     num_rows, dim = features.shape
     loss = w.new_empty(num_rows)
     others = w.new_empty(4, num_rows)
@@ -174,8 +161,6 @@ def sweep(
     scale = w.new_empty(num_rows if need_grad else 0)
     w = w.contiguous()
     own = None if own is None else own.contiguous()
-    # exp(1 / tau1) fits float32, but as an operand of the second product not float16.
-    bounded = norms is not None and 1 / temperature <= LARGEST_PLAIN_LOGIT
     tiles = choose_tiles(num_rows, dim, features.itemsize)
     constants = {
         "BLOCK_N": tiles.rows,
@@ -186,7 +171,8 @@ def sweep(
         "HAS_PRESENT": present is not None and not packed,
         "HAS_OWN": own is not None,
         "PACKED": packed,
-        "PLAIN_EXP": bounded and features.dtype != torch.float16,
+        # A small logit's exponential fits float32, but as an operand of a product not float16.
+        "PLAIN_EXP": rows.have_small_logits(temperature) and features.dtype != torch.float16,
         "NEED_GRAD": need_grad,
         "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         # Triton's interpreter multiplies bfloat16 as if its bits were integers.

@@ -1,7 +1,8 @@
 """A sweep becomes an operator: known to autograd and to torch.compile.
 
-Both sweeps, eager and fused, take the parts of `Rows` and give the same four tensors. Forward has
-the gradient already, so backward is one multiplication.
+Both sweeps, eager and fused, are functions ``(rows, temperature, epsilon, need_grad)`` that give
+the same four tensors; an operator takes the parts of `Rows` one by one. Forward has the gradient
+already, so backward is one multiplication.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varcon_loss.rows import Rows, RowTerms
+from varcon_loss.centroids import Centroids
+from varcon_loss.rows import Rows, RowTerms, Samples
 
 # loss [N]; KL, NLL, confidence and tau2 [4, N]; gradient [N, D] and what each of its rows is still
 # to be multiplied by [N]. The gradient is empty where none is needed, and so is the scale where it
@@ -69,14 +71,18 @@ def make_operator(
 
     Args:
         name: ``namespace::name`` of the custom operator.
-        sweep: the arguments are those of the schema above.
+        sweep: as above.
         keeps_dtype: the gradient has the dtype of the features, and a scale, not that of ``w``.
     """
+
+    def flat(*arguments: Any) -> SweepResult:
+        samples, slots, centroids, own = arguments[:4], arguments[4], arguments[5:9], arguments[9]
+        return sweep(Rows(Samples(*samples), slots, Centroids(*centroids), own), *arguments[10:])
 
     class Sweep(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-            output = sweep(*arguments)
+            output = flat(*arguments)
             _keep_gradient(ctx, arguments, output)
             loss, others = output[:2]
             ctx.mark_non_differentiable(others)
@@ -85,7 +91,7 @@ def make_operator(
         backward = staticmethod(_scale_kept_gradient)
 
     # One operator, so that torch.compile neither looks inside nor breaks the graph.
-    operator = torch.library.custom_op(name, sweep, mutates_args=(), schema=_SCHEMA)
+    operator = torch.library.custom_op(name, flat, mutates_args=(), schema=_SCHEMA)
     operator.register_autograd(_scale_kept_gradient, setup_context=_keep_gradient)
 
     @operator.register_fake

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from varcon_loss.centroids import Centroids, unit_rows
 
+# Sums of 2^31 exponentials of this are finite in float32.
+LARGEST_PLAIN_LOGIT = 40.0
+
 
 class Samples(NamedTuple):
     """Features made ready. Everything but ``features`` is free of gradient.
@@ -47,6 +50,10 @@ class Rows(NamedTuple):
     def features(self) -> Tensor:
         """``[N, D]``, where the gradient goes."""
         return self.anchors.features
+
+    def have_small_logits(self, temperature: float) -> bool:
+        """Is ``exp(u)`` safe with no maximum subtracted? ``|u| <= 1 / tau1`` between unit rows."""
+        return self.anchors.norms is not None and 1 / temperature <= LARGEST_PLAIN_LOGIT
 
 
 class RowTerms(NamedTuple):
