@@ -197,21 +197,23 @@ def sweep(
     root: Path | None = None,
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
-    """Choose a learning rate for each method and batch size, then run every seed with it.
+    """Choose a learning rate for each method, batch size and noise, then run every seed with it.
 
-    The choice is by linear probe plus kNN on the validation split, from the same grid for all,
-    with a seed of its own; the test split is read only with the rate chosen.
+    The choice is by linear probe plus kNN on the validation split, whose labels are right, from
+    the same grid for all, with a seed of its own; the test split is read only with the rate chosen.
     """
     base = [
-        Cell(data, method, size, rate, TUNING_SEED, "validation", epochs)
-        for size, method, rate in itertools.product(batch_sizes, methods, learning_rates)
+        Cell(data, method, size, rate, TUNING_SEED, "validation", epochs, noise)
+        for noise, size, method, rate in itertools.product(
+            noises, batch_sizes, methods, learning_rates
+        )
     ]
     tuned = run_cells(
         base, store, workers=workers, root=root, device=device, title=f"{data}: learning rates"
     )
     chosen = best_rates(tuned)
     final = [
-        Cell(data, method, size, chosen[method, size], seed, "test", epochs, noise)
+        Cell(data, method, size, chosen[method, size, noise], seed, "test", epochs, noise)
         for noise, size, seed, method in itertools.product(
             noises, batch_sizes, range(seeds), methods
         )
@@ -221,12 +223,12 @@ def sweep(
     )
 
 
-def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int], float]:
-    """The learning rate with the best validation score, by method and batch size."""
-    best: dict[tuple[str, int], tuple[float, float]] = {}
+def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int, float], float]:
+    """The learning rate with the best validation score, by method, batch size and noise."""
+    best: dict[tuple[str, int, float], tuple[float, float]] = {}
     for row in rows:
         score = -1.0 if row["linear"] is None else row["linear"] + row["knn"]
-        key = row["method"], row["batch_size"]
+        key = row["method"], row["batch_size"], row["noise"]
         best[key] = max(best.get(key, (-2.0, 0.0)), (score, row["learning_rate"]))
     return {key: rate for key, (_, rate) in best.items()}
 
