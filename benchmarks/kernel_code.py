@@ -6,6 +6,7 @@ Triton compiles for a named target anywhere; ``ptxas -v`` then says what a threa
 import re
 import subprocess
 import tempfile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,14 @@ from varcon_loss import fused
 
 WIDTHS = (64, 128, 256, 512, 1024)
 POINTERS = {
-    "norms_ptr": "*fp32", "valid_ptr": "*i1", "slots_ptr": "*i64", "w_ptr": "*fp32",
-    "key_sum_ptr": "*fp32", "num_classes_ptr": "*i64", "loss_ptr": "*fp32",
-    "others_ptr": "*fp32", "scale_ptr": "*fp32", "present_ptr": "*i1", "own_ptr": "*fp32",
-}  # fmt: skip
+    **dict.fromkeys(
+        ("sorted_ptr", "order_ptr", "values_ptr", "slots_ptr", "classes_ptr", "num_present_ptr",
+         "num_classes_ptr"), "*i64"),
+    **dict.fromkeys(("starts_ptr", "ends_ptr"), "*i32"),
+    **dict.fromkeys(("valid_ptr", "broken_ptr", "present_ptr"), "*i1"),
+    **dict.fromkeys(("x_ptr", "keys_ptr", "gradient_ptr"), None),  # the dtype of the features
+}  # fmt: skip  # all others are float32
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 class KernelCode(NamedTuple):
@@ -28,6 +33,7 @@ class KernelCode(NamedTuple):
     tiles: str
     registers: int  # a thread; 255 is the most there are
     spilled_bytes: int  # a thread, stores
+    loop_spills: int | None  # stores and loads of spilled registers a step of the main loop
     shared_bytes: int  # a block; 232448 is the most on compute capability 9.0
     matrix_instructions: int  # wgmma or mma in the PTX
 
@@ -39,31 +45,85 @@ def compile_sweep(
 
     ``everything``: with gaps between the classes and an own centroid for each row, too.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from varcon_loss import kernels
 
-    name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     tiles = fused.choose_tiles(num_rows, dim, dtype.itemsize)
     constants: dict[str, Any] = {
         "BLOCK_N": tiles.rows, "BLOCK_K": tiles.keys, "BLOCK_D": max(16, dim),
         "HAS_NORMS": True, "HAS_VALID": True, "HAS_PRESENT": everything, "HAS_OWN": everything,
+        "HAS_BROKEN": True,
         "PACKED": not everything, "PLAIN_EXP": dtype != torch.float16, "NEED_GRAD": True,
         "PRECISION": "tf32", "UPCAST": False,
         "stride_dim": 1,
     }  # fmt: skip
     if not everything:
         constants |= {"present_ptr": None, "own_ptr": None}
+    compiled = compile_kernel(
+        kernels.sweep_kernel, dtype, constants, capability, tiles.warps, tiles.stages
+    )
+    ptx = compiled.asm["ptx"]
+    ptx = ptx if isinstance(ptx, str) else ptx.decode()
+    report = _assemble(ptx, capability)
+    return KernelCode(
+        NAMES[dtype],
+        dim,
+        f"{tiles.rows} x {tiles.keys}, {tiles.warps} warps, {tiles.stages} stages",
+        _number(r"Used (\d+) registers", report),
+        _number(r"(\d+) bytes spill stores", report),
+        _spills_in_main_loop(compiled.asm["cubin"]),
+        compiled.metadata.shared,
+        len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx)),
+    )
+
+
+def compile_helpers(dtype: torch.dtype, dim: int, *, capability: int = 90) -> int:
+    """Compile every other kernel with every flag on and off; how many programs that were."""
+    from varcon_loss import kernels
+
+    blocks = {"BLOCK_N": 4096 // dim, "BLOCK_D": dim}
+    yes_no = (True, False)
+    variants: list[tuple[Any, dict[str, Any]]] = [
+        *((kernels.row_norms_kernel, blocks | {"HAS_VALID": flag}) for flag in yes_no),
+        *(
+            (kernels.class_sums_kernel, blocks | {"PIECES": pieces, "NORMALIZE": flag})
+            for pieces in (1, 8)
+            for flag in yes_no
+        ),
+        (kernels.join_pieces_kernel, {"PIECES": 8, "BLOCK_D": dim}),
+        *(
+            (
+                kernels.segments_kernel,
+                {"HAS_IGNORE": ignore, "HAS_RANGE": known, "BLOCK": block},
+            )
+            for ignore in yes_no
+            for known in yes_no
+            for block in (16, 2048)
+        ),
+    ]
+    for kernel, constants in variants:
+        compile_kernel(kernel, dtype, constants, capability, 4, 3)
+    return len(variants)
+
+
+def compile_kernel(
+    kernel: Any,
+    dtype: torch.dtype,
+    constants: dict[str, Any],
+    capability: int,
+    warps: int,
+    stages: int,
+) -> Any:
+    """What Triton makes of ``kernel``, for features of ``dtype``; ``constants`` by name."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     types: dict[str, str] = {}
-    for argument in kernels.sweep_kernel.arg_names:
+    for argument in kernel.arg_names:
         if argument in constants:
             types[argument] = "constexpr"
-        elif argument in POINTERS:
-            types[argument] = POINTERS[argument]
         elif argument.endswith("_ptr"):
-            types[argument] = f"*{name}"
+            types[argument] = POINTERS.get(argument, "*fp32") or f"*{NAMES[dtype]}"
         else:
             types[argument] = "fp32" if argument in ("temperature", "epsilon") else "i32"
     # As a launch finds them: pointers and widths divisible by 16.
@@ -72,21 +132,41 @@ def compile_sweep(
         for index, (argument, kind) in enumerate(types.items())
         if kind.startswith("*") or argument in ("dim", "stride_row", "num_rows")
     }
-    source = ASTSource(kernels.sweep_kernel, types, constants, aligned)
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptx = compiled.asm["ptx"]
-    ptx = ptx if isinstance(ptx, str) else ptx.decode()
-    report = _assemble(ptx, capability)
-    return KernelCode(
-        name,
-        dim,
-        f"{tiles.rows} x {tiles.keys}, {tiles.warps} warps",
-        _number(r"Used (\d+) registers", report),
-        _number(r"(\d+) bytes spill stores", report),
-        compiled.metadata.shared,
-        len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx)),
-    )
+    source = ASTSource(kernel, types, constants, aligned)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _spills_in_main_loop(cubin: bytes) -> int | None:
+    """Spill stores and loads in the loop with the most matrix instructions; None: no disassembler.
+
+    Outside it a spill costs once a block of rows, inside it once a tile.
+    """
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
+    if not tool.exists():
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    labels = {
+        found[1]: number
+        for number, line in enumerate(lines)
+        if (found := re.match(r"\s*(\.L_\w+):", line))
+    }
+    loops = [
+        lines[labels[found[1]] : number]
+        for number, line in enumerate(lines)
+        if (found := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line))
+        and labels.get(found[1], number) < number
+    ]
+    if not loops:
+        return None
+    main = max(loops, key=lambda loop: sum("MMA" in line for line in loop))
+    return sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in main)
 
 
 def _number(pattern: str, report: str) -> int:

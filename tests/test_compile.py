@@ -111,7 +111,7 @@ def test_the_operator_is_registered_soundly(make_batch: MakeBatch) -> None:
     w[3] = 0
     for own in (None, torch.nn.functional.normalize(torch.randn_like(z), dim=1)):
         centroids = (w, present, torch.tensor(3), True)
-        arguments = (features, z, norms, None, labels, *centroids, own, 0.1, 0.02, True)
+        arguments = (features, z, norms, labels, *centroids, own, None, None, 0.1, 0.02, True)
         torch.library.opcheck(torch.ops.varcon_loss.sweep.default, arguments)
 
 
@@ -121,7 +121,7 @@ def test_the_operator_refuses_to_be_differentiated_twice(make_batch: MakeBatch) 
     z = features.detach()
     w = torch.randn(3, 8, dtype=z.dtype)
     loss = torch.ops.varcon_loss.sweep(
-        features, z, None, None, labels, w, None, torch.tensor(3), True, None, 1.0, 0.1, True
+        features, z, None, labels, w, None, torch.tensor(3), True, None, None, None, 1.0, 0.1, True
     )[0]
     (gradient,) = torch.autograd.grad(loss.sum(), features, create_graph=True)
     with pytest.raises(NotImplementedError, match="use impl='reference'"):

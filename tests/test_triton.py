@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from varcon_loss import VarConLoss, VarConTerms, fused, varcon_loss, varcon_terms
 from varcon_loss.centroids import Centroids
 from varcon_loss.eager import eager_terms
+from varcon_loss.labels import index_classes, read_labels
 from varcon_loss.rows import Rows, Samples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,18 +144,21 @@ def test_half_operands(dtype: torch.dtype, shape: tuple[int, int, int], normaliz
 
     def sweep(run, w: Tensor, anchors: Samples) -> tuple[Tensor, Tensor]:
         count = torch.tensor(len(w), device=DEVICE)
-        terms = run(Rows(anchors, labels, Centroids(w, None, count, True), None), 0.1, 0.02)
+        rows = Rows(anchors, labels, Centroids(w, None, count, True), None, None, None)
+        terms = run(rows, 0.1, 0.02)
         return terms.loss, torch.autograd.grad(terms.loss.sum(), anchors.features)[0]
 
     ours = features.detach().requires_grad_()
-    loss, gradient = sweep(fused.fused_terms, w, Samples(ours, None, norms, None))
+    loss, gradient = sweep(fused.fused_terms, w, Samples(ours, None, norms))
     theirs = z.detach().requires_grad_()
     # The own class is float32 in the kernel: only the other centroids are rounded.
     rounded = Rows(
-        Samples(theirs, unit, norms, None),
+        Samples(theirs, unit, norms),
         labels,
         Centroids(w.to(dtype).float(), None, torch.tensor(len(w), device=DEVICE), True),
         w.index_select(0, labels),
+        None,
+        None,
     )
     terms = eager_terms(rounded, 0.1, 0.02)
     (expected,) = torch.autograd.grad(terms.loss.sum(), theirs)
@@ -181,6 +185,76 @@ def test_small_gradients_survive_float16() -> None:
         gradients.append(torch.autograd.grad(loss * 2.0**20, anchors)[0].float())
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0.02, atol=2e-4)
     assert gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("ignore_index", [None, -100, 3, 2**63 - 1])
+@pytest.mark.parametrize("num_classes", [None, 6, 10_000])
+@pytest.mark.parametrize("num_rows", [0, 1, 15, 16, 17, 2049])
+def test_sorted_labels(num_rows: int, num_classes: int | None, ignore_index: int | None) -> None:
+    """Slots, members and classes as the torch path finds them; nothing outside is touched."""
+    generator = torch.Generator().manual_seed(num_rows)
+    bound = num_classes or 2000
+    values = torch.randint(bound, (num_rows,), generator=generator)
+    if num_classes is None:
+        values = values * 2**51 - 2**62 + (values % 3)  # hashes, negative ones too
+        values[:1] = 2**63 - 1
+    elif ignore_index is not None:
+        values[::5] = ignore_index
+    labels = values.to(DEVICE)
+
+    got = fused.sort_labels(labels, num_classes, ignore_index)
+    expected = read_labels(labels, num_classes, ignore_index)
+    _, slots = index_classes(expected, num_classes)
+    valid = torch.ones_like(labels, dtype=torch.bool) if expected.valid is None else expected.valid
+    present = torch.unique(labels[valid])
+    assert got.labels.valid is not None
+    assert got.classes.classes is not None
+    assert torch.equal(got.labels.valid, valid)
+    assert torch.equal(got.labels.values[valid], labels[valid])
+    assert torch.equal(got.slots[valid], slots[valid])
+    assert int(got.classes.num_present) == len(present)
+    assert float(got.labels.divisor) == max(1, int(valid.sum()))
+    assert torch.equal(got.classes.classes[: len(present)], present)
+    assert torch.equal(got.classes.classes, got.classes.classes.sort().values)
+    assert len(got.classes.classes) == max(1, min(num_rows, num_classes or num_rows))
+    order, starts, ends = got.groups
+    for slot, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+        members = (valid & (got.slots == slot)).nonzero().flatten()
+        assert torch.equal(order[start:end], members)
+
+
+def test_a_reference_set_with_nothing_valid_has_no_class_0() -> None:
+    features, _ = batch(6, 3, 8)
+    zeros = torch.zeros(6, dtype=torch.int64, device=DEVICE)
+    options = {"ref_features": features, "ref_labels": zeros - 100, "impl": "triton"}
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="ref_labels lack label 0"):
+            varcon_loss(features, zeros, **options)
+    else:
+        assert varcon_loss(features, zeros, **options).isnan()
+
+
+@pytest.mark.parametrize("num_classes", [3, None])
+def test_as_on_a_gpu(num_classes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path that may not look at values: bad labels are NaN, and the rest as ever."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("varcon_loss") and hasattr(module, "values_may_be_read"):
+            monkeypatch.setattr(module, "values_may_be_read", lambda tensor: False)
+    features, labels = batch(20, 3, 8)
+    labels[3] = -100
+    compare(features, labels, num_classes=num_classes)
+    compare(features, labels, num_classes=num_classes, leave_one_out=True)
+    if num_classes is not None:
+        features.requires_grad_()
+        for bad in (-1, 3, 2**40):
+            labels[5] = bad
+            terms = varcon_terms(features, labels, num_classes=3, impl="triton")
+            (gradient,) = torch.autograd.grad(terms.reduced, features)
+            assert terms.reduced.isnan()
+            assert terms.loss.isnan().nonzero().flatten().tolist() == [5]
+            assert not terms.valid[5]
+            assert gradient[5].eq(0).all()
+            assert gradient.isfinite().all()
 
 
 def test_two_runs_give_identical_bits() -> None:
@@ -225,9 +299,10 @@ def test_second_derivatives_are_refused() -> None:
         (loss + gradient.square().sum()).backward()
 
 
-def test_compiles_as_one_graph() -> None:
+@pytest.mark.parametrize("num_classes", [5, None])
+def test_compiles_as_one_graph(num_classes: int | None) -> None:
     torch._dynamo.reset()
-    criterion = VarConLoss(num_classes=5, impl="triton")
+    criterion = VarConLoss(num_classes=num_classes, impl="triton")
     compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
     features, labels = batch(24, 5, 16)
     features.requires_grad_()
@@ -243,20 +318,20 @@ def test_operators_follow_the_rules(dtype: torch.dtype) -> None:
     features, labels = batch(9, 4, 6, dtype)
     valid = labels != 2
     norms = fused.row_norms(features, valid)
+    found = fused.sort_labels(labels, 4, 2)
+    operators = torch.ops.varcon_loss
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(fused.row_norms, (features, valid), test_utils=checks)
-    arguments = (features, norms, valid, labels, 4)
-    torch.library.opcheck(fused.class_sums, arguments, test_utils=checks)
-    sums, counts = fused.class_sums(*arguments)
-    w = torch.nn.functional.normalize(sums, dim=1)
-    count = (counts > 0).sum()
-    present = counts > 0
-    operator = torch.ops.varcon_loss.fused_sweep.default
+    for operator, arguments in (
+        (operators.row_norms, (features, valid)),
+        (operators.sort_labels, (labels, 2, 4)),
+        (operators.class_sums, (features, *found.groups, True)),
+    ):
+        torch.library.opcheck(operator.default, arguments, test_utils=checks)
+    _, counts, w, _ = fused.class_sums(features, *found.groups, True)
+    present, count = counts > 0, found.classes.num_present
     features.requires_grad_()
-    torch.library.opcheck(
-        operator,
-        (features, None, norms, valid, labels, w, present, count, False, None, 0.1, 0.02, True),
-    )
+    rows = (features, None, norms, found.slots, w, present, count, False, None, valid, None)
+    torch.library.opcheck(operators.fused_sweep.default, (*rows, 0.1, 0.02, True))
 
 
 def test_float64_is_an_error_and_wide_rows_too() -> None:
@@ -290,10 +365,12 @@ def test_the_compiler_takes_what_the_interpreter_takes(everything: bool) -> None
     """For a GPU that need not be there: the compiler has rules that the interpreter lacks."""
     code = (
         "import torch\n"
-        "from benchmarks.kernel_code import compile_sweep\n"
+        "from benchmarks.kernel_code import compile_helpers, compile_sweep\n"
         "for dtype in (torch.bfloat16, torch.float16, torch.float32):\n"
         f"    made = compile_sweep(dtype, 128, 65536, everything={everything})\n"
         "    assert made.matrix_instructions > 0 and made.shared_bytes <= 232448, made\n"
+        "    assert made.loop_spills in (0, None), made\n"
+        "    compile_helpers(dtype, 128)\n"
     )
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -12,7 +12,7 @@ class Centroids(NamedTuple):
     """The softmax of Eq. 8 runs over these."""
 
     unit: Tensor  # [S, D] unit length; zero rows where the slot is empty
-    present: Tensor | None  # [S] bool; None: no slot is empty
+    present: Tensor | None  # [S] bool; None: no slot is empty, or `packed` tells the fused sweep
     num_classes: Tensor  # 0-d int64, K
     packed: bool  # are the first K slots the ones that are not empty?
 

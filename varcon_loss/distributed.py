@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from varcon_loss import fused
 from varcon_loss.centroids import class_sums
 from varcon_loss.labels import ClassIndex, Labels, classes_of_slots, index_classes
 from varcon_loss.matching import ClassSummary
@@ -183,9 +184,11 @@ def exchange_classes(
         capacity = plan.capacity
         if plan.num_classes is None:
             largest = torch.tensor(len(local), device=plan.device)
+            if summary is not None and summary.classes.num_present is not None:
+                largest = summary.classes.num_present.clone()  # the slots after them are empty
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=plan.group)
-            capacity = int(largest)
-        crowded = len(local) > capacity
+            capacity = max(1, int(largest))
+        crowded = plan.num_classes is not None and len(local) > capacity
         exchanged, statuses = _by_all_gather(
             plan, local[:capacity], classes[:capacity], weight, capacity, failed or crowded
         )
@@ -246,7 +249,11 @@ def _by_all_gather(
     valid = rows[:, -1] > 0
     labels = Labels(names[:, 1:].reshape(-1).masked_fill(~valid, 0), valid, None)
     index, slots = index_classes(labels, plan.num_classes)
-    totals = class_sums(rows, slots, index.size)  # padding adds zeros
+    if fused.why_not(rows, rows.dtype) is None:  # no float atomics: the same bits every time
+        groups = fused.group_slots(slots, valid, index.size)
+        totals = fused.class_sums(rows, *groups, False)[0]
+    else:
+        totals = class_sums(rows, slots, index.size)  # padding adds zeros
     summary = ClassSummary(index, slots, totals[:, :-1].contiguous(), totals[:, -1].contiguous())
     classes = classes_of_slots(labels, slots, index.size)
     exchanged = Exchanged(summary, classes, values[:, 0, 0].sum(), plan.world_size)

@@ -25,9 +25,8 @@ CHUNK_ACCELERATOR = 2**25
 
 def sweep(rows: Rows, temperature: float, epsilon: float, need_grad: bool) -> SweepResult:
     """See `operators`."""
-    (_, z, norms, valid), slots, (w, present, num_classes, _), own = rows
+    (_, z, norms), slots, (w, present, num_classes, _), own, *_ = rows
     assert z is not None
-    assert valid is None
     (num_rows, dim), num_slots = z.shape, w.shape[0]
     losses, others = [], []
     gradient = z.new_empty((num_rows, dim) if need_grad else 0)

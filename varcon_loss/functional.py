@@ -1,6 +1,8 @@
 """The loss as functions: validate -> slots -> centroids -> rows -> reduction."""
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,20 +27,20 @@ from varcon_loss.matching import (
     match_memory,
     match_reference,
     summarise,
+    summarise_fused,
 )
 from varcon_loss.memory import CentroidMemory
 from varcon_loss.norms import row_norms
 from varcon_loss.reduction import (
     RanksTotal,
     VarConTerms,
-    mask_terms,
     reduce_loss,
     with_views,
 )
 from varcon_loss.reference import reference_terms
-from varcon_loss.rows import Rows, Samples
+from varcon_loss.rows import Rows, RowTerms, Samples
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, Callable[[Rows, float, float], RowTerms]] = {
     "reference": reference_terms,
     "eager": eager_terms,
     "triton": fused.fused_terms,
@@ -168,6 +170,14 @@ class _Batch(NamedTuple):
     shape: torch.Size  # [N], or [B, V] with views: the shape of per-sample results
 
 
+class _Read(NamedTuple):
+    """One set of samples made ready."""
+
+    labels: Labels
+    samples: Samples
+    summary: ClassSummary | None  # None: it makes no centroids
+
+
 class _Local(NamedTuple):
     """All that a rank knows by itself."""
 
@@ -271,45 +281,66 @@ def _prepare(
     if impl == "triton":
         with torch.no_grad():
             norms = fused.row_norms(features, labels.valid) if normalize else None
-            return Samples(features, None, norms, labels.valid)
+            return Samples(features, None, norms)
     if labels.valid is not None:
         # From here on a row that takes no part is a zero vector, whatever it held: it adds
         # nothing to any sum, and its gradient is exactly 0.
         features = features.masked_fill(~labels.valid.unsqueeze(1), 0.0)
     with torch.no_grad():
         norms = row_norms(features, dtype) if normalize else None
-        return Samples(features, unit_rows(features, norms, dtype), norms, None)
+        return Samples(features, unit_rows(features, norms, dtype), norms)
 
 
 def _summarise_locally(
     batch: _Batch, reference: _Batch | None, options: Options, memory: CentroidMemory | None
 ) -> _Local:
-    num_classes, ignore_index = options.num_classes, options.ignore_index
     dtype = torch.promote_types(batch.features.dtype, torch.float32)
     if reference is not None:
         dtype = torch.promote_types(dtype, reference.features.dtype)
     impl = _choose_impl(options.impl, batch, dtype)
-    normalize = options.normalize
-    labels = read_labels(batch.labels, num_classes, ignore_index)
-    anchors = _prepare(batch.features, labels, dtype, impl, normalize=normalize)
-
-    summary, summary_labels = None, labels
     count = options.leave_one_out or memory is not None or options.process_group is not None
-    with torch.no_grad():
-        if reference is not None:
-            summary_labels = read_labels(
-                reference.labels, num_classes, ignore_index, name="ref_labels"
-            )
-            pool = _prepare(reference.features, summary_labels, dtype, impl, normalize=normalize)
-            summary = summarise(pool, summary_labels, num_classes, count=count)
-        elif memory is None or memory.update:
-            summary = summarise(anchors, labels, num_classes, count=count)
-        row_weights = None
-        if options.weight is not None:
+    read = functools.partial(_read, options=options, dtype=dtype, impl=impl, count=count)
+
+    alone = reference is None and (memory is None or memory.update)
+    labels, anchors, summary = read(batch, makes_centroids=alone)
+    summary_labels = labels
+    if reference is not None:
+        summary_labels, _, summary = read(reference, makes_centroids=True, name="ref_labels")
+    row_weights = None
+    if options.weight is not None:
+        with torch.no_grad():
             row_weights = options.weight.to(dtype).index_select(0, labels.values)
             if labels.valid is not None:
                 row_weights = row_weights.masked_fill(~labels.valid, 0.0)
     return _Local(anchors, labels, row_weights, summary, summary_labels, impl)
+
+
+def _read(
+    batch: _Batch,
+    *,
+    options: Options,
+    dtype: torch.dtype,
+    impl: str,
+    count: bool,
+    makes_centroids: bool,
+    name: str = "labels",
+) -> _Read:
+    num_classes, ignore_index, normalize = (
+        options.num_classes,
+        options.ignore_index,
+        options.normalize,
+    )
+    if makes_centroids and impl == "triton":
+        with torch.no_grad():
+            found = fused.sort_labels(batch.labels, num_classes, ignore_index, name=name)
+            return _Read(found.labels, *summarise_fused(batch.features, found, normalize=normalize))
+    labels = read_labels(batch.labels, num_classes, ignore_index, name=name)
+    samples = _prepare(batch.features, labels, dtype, impl, normalize=normalize)
+    summary = None
+    if makes_centroids:
+        with torch.no_grad():
+            summary = summarise(samples, labels, num_classes, count=count)
+    return _Read(labels, samples, summary)
 
 
 def _choose_impl(impl: str, batch: _Batch, dtype: torch.dtype) -> str:
@@ -334,18 +365,17 @@ def _evaluate(
     impl = local.impl
     with torch.no_grad():
         match = _match(local, exchanged, options, memory, copy=impl == "reference")
-    rows = Rows(local.anchors, match.slots, match.centroids, match.own)
+    _, valid, out_of_range, divisor = match.labels
+    rows = Rows(local.anchors, match.slots, match.centroids, match.own, valid, out_of_range)
     terms = _IMPLEMENTATIONS[impl](rows, options.temperature, options.epsilon)
 
-    valid = match.labels.valid
-    terms = mask_terms(terms, valid, match.labels.out_of_range)
     row_weights = local.row_weights
     if row_weights is not None and valid is not None:
         row_weights = row_weights.masked_fill(~valid, 0.0)
     total = None
     if exchanged is not None:
         total = _total_weight(exchanged, match, options.weight)
-    reduced = reduce_loss(terms.loss, row_weights, valid, options.reduction, total)
+    reduced = reduce_loss(terms.loss, row_weights, valid, divisor, options.reduction, total)
 
     if valid is None:
         valid = torch.ones_like(match.slots, dtype=torch.bool)

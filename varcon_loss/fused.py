@@ -1,4 +1,4 @@
-"""Row lengths, class sums and the sweep as Triton kernels: ``impl="triton"``.
+"""Labels, row lengths, class sums and the sweep as Triton kernels: ``impl="triton"``.
 
 Importing this does not import Triton; the first launch does. Each step is a custom operator that
 torch.compile does not look into, so one path serves eager mode, compiled graphs, and Triton's
@@ -6,14 +6,18 @@ interpreter, under which the kernels run on CPU tensors (``TRITON_INTERPRET=1``)
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from varcon_loss.labels import ClassIndex, Labels, read_labels
 from varcon_loss.operators import SweepResult, make_operator
+from varcon_loss.readable import values_may_be_read
 from varcon_loss.rows import Rows
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -57,14 +61,34 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments
         kernel[grid](*tensors, **constants)
 
 
-@torch.library.custom_op("varcon_loss::row_norms", mutates_args=())
+def _operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """torch.compile sees one operator; elsewhere a plain call, which costs a third of one."""
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        operator = torch.library.custom_op(f"varcon_loss::{name}", function, mutates_args=())
+        operator.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            return (operator if torch.compiler.is_compiling() else function)(*arguments)
+
+        return call
+
+    return wrap
+
+
+def _fake_norms(features: Tensor, valid: Tensor | None) -> Tensor:
+    return features.new_empty(len(features), dtype=torch.float32)
+
+
+@_operator("row_norms", _fake_norms)
 def row_norms(features: Tensor, valid: Tensor | None) -> Tensor:
     """As `varcon_loss.norms.row_norms`: ``[N, D]`` -> ``[N]`` float32; infinity if not valid."""
     from varcon_loss import kernels
 
     num_rows, dim = features.shape
     norms = features.new_empty(num_rows, dtype=torch.float32)
-    block_d = min(_power_of_two(dim), 256)
+    block_d = _power_of_two(dim)
     block_n = 4096 // block_d
     constants = {"BLOCK_N": block_n, "BLOCK_D": block_d, "HAS_VALID": valid is not None}
     _launch(
@@ -77,53 +101,147 @@ def row_norms(features: Tensor, valid: Tensor | None) -> Tensor:
     return norms
 
 
-@row_norms.register_fake
-def _(features: Tensor, valid: Tensor | None) -> Tensor:
-    return features.new_empty(len(features), dtype=torch.float32)
+class Groups(NamedTuple):
+    """Samples sorted by class, and in each class by their place in the batch."""
+
+    order: Tensor  # [N] int64 sample numbers
+    starts: Tensor  # [S] int32, where the samples of a slot start in `order`
+    ends: Tensor  # [S] int32, and where they end
 
 
-@torch.library.custom_op("varcon_loss::class_sums", mutates_args=())
-def class_sums(
-    features: Tensor, norms: Tensor | None, valid: Tensor | None, slots: Tensor, size: int
-) -> tuple[Tensor, Tensor]:
-    """Sum the unit rows of each class and count them: -> ``[S, D]``, ``[S]``, float32.
+def _new_labels(labels: Tensor, ignored: int | None, num_classes: int | None) -> tuple[Tensor, ...]:
+    num_rows = len(labels)
+    size = max(1, num_rows if num_classes is None else min(num_rows, num_classes))
+    return (
+        torch.empty_like(labels),
+        torch.empty_like(labels, dtype=torch.bool),
+        labels.new_empty(0 if num_classes is None else num_rows, dtype=torch.bool),
+        torch.empty_like(labels),
+        torch.empty_like(labels),
+        labels.new_empty(size, dtype=torch.int32),
+        labels.new_empty(size, dtype=torch.int32),
+        labels.new_empty(size),
+        labels.new_empty(()),
+        labels.new_empty((), dtype=torch.float32),
+    )
 
-    The members of a class are added in their order in the batch, so two runs give the same bits.
-    """
+
+@_operator("sort_labels", _new_labels)
+def _sort_labels(
+    labels: Tensor, ignore_index: int | None, num_classes: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from varcon_loss import kernels
 
-    num_rows, dim = features.shape
+    ordered, order = labels.sort(stable=True)
+    values, valid, broken, slots, _, *per_slot, num_present, divisor = _new_labels(
+        labels, ignore_index, num_classes
+    )
+    constants = {
+        "HAS_IGNORE": ignore_index is not None,
+        "HAS_RANGE": num_classes is not None,
+        "BLOCK": min(2048, max(16, _power_of_two(len(labels)))),
+    }
+    _launch(
+        kernels.segments_kernel,
+        (1,),
+        labels.device,
+        *(ordered, order, values, valid, broken, slots, *per_slot, num_present, divisor),
+        *(len(labels), len(per_slot[0]), ignore_index or 0, num_classes or 0),
+        constants,
+    )
+    starts, ends, classes = per_slot
+    return values, valid, broken, slots, order, starts, ends, classes, num_present, divisor
+
+
+class SortedLabels(NamedTuple):
+    """Labels read, and the samples of each class found."""
+
+    labels: Labels
+    classes: ClassIndex
+    slots: Tensor  # [N]
+    groups: Groups
+
+
+def sort_labels(
+    labels: Tensor, num_classes: int | None, ignore_index: int | None, *, name: str = "labels"
+) -> SortedLabels:
+    """`labels.read_labels` and `labels.index_classes` in one sort, and nothing waits for ``K``."""
+    if values_may_be_read(labels):
+        read_labels(labels, num_classes, ignore_index, name=name)  # raises
+    values, valid, broken, slots, order, starts, ends, classes, num_present, divisor = _sort_labels(
+        labels.to(torch.int64), ignore_index, num_classes
+    )
+    return SortedLabels(
+        Labels(values, valid, None if num_classes is None else broken, divisor),
+        ClassIndex(len(classes), True, None, classes, num_present=num_present),
+        slots,
+        Groups(order, starts, ends),
+    )
+
+
+def group_slots(slots: Tensor, valid: Tensor | None, size: int) -> Groups:
+    """Sort samples whose slots ``[N]`` are known already."""
     keys = slots if valid is None else slots.masked_fill(~valid, size)
     ordered, order = keys.to(torch.int32).sort(stable=True)
     borders = torch.arange(size + 1, dtype=torch.int32, device=slots.device)
-    starts = torch.searchsorted(ordered, borders)
+    borders = torch.searchsorted(ordered, borders, out_int32=True)
+    return Groups(order, borders[:-1].contiguous(), borders[1:].contiguous())
+
+
+def _new_sums(
+    features: Tensor, order: Tensor, starts: Tensor, ends: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (num_rows, dim), size = features.shape, len(starts)
+    return (
+        features.new_empty(size, dim, dtype=torch.float32),
+        features.new_empty(size, dtype=torch.float32),
+        features.new_empty(size, dim, dtype=torch.float32),
+        features.new_empty(num_rows if normalize else 0, dtype=torch.float32),
+    )
+
+
+@_operator("class_sums", _new_sums)
+def class_sums(
+    features: Tensor, order: Tensor, starts: Tensor, ends: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum the rows ``[N, D]`` of each class, divided by their lengths if ``normalize``.
+
+    The members of a class are added in their order in the batch, so two runs give the same bits.
+
+    Returns:
+        sums ``[S, D]``, counts ``[S]``, centroids ``[S, D]``, and the lengths ``[N]`` of the rows
+        that are in a class (others are not set), or ``[0]`` without ``normalize``; all float32.
+    """
+    from varcon_loss import kernels
+
+    (num_rows, dim), size = features.shape, len(starts)
+    sums, counts, unit, norms = _new_sums(features, order, starts, ends, normalize)
     # Large classes are cut into pieces that run side by side.
     pieces = min(64, _power_of_two(num_rows // (32 * size)))
-    partial = features.new_empty(size, pieces, dim, dtype=torch.float32)
-    block_d = min(_power_of_two(dim), 128)
+    partial = sums if pieces == 1 else sums.new_empty(size, pieces, dim)
+    block_d = _power_of_two(dim)
     constants = {
         "PIECES": pieces,
-        "BLOCK_N": 4096 // block_d,
+        "BLOCK_N": max(1, 4096 // block_d),
         "BLOCK_D": block_d,
-        "HAS_NORMS": norms is not None,
+        "NORMALIZE": normalize,
     }
     _launch(
         kernels.class_sums_kernel,
-        (size, pieces, -(-dim // block_d)),
+        (size, pieces),
         features.device,
-        *(features, norms, order, starts, partial, dim, *features.stride()),
+        *(features, order, starts, ends, partial, unit, counts, norms, dim, *features.stride()),
         constants,
     )
-    sums = partial.squeeze(1) if pieces == 1 else partial.sum(1)
-    return sums, starts.diff().to(torch.float32)
-
-
-@class_sums.register_fake
-def _(
-    features: Tensor, norms: Tensor | None, valid: Tensor | None, slots: Tensor, size: int
-) -> tuple[Tensor, Tensor]:
-    sums = features.new_empty(size, features.shape[1], dtype=torch.float32)
-    return sums, features.new_empty(size, dtype=torch.float32)
+    if pieces > 1:
+        _launch(
+            kernels.join_pieces_kernel,
+            (size,),
+            features.device,
+            *(partial, sums, unit, dim),
+            {"PIECES": pieces, "BLOCK_D": block_d},
+        )
+    return sums, counts, unit, norms
 
 
 class Tiles(NamedTuple):
@@ -146,14 +264,16 @@ def choose_tiles(num_rows: int, dim: int, itemsize: int) -> Tiles:
         rows, keys = max(16, min(64, 8192 // width)), max(16, min(32, 4096 // width))
     while rows > 16 and num_rows < 128 * rows:
         rows //= 2
-    return Tiles(rows, keys, 8 if rows * width >= 16384 else 4, 2)
+    # One block fills a multiprocessor's registers, so its shared memory is free for prefetching.
+    stages = 3 if itemsize == 2 and width <= 128 else 2
+    return Tiles(rows, keys, 8 if rows >= 128 or rows * width >= 16384 else 4, stages)
 
 
 def sweep(rows: Rows, temperature: float, epsilon: float, need_grad: bool) -> SweepResult:
     """See `operators`. The gradient has the dtype of the features, its scale is float32."""
     from varcon_loss import kernels
 
-    (features, _, norms, valid), slots, (w, present, num_classes, packed), own = rows
+    (features, _, norms), slots, (w, present, num_classes, packed), own, valid, broken = rows
     num_rows, dim = features.shape
     loss = w.new_empty(num_rows)
     others = w.new_empty(4, num_rows)
@@ -170,6 +290,7 @@ def sweep(rows: Rows, temperature: float, epsilon: float, need_grad: bool) -> Sw
         "HAS_VALID": valid is not None,
         "HAS_PRESENT": present is not None and not packed,
         "HAS_OWN": own is not None,
+        "HAS_BROKEN": broken is not None,
         "PACKED": packed,
         # A small logit's exponential fits float32, but as an operand of a product not float16.
         "PLAIN_EXP": rows.have_small_logits(temperature) and features.dtype != torch.float16,
@@ -185,11 +306,11 @@ def sweep(rows: Rows, temperature: float, epsilon: float, need_grad: bool) -> Sw
         (-(-num_rows // tiles.rows),),
         features.device,
         *(features, norms, valid, slots, w, w.to(features.dtype), w.sum(0), present, num_classes),
-        *(own, loss, others, gradient, scale, num_rows, len(w), dim, *features.stride()),
+        *(own, broken, loss, others, gradient, scale, num_rows, len(w), dim, *features.stride()),
         *(temperature, epsilon),
         constants,
     )
     return loss, others, gradient, scale
 
 
-fused_terms = make_operator("varcon_loss::fused_sweep", sweep, keeps_dtype=True)
+fused_terms = make_operator("varcon_loss::fused_sweep", sweep, fused=True)

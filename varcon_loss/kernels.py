@@ -1,4 +1,4 @@
-"""Triton kernels: row lengths, class sums, and the sweep. Launched by `varcon_loss.fused`.
+"""Triton kernels: labels, row lengths, class sums, the sweep. Launched by `varcon_loss.fused`.
 
 Rows enter as the caller gave them, in their own dtype. A power of two near a row's length brings
 it to about unit size without rounding; what is left of the length, a factor near 1, is applied in
@@ -12,6 +12,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+SMALLEST_LABEL = tl.constexpr(-(2**63))
 
 
 @triton.jit
@@ -38,50 +39,113 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _lengths(x):
+    """Length of each row of a block ``[rows, dims]`` float32.
+
+    Infinity for zero rows, NaN for rows that float32 cannot express, as `varcon_loss.norms`.
+    """
+    scale = _inverse_power_of_two(tl.max(tl.abs(x), 1))
+    scaled = x * scale[:, None]
+    squares = tl.sum(scaled * scaled, 1)
+    norms = tl.sqrt(squares) / scale
+    norms = tl.where(norms == float("inf"), float("nan"), norms)
+    return tl.where(squares == 0.0, float("inf"), norms)
+
+
+@triton.jit
 def row_norms_kernel(
     x_ptr, valid_ptr, norms_ptr, num_rows, dim, stride_row, stride_dim,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_VALID: tl.constexpr,
 ):  # fmt: skip
-    """Length of each row; infinity for zero rows, NaN for rows that float32 cannot express."""
+    """Length of each row that takes part; infinity for the others."""
     rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    dims = tl.arange(0, BLOCK_D)
     inside = rows < num_rows
     taking_part = inside
     if HAS_VALID:
         taking_part = inside & (tl.load(valid_ptr + rows, mask=inside, other=0) != 0)
-    largest = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, dim, BLOCK_D):
-        dims = start + tl.arange(0, BLOCK_D)
-        mask = taking_part[:, None] & (dims < dim)[None, :]
-        at = rows[:, None] * stride_row + dims[None, :].to(tl.int64) * stride_dim
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
-    scale = _inverse_power_of_two(largest)
-    squares = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, dim, BLOCK_D):
-        dims = start + tl.arange(0, BLOCK_D)
-        mask = taking_part[:, None] & (dims < dim)[None, :]
-        at = rows[:, None] * stride_row + dims[None, :].to(tl.int64) * stride_dim
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) * scale[:, None]
-        squares += tl.sum(x * x, 1)
-    norms = tl.sqrt(squares) / scale
-    norms = tl.where(norms == float("inf"), float("nan"), norms)
-    norms = tl.where(squares == 0.0, float("inf"), norms)
-    tl.store(norms_ptr + rows, norms, mask=inside)
+    at = rows[:, None] * stride_row + dims[None, :].to(tl.int64) * stride_dim
+    mask = taking_part[:, None] & (dims < dim)[None, :]
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(norms_ptr + rows, _lengths(x), mask=inside)
+
+
+@triton.jit
+def segments_kernel(
+    sorted_ptr, order_ptr, values_ptr, valid_ptr, broken_ptr, slots_ptr, starts_ptr, ends_ptr,
+    classes_ptr, num_present_ptr, divisor_ptr, num_rows, num_slots, ignore_index, num_classes,
+    HAS_IGNORE: tl.constexpr, HAS_RANGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sorted labels to slots: one program walks over them with a running count of classes.
+
+    Writes, for each sample: its label (0 where invalid), whether it is valid or out of range, and
+    its slot; for each slot: where its samples start and end among the sorted ones, and its label.
+    """
+    num_present = tl.full([], 0, tl.int32)
+    num_valid = tl.full([], 0, tl.int32)
+    last_class = tl.full([], SMALLEST_LABEL, tl.int64)
+    for start in range(0, num_rows, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < num_rows
+        label = tl.load(sorted_ptr + at, mask=inside, other=0)
+        before = tl.load(sorted_ptr + at - 1, mask=inside & (at > 0), other=0)
+        after = tl.load(sorted_ptr + at + 1, mask=at + 1 < num_rows, other=0)
+        row = tl.load(order_ptr + at, mask=inside, other=0)
+        valid = inside
+        if HAS_IGNORE:
+            valid = valid & (label != ignore_index)
+        if HAS_RANGE:
+            in_range = (label >= 0) & (label < num_classes)
+            tl.store(broken_ptr + row, valid & (in_range == 0), mask=inside)
+            valid = valid & in_range
+        is_first = valid & ((at == 0) | (before != label))
+        is_last = valid & ((at == num_rows - 1) | (after != label))
+        slot = num_present + tl.cumsum(is_first.to(tl.int32), 0) - 1
+        tl.store(values_ptr + row, tl.where(valid, label, 0), mask=inside)
+        tl.store(valid_ptr + row, valid, mask=inside)
+        tl.store(slots_ptr + row, tl.where(valid, slot, 0).to(tl.int64), mask=inside)
+        tl.store(starts_ptr + slot, at, mask=is_first)
+        tl.store(ends_ptr + slot, at + 1, mask=is_last)
+        tl.store(classes_ptr + slot, label, mask=is_first)
+        num_present += tl.sum(is_first.to(tl.int32), 0)
+        num_valid += tl.sum(valid.to(tl.int32), 0)
+        last_class = tl.maximum(last_class, tl.max(tl.where(valid, label, SMALLEST_LABEL), 0))
+    # Empty slots: no samples, and the last label again, so that the labels stay sorted.
+    last_class = tl.where(num_present > 0, last_class, 0)
+    for start in range(0, num_slots, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        empty = (slot >= num_present) & (slot < num_slots)
+        tl.store(starts_ptr + slot, tl.zeros([BLOCK], tl.int32), mask=empty)
+        tl.store(ends_ptr + slot, tl.zeros([BLOCK], tl.int32), mask=empty)
+        tl.store(classes_ptr + slot, tl.zeros([BLOCK], tl.int64) + last_class, mask=empty)
+    tl.store(num_present_ptr, num_present.to(tl.int64))
+    tl.store(divisor_ptr, tl.maximum(num_valid, 1).to(tl.float32))
+
+
+@triton.jit
+def _store_unit(sums_ptr, unit_ptr, at, mask, total):
+    """A class sum, and its direction: zero if its members cancel out."""
+    scale = _inverse_power_of_two(tl.max(tl.abs(total), 0))
+    norm = tl.sum(_lengths(total[None, :]), 0)
+    tl.store(sums_ptr + at, total, mask=mask)
+    tl.store(unit_ptr + at, total * scale / (norm * scale), mask=mask)
 
 
 @triton.jit
 def class_sums_kernel(
-    x_ptr, norms_ptr, order_ptr, starts_ptr, sums_ptr, dim, stride_row, stride_dim,
-    PIECES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_NORMS: tl.constexpr,
+    x_ptr, order_ptr, starts_ptr, ends_ptr, sums_ptr, unit_ptr, counts_ptr, norms_ptr, dim,
+    stride_row, stride_dim,
+    PIECES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Sum one piece of one class, its members taken in the order of the batch: [S, PIECES, D].
+    """Sum one piece of one class, its members taken in the order of the batch; and their lengths.
 
-    No two programs write to one place, so two runs give the same bits.
+    No two programs write to one place, so two runs give the same bits. A class in one piece gets
+    its centroid here; else ``sums`` is ``[S, PIECES, D]``, for `join_pieces_kernel`.
     """
     slot = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
-    dims = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    first, last = tl.load(starts_ptr + slot), tl.load(starts_ptr + slot + 1)
+    dims = tl.arange(0, BLOCK_D)
+    first, last = tl.load(starts_ptr + slot), tl.load(ends_ptr + slot)
     length = (last - first + PIECES - 1) // PIECES
     begin = first + piece * length
     end = tl.minimum(begin + length, last)
@@ -93,23 +157,44 @@ def class_sums_kernel(
         mask = inside[:, None] & (dims < dim)[None, :]
         at = rows[:, None] * stride_row + dims[None, :].to(tl.int64) * stride_dim
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        if HAS_NORMS:
-            norms = tl.load(norms_ptr + rows, mask=inside, other=1.0)
+        if NORMALIZE:
+            norms = _lengths(x)
+            tl.store(norms_ptr + rows, norms, mask=inside)
             scale = _inverse_power_of_two(norms)
             x = x * scale[:, None] / (norms * scale)[:, None]
         total += tl.sum(x, 0)
     at = (slot * PIECES + piece) * dim + dims
-    tl.store(sums_ptr + at, total, mask=dims < dim)
+    if PIECES == 1:
+        _store_unit(sums_ptr, unit_ptr, at, dims < dim, total)
+    else:
+        tl.store(sums_ptr + at, total, mask=dims < dim)
+    if piece == 0:
+        tl.store(counts_ptr + slot, (last - first).to(tl.float32))
+
+
+@triton.jit
+def join_pieces_kernel(
+    pieces_ptr, sums_ptr, unit_ptr, dim, PIECES: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Sums of pieces ``[S, PIECES, D]`` to sums of classes and unit centroids ``[S, D]``."""
+    slot = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, BLOCK_D)
+    mask = dims < dim
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for piece in range(PIECES):
+        at = (slot * PIECES + piece) * dim + dims
+        total += tl.load(pieces_ptr + at, mask=mask, other=0.0)
+    _store_unit(sums_ptr, unit_ptr, slot * dim + dims, mask, total)
 
 
 @triton.jit
 def sweep_kernel(
     x_ptr, norms_ptr, valid_ptr, slots_ptr, w_ptr, keys_ptr, key_sum_ptr, present_ptr,
-    num_classes_ptr, own_ptr, loss_ptr, others_ptr, gradient_ptr, scale_ptr,
+    num_classes_ptr, own_ptr, broken_ptr, loss_ptr, others_ptr, gradient_ptr, scale_ptr,
     num_rows, num_slots, dim, stride_row, stride_dim, temperature, epsilon,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_NORMS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_PRESENT: tl.constexpr,
-    HAS_OWN: tl.constexpr, PACKED: tl.constexpr, PLAIN_EXP: tl.constexpr,
+    HAS_OWN: tl.constexpr, HAS_BROKEN: tl.constexpr, PACKED: tl.constexpr, PLAIN_EXP: tl.constexpr,
     NEED_GRAD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Loss terms of a block of rows and their gradient: one pass over the keys.
@@ -184,17 +269,18 @@ def sweep_kernel(
             mixed = tl.dot(weights, keys, acc=mixed, input_precision=PRECISION)
 
     # Everything below is float32, a few numbers a row. As in `objective.row_objective`.
-    z = x.to(tl.float32) * to_unit[:, None]
-    at = slots[:, None] * dim + dims[None, :]
-    w_slot = tl.load(w_ptr + at, mask=inside[:, None] & dim_mask[None, :], other=0.0)
+    slot_at = slots[:, None] * dim + dims[None, :]
+    row_mask = inside[:, None] & dim_mask[None, :]
+    own_at = rows[:, None] * dim + dims[None, :]
+    w_slot = tl.load(w_ptr + slot_at, mask=row_mask, other=0.0)
+    slot_logit = tl.sum(x.to(tl.float32) * w_slot, 1) * to_unit / temperature
     key_sum = tl.load(key_sum_ptr + dims, mask=dim_mask, other=0.0)
-    slot_logit = tl.sum(z * w_slot, 1) / temperature
-    sum_others = tl.sum(z * key_sum[None, :], 1) / temperature - slot_logit
-    t, w_own = slot_logit, w_slot
+    every_logit = tl.sum(x.to(tl.float32) * key_sum[None, :], 1) * to_unit / temperature
+    sum_others = every_logit - slot_logit
+    t = slot_logit
     if HAS_OWN:
-        at = rows[:, None] * dim + dims[None, :]
-        w_own = tl.load(own_ptr + at, mask=inside[:, None] & dim_mask[None, :], other=0.0)
-        t = tl.sum(z * w_own, 1) / temperature
+        w_own = tl.load(own_ptr + own_at, mask=row_mask, other=0.0)
+        t = tl.sum(x.to(tl.float32) * w_own, 1) * to_unit / temperature
 
     num_others = tl.maximum(num_classes.to(tl.float32) - 1.0, 0.0)
     lse_others = (shift + tl.log2(total)) * LN_2
@@ -209,11 +295,19 @@ def sweep_kernel(
     q_own, q_rest = _sigmoid(b), _sigmoid(-b)
     q_other = q_rest / tl.maximum(num_others, 1.0)
     kl = q_own * (log_q_own + nll) + q_rest * (log_q_own - a + lse) - q_other * sum_others
-    tl.store(loss_ptr + rows, kl + nll, mask=inside)
-    tl.store(others_ptr + rows, kl, mask=inside)
-    tl.store(others_ptr + (rows + num_rows), nll, mask=inside)
-    tl.store(others_ptr + (rows + num_rows + num_rows), p_own, mask=inside)
-    tl.store(others_ptr + (rows + num_rows + num_rows + num_rows), tau2, mask=inside)
+    loss = tl.where(taking_part, kl + nll, 0.0)
+    if HAS_BROKEN:
+        broken = tl.load(broken_ptr + rows, mask=inside, other=0) != 0
+        loss = tl.where(broken, float("nan"), loss)
+    tl.store(loss_ptr + rows, loss, mask=inside)
+    at = rows
+    tl.store(others_ptr + at, tl.where(taking_part, kl, 0.0), mask=inside)
+    at += num_rows
+    tl.store(others_ptr + at, tl.where(taking_part, nll, 0.0), mask=inside)
+    at += num_rows
+    tl.store(others_ptr + at, tl.where(taking_part, p_own, 0.0), mask=inside)
+    at += num_rows
+    tl.store(others_ptr + at, tl.where(taking_part, tau2, 0.0), mask=inside)
 
     if NEED_GRAD:
         # As in `objective.row_slopes`.
@@ -221,17 +315,21 @@ def sweep_kernel(
         slope = 2.0 + 2.0 * epsilon * through_tau2 * q_own * p_own * a * a
         own_slope = q_rest - slope * p_rest
         g = mixed * (slope * tl.exp2(shift - lse * LOG2_E))[:, None]
+        # Read again: kept from above, the centroids would not fit the registers.
+        w_slot = tl.load(w_ptr + slot_at, mask=row_mask, other=0.0)
         if HAS_OWN:
-            g += own_slope[:, None] * w_own + q_other[:, None] * (w_slot - key_sum[None, :])
+            g += q_other[:, None] * (w_slot - key_sum[None, :])
+            w_own = tl.load(own_ptr + own_at, mask=row_mask, other=0.0)
+            g += own_slope[:, None] * w_own
         else:
             g += (own_slope + q_other)[:, None] * w_slot - q_other[:, None] * key_sum[None, :]
         if HAS_NORMS:
+            z = x.to(tl.float32) * to_unit[:, None]
             g -= tl.sum(g * z, 1)[:, None] * z
         g = tl.where(mask, g, 0.0)
         size = _inverse_power_of_two(tl.max(tl.abs(g), 1))
-        at = rows[:, None] * dim + dims[None, :]
         g = (g * size[:, None]).to(operand)
-        tl.store(gradient_ptr + at, g, mask=inside[:, None] & dim_mask[None, :])
+        tl.store(gradient_ptr + own_at, g, mask=row_mask)
         back = 1.0 / (size * temperature)
         if HAS_NORMS:
             back = back / norms

@@ -3,7 +3,8 @@
 The loss only ever works with *slots*, dense numbers ``0 ... S - 1``; a label's value matters
 nowhere else. ``S`` is the number of rows that the centroids have. On a CPU it is ``K``, the number
 of classes present; where reading ``K`` would synchronise a GPU or break a compiled graph it is the
-bound ``min(num_classes, N)``, and the slots from ``K`` on stay empty.
+bound ``min(num_classes, N)``, and the slots from ``K`` on stay empty (`fused.read_labels` does so
+for any labels: its kernels read ``K`` on the GPU).
 """
 
 from typing import NamedTuple
@@ -20,6 +21,7 @@ class Labels(NamedTuple):
     values: Tensor  # [N] int64, made safe to index with where `num_classes` is given
     valid: Tensor | None  # [N] bool, False where ignored or out of range; None: all are valid
     out_of_range: Tensor | None  # [N] bool; None: all are known to be in range
+    divisor: Tensor | None = None  # 0-d float32, how many are valid, at least 1; None: unknown
 
 
 class ClassIndex(NamedTuple):
@@ -28,8 +30,9 @@ class ClassIndex(NamedTuple):
     size: int  # S, at least 1
     may_be_sparse: bool  # can a slot be empty?
     table: Tensor | None  # [C] slot of every class, -1 where absent; with num_classes
-    classes: Tensor | None  # [S] sorted labels; without num_classes
+    classes: Tensor | None  # [S] sorted labels, without a table; empty slots repeat the last
     packed: bool = True  # do the empty slots come last?
+    num_present: Tensor | None = None  # 0-d int64, K; None: unknown
 
 
 def read_labels(
@@ -72,7 +75,7 @@ def index_classes(labels: Labels, num_classes: int | None) -> tuple[ClassIndex, 
 
     Invalid labels get some slot in range.
     """
-    values, valid, _ = labels
+    values, valid = labels.values, labels.valid
     readable = values_may_be_read(values)
     if num_classes is None:
         # On a GPU this is the one place that synchronises: give num_classes to avoid it.
@@ -111,14 +114,16 @@ def find_slots(labels: Labels, index: ClassIndex) -> tuple[Tensor, Tensor]:
     if len(index.classes) == 0:
         return torch.zeros_like(values), torch.zeros_like(values, dtype=torch.bool)
     slots = torch.searchsorted(index.classes, values).clamp_max(index.size - 1)
-    return slots, index.classes.index_select(0, slots) == values
+    found = index.classes.index_select(0, slots) == values
+    return slots, found if index.num_present is None else found & (slots < index.num_present)
 
 
 def narrow(labels: Labels, kept: Tensor) -> Labels:
     """The same labels, valid only where ``kept`` ``[N]``."""
     if values_may_be_read(kept) and bool(kept.all()):
         return labels
-    return labels._replace(valid=kept if labels.valid is None else labels.valid & kept)
+    valid = kept if labels.valid is None else labels.valid & kept
+    return labels._replace(valid=valid, divisor=None)
 
 
 def require_reference(labels: Labels, found: Tensor) -> Labels:

@@ -36,6 +36,7 @@ class ClassSummary(NamedTuple):
     slots: Tensor  # [N] slot of each sample
     sums: Tensor  # [S, D] sum of the rows of each class
     counts: Tensor | None  # [S] how many valid rows that is; None: at least one in every slot
+    centroids: Centroids | None = None  # where they are there already
 
 
 class Match(NamedTuple):
@@ -56,18 +57,28 @@ def summarise(
     ``count`` where the number of samples matters, not only that there are some.
     """
     index, slots = index_classes(labels, num_classes)
-    if samples.unit is None:
-        sums, counts = fused.class_sums(
-            samples.features, samples.norms, samples.valid, slots, index.size
-        )
-        return ClassSummary(index, slots, sums, counts)
+    assert samples.unit is not None
     counts = None
     if count or index.may_be_sparse:
         counts = class_counts(slots, labels.valid, index.size, samples.dtype)
     return ClassSummary(index, slots, class_sums(samples.unit, slots, index.size), counts)
 
 
+def summarise_fused(
+    features: Tensor, sorted_labels: fused.SortedLabels, *, normalize: bool
+) -> tuple[Samples, ClassSummary]:
+    """`summarise` by the kernels, on features as they come: lengths and centroids fall out too."""
+    _, index, slots, groups = sorted_labels
+    sums, counts, unit, norms = fused.class_sums(features, *groups, normalize)
+    assert index.num_present is not None
+    centroids = Centroids(unit, None, index.num_present, True)
+    samples = Samples(features, None, norms if normalize else None)
+    return samples, ClassSummary(index, slots, sums, counts, centroids)
+
+
 def _centroids(summary: ClassSummary) -> Centroids:
+    if summary.centroids is not None:
+        return summary.centroids
     index = summary.classes
     counts = summary.counts if index.may_be_sparse else None
     return unit_centroids(summary.sums, counts, packed=index.packed)
@@ -77,13 +88,13 @@ def match_batch(
     summary: ClassSummary, samples: Samples, labels: Labels, *, leave_one_out: bool
 ) -> Match:
     """The anchors are among the samples that ``summary`` was made of, in ``summary.slots``."""
-    _, slots, sums, counts = summary
+    slots, counts = summary.slots, summary.counts
     centroids = _centroids(summary)
     if not leave_one_out:
         return Match(centroids, slots, None, labels, None)
     assert counts is not None
     kept = counts > 1
-    own = centroids_without_self(samples.unit_rows(), sums, slots)
+    own = centroids_without_self(samples.unit_rows(labels.valid), summary.sums, slots)
     return Match(centroids, slots, own, narrow(labels, kept.index_select(0, slots)), kept)
 
 

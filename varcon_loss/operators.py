@@ -20,11 +20,12 @@ from varcon_loss.rows import Rows, RowTerms, Samples
 SweepResult = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _SCHEMA = (
-    "(Tensor features, Tensor? unit, Tensor? norms, Tensor? valid, Tensor slots, Tensor w, "
-    "Tensor? present, Tensor num_classes, bool packed, Tensor? own, "
+    "(Tensor features, Tensor? unit, Tensor? norms, Tensor slots, Tensor w, "
+    "Tensor? present, Tensor num_classes, bool packed, "
+    "Tensor? own, Tensor? valid, Tensor? broken, "
     "float temperature, float epsilon, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-_NUM_ARGUMENTS = 13
+_NUM_ARGUMENTS = 14
 
 
 class _Scale(torch.autograd.Function):
@@ -50,34 +51,42 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: SweepResult) -> No
     ctx.dtype = inputs[0].dtype
 
 
-def _scale_kept_gradient(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _scale_kept_gradient(
+    ctx: Any, upstream: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * _NUM_ARGUMENTS
+    return _scaled(ctx, upstream), *(None,) * (_NUM_ARGUMENTS - 1)
+
+
+def _scaled(ctx: Any, upstream: Tensor) -> Tensor:
     gradient, scale = ctx.saved_tensors
     if scale.numel() > 0:
         upstream = upstream * scale
     if torch.is_grad_enabled():  # create_graph=True
-        scaled = _Scale.apply(gradient.detach().requires_grad_(), upstream).to(ctx.dtype)
-    elif gradient.dtype == upstream.dtype:
-        scaled = (gradient * upstream.unsqueeze(1)).to(ctx.dtype)
-    else:
-        # Half gradients: multiplied in float32 with no float32 copy of the whole.
-        scaled = torch.mul(gradient, upstream.unsqueeze(1), out=torch.empty_like(gradient))
-    return scaled, *(None,) * (_NUM_ARGUMENTS - 1)
+        return _Scale.apply(gradient.detach().requires_grad_(), upstream).to(ctx.dtype)
+    if gradient.dtype == upstream.dtype:
+        return (gradient * upstream.unsqueeze(1)).to(ctx.dtype)
+    # Half gradients: multiplied in float32 with no float32 copy of the whole.
+    return torch.mul(gradient, upstream.unsqueeze(1), out=torch.empty_like(gradient))
 
 
 def make_operator(
-    name: str, sweep: Callable[..., SweepResult], *, keeps_dtype: bool = False
+    name: str, sweep: Callable[..., SweepResult], *, fused: bool = False
 ) -> Callable[[Rows, float, float], RowTerms]:
     """``sweep`` as a function of rows that can be differentiated, once, and compiled.
 
     Args:
         name: ``namespace::name`` of the custom operator.
         sweep: as above.
-        keeps_dtype: the gradient has the dtype of the features, and a scale, not that of ``w``.
+        fused: the sweep masks its rows itself, and its gradient has the dtype of the features,
+            and a scale, where others have that of ``w``.
     """
 
     def flat(*arguments: Any) -> SweepResult:
-        samples, slots, centroids, own = arguments[:4], arguments[4], arguments[5:9], arguments[9]
-        return sweep(Rows(Samples(*samples), slots, Centroids(*centroids), own), *arguments[10:])
+        samples, slots, centroids = Samples(*arguments[:3]), arguments[3], arguments[4:8]
+        rows = Rows(samples, slots, Centroids(*centroids), *arguments[8:11])
+        return sweep(rows, *arguments[11:])
 
     class Sweep(torch.autograd.Function):
         @staticmethod
@@ -86,6 +95,7 @@ def make_operator(
             _keep_gradient(ctx, arguments, output)
             loss, others = output[:2]
             ctx.mark_non_differentiable(others)
+            ctx.set_materialize_grads(False)
             return loss, others
 
         backward = staticmethod(_scale_kept_gradient)
@@ -96,14 +106,14 @@ def make_operator(
 
     @operator.register_fake
     def _(features: Tensor, *arguments: Any) -> SweepResult:
-        w, need_grad = arguments[4], arguments[-1]
-        like = features if keeps_dtype else w
+        w, need_grad = arguments[3], arguments[-1]
+        like = features if fused else w
         num_rows = len(features)
         return (
             w.new_empty(num_rows),
             w.new_empty(4, num_rows),
             like.new_empty(features.shape if need_grad else 0),
-            w.new_empty(num_rows if need_grad and keeps_dtype else 0),
+            w.new_empty(num_rows if need_grad and fused else 0),
         )
 
     def run(rows: Rows, temperature: float, epsilon: float) -> RowTerms:
@@ -113,11 +123,14 @@ def make_operator(
             rows.slots,
             *rows.centroids,
             rows.own,
+            rows.valid,
+            rows.broken,
             temperature,
             epsilon,
             need_grad,
         )
         loss, others = (operator if torch.compiler.is_compiling() else Sweep.apply)(*arguments)[:2]
-        return RowTerms(loss, *others.unbind())
+        terms = RowTerms(loss, *others.unbind())
+        return terms if fused else terms.masked(rows)
 
     return run

@@ -5,8 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varcon_loss.rows import RowTerms
-
 
 class VarConTerms(NamedTuple):
     """The loss with everything one logs, from one sweep.
@@ -39,15 +37,6 @@ class VarConTerms(NamedTuple):
     impl: str
 
 
-def mask_terms(terms: RowTerms, valid: Tensor | None, broken: Tensor | None) -> RowTerms:
-    """Zero the rows that take no part; make the rows with an unusable label NaN."""
-    if valid is not None:
-        terms = RowTerms(*(torch.where(valid, term, 0.0) for term in terms))
-    if broken is not None:
-        terms = terms._replace(loss=torch.where(broken, torch.nan, terms.loss))
-    return terms
-
-
 class RanksTotal(NamedTuple):
     """What a mean over the ranks of a process group divides by."""
 
@@ -59,13 +48,15 @@ def reduce_loss(
     loss: Tensor,
     row_weights: Tensor | None,
     valid: Tensor | None,
+    divisor: Tensor | None,
     reduction: str,
     total: RanksTotal | None,
 ) -> Tensor:
     """Weigh and reduce: ``[N]`` -> ``[]``, or ``[N]`` for ``"none"``.
 
     ``loss`` is 0 where not ``valid``, and so are ``row_weights``. The mean is
-    ``sum(weight * loss) / sum(weight)``, and 0 where nothing has weight. Over several ranks the
+    ``sum(weight * loss) / sum(weight)``, and 0 where nothing has weight. ``divisor`` may give the
+    number of valid rows, at least 1. Over several ranks the
     denominator is ``total``, and mean and sum are multiplied by the number of ranks, so that what
     DDP and FSDP average is the loss, and the gradient, of the whole batch.
     """
@@ -80,6 +71,8 @@ def reduce_loss(
     if total is None:
         if row_weights is None and valid is None:
             return loss.mean() if len(loss) > 0 else loss.sum()
+        if row_weights is None and divisor is not None:
+            return loss.sum() / divisor
         shares = valid if row_weights is None else row_weights
         assert shares is not None
         weight = shares.sum()

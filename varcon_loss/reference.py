@@ -34,10 +34,11 @@ def reference_terms(rows: Rows, temperature: float, epsilon: float) -> RowTerms:
     kl, nll = (log_q.exp() * difference).sum(1), -log_p_own.squeeze(1)
     loss = kl + nll  # Eq. 7
 
-    return RowTerms(
+    terms = RowTerms(
         loss,
         kl.detach(),
         nll.detach(),
         log_p_own.detach().exp().squeeze(1),
         tau2.detach().squeeze(1),
     )
+    return terms.masked(rows)

@@ -15,27 +15,24 @@ class Samples(NamedTuple):
     """Features made ready. Everything but ``features`` is free of gradient.
 
     The fused kernels read the features themselves: there ``unit`` is None, and rows that take no
-    part are told by ``valid``. Elsewhere such rows are zero vectors by now, and ``valid`` is None.
+    part hold what they held. Elsewhere such rows are zero vectors by now.
     """
 
     features: Tensor  # [N, D] as the caller gave them, any float dtype; the gradient's way out
     unit: Tensor | None  # [N, D] z: the features divided by `norms`, in float32 or wider
     norms: Tensor | None  # [N] lengths; None: z is the features as they are
-    valid: Tensor | None  # [N] bool
 
     @property
     def dtype(self) -> torch.dtype:
         """In what is everything computed?"""
         return torch.float32 if self.unit is None else self.unit.dtype
 
-    def unit_rows(self) -> Tensor:
-        """``z`` ``[N, D]``, zero vectors where not valid."""
+    def unit_rows(self, valid: Tensor | None) -> Tensor:
+        """``z`` ``[N, D]``, zero vectors where not valid ``[N]``."""
         if self.unit is not None:
             return self.unit
-        features = self.features
-        if self.valid is not None:
-            features = features.masked_fill(~self.valid.unsqueeze(1), 0.0)
-        return unit_rows(features, self.norms, self.dtype)
+        unit = unit_rows(self.features, self.norms, self.dtype)
+        return unit if valid is None else unit.masked_fill(~valid.unsqueeze(1), 0.0)
 
 
 class Rows(NamedTuple):
@@ -45,6 +42,8 @@ class Rows(NamedTuple):
     slots: Tensor  # [N] int64, the own class
     centroids: Centroids
     own: Tensor | None  # [N, D] own centroid of each row, where it is not centroids.unit[slots]
+    valid: Tensor | None  # [N] bool; the terms of the others are 0
+    broken: Tensor | None  # [N] bool; their loss is NaN
 
     @property
     def features(self) -> Tensor:
@@ -64,3 +63,12 @@ class RowTerms(NamedTuple):
     nll: Tensor
     confidence: Tensor
     tau2: Tensor
+
+    def masked(self, rows: Rows) -> "RowTerms":
+        """Zero the rows that take no part; make the rows with an unusable label NaN."""
+        terms = self
+        if rows.valid is not None:
+            terms = RowTerms(*(torch.where(rows.valid, term, 0.0) for term in terms))
+        if rows.broken is not None:
+            terms = terms._replace(loss=torch.where(rows.broken, torch.nan, terms.loss))
+        return terms
