@@ -15,6 +15,7 @@ from torch import Tensor
 
 from varcon_loss.objective import row_objective, row_slopes
 from varcon_loss.operators import SweepResult, make_operator
+from varcon_loss.products import make_linear
 from varcon_loss.rows import Rows
 
 # Elements of one chunk's logits and rows. 4 MiB of float32 stay in a CPU's caches (2^18 and 2^22
@@ -46,11 +47,13 @@ def sweep(rows: Rows, temperature: float, epsilon: float, need_grad: bool) -> Sw
     else:
         num_others = num_classes.sub(1).clamp_min(0).to(z.dtype)
     bounded = rows.have_small_logits(temperature)
+    to_logits = make_linear(keys, chunk)
+    to_gradient = make_linear(keys.T, chunk) if need_grad else None
 
     for start in range(0, num_rows, chunk or 1):
         part = slice(start, start + chunk)
         queries, own_slot = z[part], slots[part].unsqueeze(1)
-        logits = torch.mm(queries, keys.T, out=buffer[: len(queries)])
+        logits = to_logits(queries, buffer[: len(queries)])
         slot_logit = logits.gather(1, own_slot).squeeze(1)
         if own is None:
             own_logit = slot_logit
@@ -78,7 +81,7 @@ def sweep(rows: Rows, temperature: float, epsilon: float, need_grad: bool) -> Sw
         terms = row_objective(own_logit, lse_others, sum_others, num_others, temperature, epsilon)
         losses.append(terms.loss)
         others.append(torch.stack((terms.kl, terms.nll, terms.confidence, terms.tau2)))
-        if not need_grad:
+        if to_gradient is None:
             continue
 
         slope, own_slope, q_other = row_slopes(terms, own_logit, sum_others, epsilon)
@@ -91,13 +94,16 @@ def sweep(rows: Rows, temperature: float, epsilon: float, need_grad: bool) -> Sw
         weights[:, -1] = -q_other
         at_slot = q_other if own is not None else own_slope + q_other
         weights.scatter_(1, own_slot, at_slot.unsqueeze(1))
-        g = torch.mm(weights, keys, out=gradient[part])
+        out = gradient[part]
+        g = to_gradient(weights, out)
         if own is not None:
             g.addcmul_(own[part], own_slope.unsqueeze(1), value=1 / temperature)
         if norms is not None:
             # dL/dx = (g - (g . z) z) / |x|
             along = (g * queries).sum(1, keepdim=True)
             g.addcmul_(queries, along, value=-1)
+        if g is not out:
+            out.copy_(g)
     if len(losses) == 1:
         return losses[0], others[0], gradient, scale
     if not losses:
