@@ -240,7 +240,9 @@ def _by_all_gather(
     names[0] = int(failed)
     packed = torch.cat([_bytes(names.unsqueeze(1)), _bytes(values)], dim=1)
     gathered = packed.new_empty(plan.world_size * len(packed), packed.shape[1])
-    dist.all_gather_into_tensor(gathered, packed, group=plan.group)
+    # The name since torch 2.14, and the one before it, which warns since then.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(gathered, packed, group=plan.group)
 
     gathered = gathered.view(plan.world_size, capacity + 1, -1)
     names = gathered[:, :, :8].contiguous().view(torch.int64).squeeze(2)  # [W, P + 1]
