@@ -274,6 +274,31 @@ def paper(
     )
 
 
+@app.command(name="gpu-proof")
+def gpu_proof(
+    only: Annotated[str, typer.Option(help="comma-separated stages; all by default")] = "",
+    out: Annotated[Path, typer.Option(help="folder of the result files")] = Path("runs/gpu-proof"),
+) -> None:
+    """What only a GPU can show: tests, sanitizers, launches, times against floors and targets.
+
+    Each stage takes under eight minutes and is not run again once it has left its file.
+    """
+    from rich.table import Table
+
+    from benchmarks import gpu_proof as harness
+    from benchmarks import results
+
+    rows = harness.run(out, "cuda", [part for part in only.split(",") if part] or None)
+    table = Table("stage", "outcome", "seconds", "last line")
+    for row in rows:
+        table.add_row(row["stage"], row["status"], str(row["seconds"]), row["last_line"])
+    console.print(table)
+    saved = results.save("gpu-proof", rows, results.environment("cuda"), out)
+    console.print(f"saved: {saved}; copy it to {results.RESULTS} and run report")
+    if any(row["status"] != "passed" for row in rows):
+        raise typer.Exit(1)
+
+
 @app.command()
 def report() -> None:
     """Rebuild benchmarks/RESULTS.md and its pictures from benchmarks/results/."""

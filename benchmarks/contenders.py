@@ -34,11 +34,12 @@ def _needs(module: str) -> Callable[[str], str | None]:
     return lambda device: None if found else f"{module} is not installed"
 
 
-def _cuda_with(module: str) -> Callable[[str], str | None]:
-    def missing(device: str) -> str | None:
-        return _needs(module)(device) if device == "cuda" else "CUDA only"
+def _cuda(device: str) -> str | None:
+    return None if device == "cuda" else "CUDA only"
 
-    return missing
+
+def _cuda_with(module: str) -> Callable[[str], str | None]:
+    return lambda device: _cuda(device) or _needs(module)(device)
 
 
 def _ours(impl: str) -> Callable[[], Loss]:
@@ -74,6 +75,7 @@ def _around_cut_cross_entropy() -> Loss:
 
 CONTENDERS: dict[str, Contender] = {
     "varcon-loss": Contender("varcon", _ours("auto")),
+    "varcon-loss eager": Contender("varcon", _ours("eager"), _cuda),
     "varcon-loss reference": Contender("varcon", _ours("reference")),
     "equations, authors' operations": Contender("varcon", lambda: authors_operations),
     "equations, lean": Contender("varcon", lambda: lean_log_space),
