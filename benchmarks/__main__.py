@@ -56,6 +56,7 @@ def speed(
     from benchmarks import speed as harness
     from benchmarks.contenders import CONTENDERS
 
+    _require(device)
     wanted = [part.strip() for part in contenders.split(",") if part.strip()]
     chosen = [
         title
@@ -106,6 +107,7 @@ def quality(
     from benchmarks import quality as harness
     from benchmarks.methods import METHODS
 
+    _require(device)
     chosen = [part.strip() for part in methods.split(",") if part.strip()] or list(METHODS)
     store = harness.Store(out / f"{data}.jsonl")
     rows = harness.sweep(
@@ -124,6 +126,41 @@ def quality(
     for value in ("linear", "knn"):
         console.print(value)
         console.print(harness.summary(rows, value).to_string(index=False))
+
+
+@app.command()
+def evolution(
+    data: Annotated[str, typer.Option(help="as for quality")] = "mnist5k",
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    batch_size: Annotated[int, typer.Option(min=2)] = 256,
+    learning_rate: Annotated[float, typer.Option()] = 0.15,
+    snapshots: Annotated[str, typer.Option(help="epochs after which to look")] = "1,2,5,10",
+    seed: Annotated[int, typer.Option(help="of weights, order and augmentation")] = 0,
+    root: Annotated[Path | None, typer.Option(help="folder of cifar10, cifar100, folder")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the result files")] = Path("runs/evolution"),
+) -> None:
+    """t-SNE of held-out images and the density of τ2 while VarCon and SupCon train."""
+    import pandas as pd
+
+    from benchmarks import evolution as harness
+    from benchmarks import results
+    from benchmarks.data import load
+    from benchmarks.progress import progress_bar
+    from benchmarks.training import Recipe
+
+    wanted = _numbers(snapshots)
+    if not all(1 <= epoch <= epochs for epoch in wanted):
+        raise typer.BadParameter(f"snapshots must lie in 1 ... {epochs}, got {snapshots}")
+    recipe = Recipe(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
+    with progress_bar() as bar:
+        task = bar.add_task("evolution", total=epochs * len(harness.METHODS), note="")
+        rows = harness.follow(
+            load(data, root), recipe, seed, wanted, out,
+            lambda method, epoch: bar.update(task, advance=1, note=f"{method} epoch {epoch + 1}"),
+        )  # fmt: skip
+    console.print(pd.DataFrame(rows).dropna(subset=["knn"]).to_string(index=False))
+    env = results.environment() | {"seed": seed, **recipe.as_dict()}
+    console.print(f"saved: {results.save(f'evolution-{data}', rows, env, out)}")
 
 
 @app.command(name="metric-learning")
@@ -253,6 +290,7 @@ def paper(
     from benchmarks.paper import reproduce
     from benchmarks.progress import progress_bar
 
+    _require(device)
     with progress_bar() as bar:
         task = bar.add_task("CIFAR-100", total=epochs, note="")
 
@@ -288,6 +326,7 @@ def gpu_proof(
     from benchmarks import gpu_proof as harness
     from benchmarks import results
 
+    _require("cuda")
     rows = harness.run(out, "cuda", [part for part in only.split(",") if part] or None)
     table = Table("stage", "outcome", "seconds", "last line")
     for row in rows:
@@ -305,6 +344,13 @@ def report() -> None:
     from benchmarks.report import write
 
     console.print(f"written: {write()}")
+
+
+def _require(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("this needs a CUDA device, and torch finds none here")
 
 
 def _numbers(text: str) -> list[int]:

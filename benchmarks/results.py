@@ -56,9 +56,12 @@ def read(name: str, folder: Path = RESULTS) -> tuple[pd.DataFrame, dict[str, Any
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return "unknown"
     return done.stdout.strip() or "" if done.returncode == 0 else "unknown"
 
 

@@ -303,6 +303,31 @@ def _copy_of_results(tmp_path: Path) -> Path:
     return Path(shutil.copytree(results.RESULTS, tmp_path / "results"))
 
 
+def test_evolution_follows_both_methods(tmp_path: Path) -> None:
+    from benchmarks.evolution import METHODS, follow
+
+    recipe = Recipe(epochs=2, batch_size=256)
+    rows = follow(data.load("digits"), recipe, 0, [1, 2], tmp_path)
+    assert [(row["method"], row["epoch"]) for row in rows] == [
+        (m, e) for m in METHODS for e in (1, 2)
+    ]
+    assert all(row["knn"] > 0.5 for row in rows)
+    assert (tmp_path / "evolution-digits.png").stat().st_size > 10_000
+
+
+def test_a_missing_gpu_is_a_clear_error() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    from typer.testing import CliRunner
+
+    from benchmarks.__main__ import app
+
+    for command in (["speed", "--device", "cuda"], ["gpu-proof"]):
+        outcome = CliRunner().invoke(app, command)
+        assert outcome.exit_code == 2
+        assert "CUDA device" in outcome.output
+
+
 class TestGpuProof:
     """The stages' measurements at sizes for a CPU, and how stages are run; no GPU is needed."""
 
