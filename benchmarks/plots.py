@@ -81,7 +81,8 @@ def draw_quality(rows: list[dict], out: Path) -> list[Path]:
         axis.set(title=f"{data}: {title}", xscale="log", xlabel="batch size")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
-    runs = [r for r in rows if r["method"] == "VarCon" and r["split"] == "test" and r["seed"] == 0]
+    wanted = {"method": "VarCon", "split": "test", "seed": 0, "noise": 0.0}
+    runs = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
     for index, run in enumerate(sorted(runs, key=lambda r: r["batch_size"])):
         quantiles = np.array(run["tau2"]).T  # 5, 25, 50, 75, 95 %
         epochs = np.arange(1, quantiles.shape[1] + 1)

@@ -23,7 +23,7 @@ def write(folder: Path = results.RESULTS) -> Path:
         "# Results\n",
         "Rebuilt by `python -m benchmarks report` from the files in `benchmarks/results/`, which "
         "carry versions, device, commit and date. Measured on what those files say, and nowhere "
-        "else: nothing here was measured on a GPU.\n",
+        "else.\n",
     ]
     quality_rows = _quality_rows(folder)
     has_speed = (folder / "speed-cpu.json").exists()
@@ -34,10 +34,12 @@ def write(folder: Path = results.RESULTS) -> Path:
         parts += _quality_findings(quality_rows)
     if has_speed:
         parts += _speed_tables(folder)
+    parts += _gpu(folder)
     parts += _costs(folder)
     parts += _momentum(folder)
     if quality_rows:
         parts += _quality_tables(quality_rows, folder)
+    parts += _evolution(folder)
     path = folder.parent / "RESULTS.md"
     path.write_text("\n".join(parts).rstrip() + "\n")
     return path
@@ -116,7 +118,7 @@ def _slower_than_authors(full: pd.DataFrame) -> list[str]:
 def _quality_findings(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield (
         "**Quality** (small CNN, two views, learning rate chosen for each method and batch size on "
-        "a validation split; differences are paired by seed, in points, with 95 % intervals; "
+        "a validation split, also for each share of wrong training labels; differences are paired by seed, in points, with 95 % intervals; "
         "*ahead* and *behind* mean that the interval excludes 0):\n"
     )
     for method, baseline in (
@@ -129,22 +131,32 @@ def _quality_findings(rows: list[dict[str, Any]]) -> Iterator[str]:
         ("VarCon memory", "cross-entropy"),
     ):
         for value in ("linear", "knn"):
-            listed = _verdicts(quality.summary(rows, value, baseline), method)
+            listed = _verdicts(quality.summary(rows, value, baseline), method, noisy=False)
             if listed:
                 yield f"- {method} against {baseline}, {READOUTS[value]}: {listed}."
+    for method, baseline in (
+        ("VarCon", "SupCon"),
+        ("VarCon epsilon=0", "VarCon"),
+        ("VarCon memory", "SupCon memory"),
+        ("VarCon", "cross-entropy"),
+    ):
+        listed = _verdicts(quality.summary(rows, "linear", baseline), method, noisy=True)
+        if listed:
+            yield f"- With wrong labels, {method} against {baseline}, linear probe: {listed}."
     collapsed = sum(bool(row["collapsed"]) for row in rows if row["split"] == "test")
     total = sum(row["split"] == "test" for row in rows)
     yield f"- Collapsed runs: {collapsed} of {total} reported ones.\n"
 
 
-def _verdicts(table: pd.DataFrame, method: str) -> str:
-    part = table[(table["method"] == method) & (table["noise"] == 0.0)]
+def _verdicts(table: pd.DataFrame, method: str, *, noisy: bool) -> str:
+    part = table[(table["method"] == method) & ((table["noise"] > 0.0) == noisy)]
     groups: dict[str, list[str]] = {"ahead": [], "behind": [], "undecided": []}
     for _, line in part.dropna(subset=["gain_half_width"]).iterrows():
         gain, half = line["gain"], line["gain_half_width"]
         verdict = "undecided" if abs(gain) <= half else "ahead" if gain > 0 else "behind"
+        share = f", {line['noise']:.0%} wrong" if noisy else ""
         groups[verdict].append(
-            f"{line['data']} at {line['batch_size']} ({100 * gain:+.1f} ± {100 * half:.1f})"
+            f"{line['data']} at {line['batch_size']}{share} ({100 * gain:+.1f} ± {100 * half:.1f})"
         )
     return "; ".join(f"{name}: {', '.join(cells)}" for name, cells in groups.items() if cells)
 
@@ -152,11 +164,13 @@ def _verdicts(table: pd.DataFrame, method: str) -> str:
 def _speed_tables(folder: Path) -> Iterator[str]:
     frame, _ = results.read("speed-cpu", folder)
     yield "## Speed\n"
-    yield "`python -m benchmarks speed`: ms for forward + backward (times ours).\n"
-    full = frame[frame["mode"] == "forward+backward"]
-    for k, part in full.groupby("num_classes"):
+    yield (
+        "`python -m benchmarks speed`: ms (times ours). *forward* is evaluation, without a "
+        "gradient. Compiled contenders were compiled for each size; compiling is not in the time.\n"
+    )
+    for (k, mode), part in frame.groupby(["num_classes", "mode"]):
         sizes = sorted(part["num_rows"].unique())
-        yield f"\nK = {k}\n"
+        yield f"\nK = {k}, {mode.replace('+', ' + ')}\n"
         yield "| contender | " + " | ".join(f"N = {n}" for n in sizes) + " | time ~ | memory ~ |"
         yield "|---" * (len(sizes) + 3) + "|"
         ours = part[part["contender"] == speed.OURS].set_index("num_rows")["median"]
@@ -174,6 +188,44 @@ def _speed_tables(folder: Path) -> Iterator[str]:
     yield ""
     for picture in plots.draw_speed(frame, folder, "speed-cpu"):
         yield f"![time, memory and speed-up over batch size](results/{picture.name})\n"
+
+
+def _gpu(folder: Path) -> Iterator[str]:
+    yield "## On a GPU\n"
+    if not (folder / "gpu-proof.json").exists():
+        yield (
+            "**No kernel has run on a GPU yet.** What is known without one (registers, spills, "
+            "matrix instructions, floors) is in [docs/kernels.md](../docs/kernels.md); "
+            "`python -m benchmarks gpu-proof` measures the rest.\n"
+        )
+        return
+    frame, env = results.read("gpu-proof", folder)
+    yield f"`python -m benchmarks gpu-proof` ({env['device']}, {env['date']}, {env['commit']}).\n"
+    yield "| stage | outcome | seconds | last line |\n|---|---|---|---|"
+    for _, row in frame.iterrows():
+        yield f"| {row['stage']} | {row['status']} | {row['seconds']} | {row['last_line']} |"
+    for _, row in frame.dropna(subset=["rows"]).iterrows():
+        measured = pd.DataFrame(row["rows"]).drop(columns="names", errors="ignore")
+        yield f"\n{row['stage']}\n"
+        yield "| " + " | ".join(measured.columns) + " |"
+        yield "|---" * len(measured.columns) + "|"
+        for _, line in measured.iterrows():
+            cells = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in line)
+            yield "| " + " | ".join(cells) + " |"
+    yield ""
+
+
+def _evolution(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("evolution-*.json")):
+        frame, env = results.read(path.stem, folder)
+        yield f"## Over training: {frame['data'].iloc[0]}\n"
+        yield (
+            f"`python -m benchmarks evolution` ({env['date']}, commit {env['commit']}): batch "
+            f"{env['batch_size']}, learning rate {env['learning_rate']}, one seed, so to look at "
+            "and not to compare. t-SNE of held-out images' features; τ2 over the last batch of "
+            "an epoch.\n"
+        )
+        yield f"![t-SNE and density of tau2](results/{path.stem}.png)\n"
 
 
 def _momentum(folder: Path) -> Iterator[str]:
