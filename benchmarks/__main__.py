@@ -85,7 +85,9 @@ def quality(
     data: Annotated[
         str, typer.Option(help="digits, mnist5k, mnist-pairs, cifar10, cifar100, folder")
     ] = "mnist-pairs",
-    methods: Annotated[str, typer.Option(help="comma-separated; all by default")] = "",
+    methods: Annotated[
+        str, typer.Option(help="comma-separated; variants: other temperatures and heads")
+    ] = "",
     batch_sizes: Annotated[
         str, typer.Option(help="images a step (each seen in two views)")
     ] = "16,64,128,512",
@@ -105,10 +107,12 @@ def quality(
     An interrupted sweep goes on where it stopped when the same command is given again.
     """
     from benchmarks import quality as harness
-    from benchmarks.methods import METHODS
+    from benchmarks.methods import METHODS, VARIANTS
 
     _require(device)
     chosen = [part.strip() for part in methods.split(",") if part.strip()] or list(METHODS)
+    if chosen == ["variants"]:
+        chosen = list(VARIANTS)
     store = harness.Store(out / f"{data}.jsonl")
     rows = harness.sweep(
         data,

@@ -90,14 +90,27 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "SupCon memory": SupConMemory,
 }
 
+# The same with other settings, to see what a difference between methods hangs on.
+VARIANTS: dict[str, Callable[..., nn.Module]] = {
+    "VarCon tau1=0.05": lambda *a, **k: VarCon(*a, **k | {"temperature": 0.05, "epsilon": 0.01}),
+    "VarCon tau1=0.2": lambda *a, **k: VarCon(*a, **k | {"temperature": 0.2}),
+    "VarCon tau1=0.5": lambda *a, **k: VarCon(*a, **k | {"temperature": 0.5}),
+    "VarCon linear head": lambda *a, **k: VarCon(*a, **k | {"head": "linear"}),
+    "VarCon mlp head": lambda *a, **k: VarCon(*a, **k | {"head": "mlp"}),
+    "SupCon tau=0.05": lambda *a, **k: SupCon(*a, **k | {"temperature": 0.05}),
+    "SupCon tau=0.2": lambda *a, **k: SupCon(*a, **k | {"temperature": 0.2}),
+    "SupCon tau=0.5": lambda *a, **k: SupCon(*a, **k | {"temperature": 0.5}),
+}
+
 
 def make_objective(
     method: str, in_dim: int, num_classes: int, *, dim: int, head: str, **options: float
 ) -> nn.Module:
     """The objective on encoder features ``[N, in_dim]``; its forward gives a `Step`."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    return METHODS[method](in_dim, num_classes, dim=dim, head=head, **options)
+    makers = METHODS | VARIANTS
+    if method not in makers:
+        raise ValueError(f"method must be one of {', '.join(makers)}, got {method!r}")
+    return makers[method](in_dim, num_classes, dim=dim, head=head, **options)
 
 
 def embeddings(objective: nn.Module, features: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks import plots, quality, results, speed
+from benchmarks import methods, plots, quality, results, speed
 
 READOUTS = {"linear": "linear probe", "knn": "kNN", "centroids": "nearest remembered centroid"}
 YARDSTICKS = {
@@ -117,8 +117,9 @@ def _slower_than_authors(full: pd.DataFrame) -> list[str]:
 
 def _quality_findings(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield (
-        "**Quality** (small CNN, two views, learning rate chosen for each method and batch size on "
-        "a validation split, also for each share of wrong training labels; differences are paired by seed, in points, with 95 % intervals; "
+        "**Quality** (small CNN, two views, learning rate chosen for each method, batch size and "
+        "share of wrong training labels on a validation split; differences are paired by seed, in "
+        "points, with 95 % intervals; "
         "*ahead* and *behind* mean that the interval excludes 0):\n"
     )
     for method, baseline in (
@@ -143,9 +144,22 @@ def _quality_findings(rows: list[dict[str, Any]]) -> Iterator[str]:
         listed = _verdicts(quality.summary(rows, "linear", baseline), method, noisy=True)
         if listed:
             yield f"- With wrong labels, {method} against {baseline}, linear probe: {listed}."
-    collapsed = sum(bool(row["collapsed"]) for row in rows if row["split"] == "test")
-    total = sum(row["split"] == "test" for row in rows)
-    yield f"- Collapsed runs: {collapsed} of {total} reported ones.\n"
+    reported = pd.DataFrame(rows)
+    reported = reported[reported["split"] == "test"]
+    where = [
+        f"{method} on {data} at {size}"
+        + (f", {noise:.0%} wrong labels" if noise else "")
+        + f": {n}"
+        for (data, method, size, noise), n in reported[reported["collapsed"].astype(bool)]
+        .groupby(["data", "method", "batch_size", "noise"])
+        .size()
+        .items()
+    ]
+    yield (
+        f"- Collapsed runs: {reported['collapsed'].sum()} of {len(reported)} reported ones"
+        + (f" ({'; '.join(where)})" if where else "")
+        + ", left out of means.\n"
+    )
 
 
 def _verdicts(table: pd.DataFrame, method: str, *, noisy: bool) -> str:
@@ -315,6 +329,9 @@ def _quality_tables(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
         "Accuracy on held-out images, mean ± half-width of the 95 % interval over seeds; in "
         "brackets the paired difference from SupCon in points.\n"
     )
+    variants = [row for row in rows if row["method"] in methods.VARIANTS]
+    yield from _settings(rows, variants)
+    rows = [row for row in rows if row["method"] in methods.METHODS]
     for data in dict.fromkeys(row["data"] for row in rows):
         of_data = [row for row in rows if row["data"] == data]
         for value, title in READOUTS.items():
@@ -335,6 +352,26 @@ def _quality_tables(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
         for picture in plots.draw_quality(of_data, folder):
             yield f"\n![{data}](results/{picture.name})"
     yield ""
+
+
+def _settings(rows: list[dict[str, Any]], variants: list[dict[str, Any]]) -> Iterator[str]:
+    """What temperature and head change, beside the methods they are variants of."""
+    for data, size in dict.fromkeys((row["data"], row["batch_size"]) for row in variants):
+        here = [
+            row
+            for row in rows
+            if (row["data"], row["batch_size"], row["noise"]) == (data, size, 0.0)
+        ]
+        yield (
+            f"\nSettings, {data} at batch {size}: tau1 = 0.1 and the head mlp-bn unless said "
+            "(epsilon = 0.02; 0.01 at tau1 = 0.05); learning rates chosen as everywhere.\n"
+        )
+        yield "| method | linear probe | kNN |\n|---|---|---|"
+        tables = [quality.summary(here, value) for value in ("linear", "knn")]
+        for method in ("SupCon", "VarCon", *methods.VARIANTS):
+            lines = [table[table["method"] == method] for table in tables]
+            if not lines[0].empty:
+                yield f"| {method} | " + " | ".join(_cell(line) for line in lines) + " |"
 
 
 def _cell(line: pd.DataFrame) -> str:

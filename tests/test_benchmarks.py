@@ -15,7 +15,7 @@ pytest.importorskip("sklearn")
 from benchmarks import data, gpu_proof, measure, quality, results, speed
 from benchmarks.contenders import CONTENDERS
 from benchmarks.measure import Problem
-from benchmarks.methods import METHODS, make_objective
+from benchmarks.methods import METHODS, VARIANTS, make_objective
 from benchmarks.supcon import supcon_loss
 from benchmarks.training import Recipe, train
 from benchmarks.transcriptions import authors_operations, lean_log_space
@@ -137,6 +137,17 @@ def test_every_method_learns_digits_in_a_few_epochs(method: str) -> None:
     assert not run.collapsed
     assert scores["linear"] is not None
     assert scores["linear"] > 0.8
+
+
+@pytest.mark.parametrize("method", VARIANTS)
+def test_variants_differ_from_what_they_vary(method: str) -> None:
+    base = METHODS[method.split()[0]]
+    losses = []
+    for make in (base, VARIANTS[method]):
+        torch.manual_seed(0)
+        objective = make(8, 5, dim=4, head="mlp-bn", temperature=0.1)
+        losses.append(float(objective(torch.randn(40, 8), torch.arange(40) % 5).loss.detach()))
+    assert losses[0] != losses[1]
 
 
 def test_collapse_is_noticed() -> None:

@@ -52,8 +52,10 @@ def sweep(rows: Rows, temperature: float, epsilon: float, need_grad: bool) -> Sw
 
     for start in range(0, num_rows, chunk or 1):
         part = slice(start, start + chunk)
-        queries, own_slot = z[part], slots[part].unsqueeze(1)
-        logits = to_logits(queries, buffer[: len(queries)])
+        queries, own_slot = z, slots.unsqueeze(1)
+        if num_chunks > 1:  # a small batch feels every slicing
+            queries, own_slot = z[part], own_slot[part]
+        logits = to_logits(queries, buffer if num_chunks == 1 else buffer[: len(queries)])
         slot_logit = logits.gather(1, own_slot).squeeze(1)
         if own is None:
             own_logit = slot_logit
@@ -86,7 +88,7 @@ def sweep(rows: Rows, temperature: float, epsilon: float, need_grad: bool) -> Sw
 
         slope, own_slope, q_other = row_slopes(terms, own_logit, sum_others, epsilon)
         if norms is not None:
-            length = norms[part]
+            length = norms if num_chunks == 1 else norms[part]
             slope, own_slope, q_other = slope / length, own_slope / length, q_other / length
         # weights -> dL/du. The empty slots' keys are zero, whatever their weights.
         to_p = -terms.lse if shift is None else shift - terms.lse
@@ -94,7 +96,7 @@ def sweep(rows: Rows, temperature: float, epsilon: float, need_grad: bool) -> Sw
         weights[:, -1] = -q_other
         at_slot = q_other if own is not None else own_slope + q_other
         weights.scatter_(1, own_slot, at_slot.unsqueeze(1))
-        out = gradient[part]
+        out = gradient if num_chunks == 1 else gradient[part]
         g = to_gradient(weights, out)
         if own is not None:
             g.addcmul_(own[part], own_slope.unsqueeze(1), value=1 / temperature)

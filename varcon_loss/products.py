@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Multiplications below which the copies into oneDNN's layout cost more than they gain.
-SMALLEST_FOR_ONEDNN = 2**22
+SMALLEST_FOR_ONEDNN = 2**24
 
 
 def make_linear(keys: Tensor, num_rows: int) -> Callable[[Tensor, Tensor], Tensor]:
