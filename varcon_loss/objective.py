@@ -62,12 +62,13 @@ def row_objective(
         log_others, divisor = math.log(num_others) if num_others else -math.inf, max(1, num_others)
     else:
         log_others, divisor = num_others.log(), num_others.clamp_min(1)
-    b = a - log_others
-    log_q_own = F.logsigmoid(b)
-    q_own, q_rest = torch.sigmoid(b), torch.sigmoid(-b)
+    b = log_others - a
+    # As softplus: logsigmoid wakes a CPU's threads for a few hundred numbers.
+    minus_log_q_own = F.softplus(b, threshold=SOFTPLUS_LINEAR)
+    q_own, q_rest = torch.sigmoid(-b), torch.sigmoid(b)
     q_other = q_rest / divisor  # K = 1: 0, as q_rest is
 
-    kl = torch.addcmul(q_own * (log_q_own + nll), q_rest, log_q_own - a + lse)
+    kl = torch.addcmul(q_own * (nll - minus_log_q_own), q_rest, lse - a - minus_log_q_own)
     kl = torch.addcmul(kl, q_other, sum_others, value=-1)
     return RowObjective(kl + nll, kl, nll, p_own, tau2, lse, p_rest, q_own, q_rest, q_other)
 
