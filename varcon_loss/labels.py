@@ -3,7 +3,7 @@
 The loss only ever works with *slots*, dense numbers ``0 ... S - 1``; a label's value matters
 nowhere else. ``S`` is the number of rows that the centroids have. On a CPU it is ``K``, the number
 of classes present; where reading ``K`` would synchronise a GPU or break a compiled graph it is the
-bound ``min(num_classes, N)``, and the slots from ``K`` on stay empty (`fused.read_labels` does so
+bound ``min(num_classes, N)``, and the slots from ``K`` on stay empty (`fused.sort_labels` does so
 for any labels: its kernels read ``K`` on the GPU).
 """
 
