@@ -111,8 +111,10 @@ def test_the_operator_is_registered_soundly(make_batch: MakeBatch) -> None:
     w[3] = 0
     for own in (None, torch.nn.functional.normalize(torch.randn_like(z), dim=1)):
         centroids = (w, present, torch.tensor(3), True)
-        arguments = (features, z, norms, labels, *centroids, own, None, None, 0.1, 0.02, True)
-        torch.library.opcheck(torch.ops.varcon_loss.sweep.default, arguments)
+        rows = (features, z, norms, labels, *centroids, own, None, None)
+        for need_terms in (True, False):
+            arguments = (*rows, 0.1, 0.02, True, need_terms)
+            torch.library.opcheck(torch.ops.varcon_loss.sweep.default, arguments)
 
 
 def test_the_operator_refuses_to_be_differentiated_twice(make_batch: MakeBatch) -> None:
@@ -120,9 +122,8 @@ def test_the_operator_refuses_to_be_differentiated_twice(make_batch: MakeBatch) 
     features, labels = make_batch(12, 3, 8)
     z = features.detach()
     w = torch.randn(3, 8, dtype=z.dtype)
-    loss = torch.ops.varcon_loss.sweep(
-        features, z, None, labels, w, None, torch.tensor(3), True, None, None, None, 1.0, 0.1, True
-    )[0]
+    rows = (features, z, None, labels, w, None, torch.tensor(3), True, None, None, None)
+    loss = torch.ops.varcon_loss.sweep(*rows, 1.0, 0.1, True, False)[0]
     (gradient,) = torch.autograd.grad(loss.sum(), features, create_graph=True)
     with pytest.raises(NotImplementedError, match="use impl='reference'"):
         (loss.sum() + gradient.square().sum()).backward()

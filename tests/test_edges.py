@@ -93,6 +93,44 @@ def test_ignored_samples_take_part_in_nothing(impl: str, make_batch: MakeBatch) 
             assert (term[~kept] == 0).all()
 
 
+def test_ignored_samples_have_no_gradient_beside_nan(impl: str, make_batch: MakeBatch) -> None:
+    features, labels = make_batch()
+    with torch.no_grad():
+        features[0] = float("nan")
+    labels[0], labels[1:4] = 0, -100
+    loss = varcon_loss(features, labels, impl=impl)
+    (gradient,) = torch.autograd.grad(loss, features)
+    assert loss.isnan()
+    assert (gradient[1:4] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (3, 2, 8)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_loss_alone_is_that_of_the_terms(impl: str, reduction: str, shape: tuple) -> None:
+    """What a call without terms leaves out must not change a bit, nor the gradient's way."""
+    features = torch.randn(shape, requires_grad=True)
+    labels = torch.tensor([0, 0, 1, 1, 2, -100])[: shape[0]]
+    reference = {"ref_features": torch.randn(9, 8), "ref_labels": torch.arange(9) % 3}
+    for options in ({}, {"leave_one_out": True}, {"weight": torch.rand(3)}, reference):
+        shared = {"reduction": reduction, "impl": impl, **options}
+        loss = varcon_loss(features, labels, **shared)
+        reduced = varcon_terms(features, labels, **shared).reduced
+        upstream = torch.randn_like(loss)
+        gradients = [torch.autograd.grad(x, features, upstream)[0] for x in (loss, reduced)]
+        assert torch.equal(loss, reduced)
+        assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_features_so_short_that_their_lengths_have_no_inverse(impl: str, num_classes: int) -> None:
+    features = (torch.randn(6, 8) * 1e-40).requires_grad_()
+    loss = varcon_loss(features, torch.arange(6) % num_classes, impl=impl)
+    (gradient,) = torch.autograd.grad(loss, features)
+    assert loss.isfinite()
+    assert not gradient.isnan().any()
+    assert num_classes > 1 or (gradient == 0).all()
+
+
 def test_ignore_index_may_be_any_int_or_none(impl: str, make_batch: MakeBatch) -> None:
     features, labels = make_batch()
     assert varcon_terms(features, labels, ignore_index=2, impl=impl).num_classes == 4

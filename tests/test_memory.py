@@ -267,3 +267,13 @@ def test_bad_calls(make_batch: MakeBatch) -> None:
         make()(features, labels + 8)
     with pytest.raises(ValueError, match="the centroid memory is on meta but features are on cpu"):
         make().to("meta")(features, labels)
+
+
+def test_a_memory_of_one_class_has_nothing_to_tell_apart(impl: str) -> None:
+    """The other slots are empty: no sum over other classes may divide anything."""
+    criterion = VarConLoss(num_classes=4, feature_dim=8, centroid_momentum=0.9, impl=impl)
+    features = torch.randn(5, 8, requires_grad=True)
+    loss = criterion(features, torch.full((5,), 2))
+    (gradient,) = torch.autograd.grad(loss, features)
+    assert loss == 0
+    assert (gradient == 0).all()

@@ -145,7 +145,7 @@ def test_half_operands(dtype: torch.dtype, shape: tuple[int, int, int], normaliz
     def sweep(run, w: Tensor, anchors: Samples) -> tuple[Tensor, Tensor]:
         count = torch.tensor(len(w), device=DEVICE)
         rows = Rows(anchors, labels, Centroids(w, None, count, True), None, None, None)
-        terms = run(rows, 0.1, 0.02)
+        terms = run(rows, 0.1, 0.02, True)
         return terms.loss, torch.autograd.grad(terms.loss.sum(), anchors.features)[0]
 
     ours = features.detach().requires_grad_()
@@ -160,7 +160,7 @@ def test_half_operands(dtype: torch.dtype, shape: tuple[int, int, int], normaliz
         None,
         None,
     )
-    terms = eager_terms(rounded, 0.1, 0.02)
+    terms = eager_terms(rounded, 0.1, 0.02, True)
     (expected,) = torch.autograd.grad(terms.loss.sum(), theirs)
 
     unit_roundoff = torch.finfo(dtype).eps / 2
@@ -331,7 +331,7 @@ def test_operators_follow_the_rules(dtype: torch.dtype) -> None:
     present, count = counts > 0, found.classes.num_present
     features.requires_grad_()
     rows = (features, None, norms, found.slots, w, present, count, False, None, valid, None)
-    torch.library.opcheck(operators.fused_sweep.default, (*rows, 0.1, 0.02, True))
+    torch.library.opcheck(operators.fused_sweep.default, (*rows, 0.1, 0.02, True, True))
 
 
 def test_float64_is_an_error_and_wide_rows_too() -> None:

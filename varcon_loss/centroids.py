@@ -43,7 +43,7 @@ def unit_centroids(sums: Tensor, counts: Tensor | None, *, packed: bool = True) 
     """
     unit = sums / row_norms(sums, sums.dtype).unsqueeze(1)
     if counts is None:
-        num_classes = torch.full((), len(sums), dtype=torch.int64, device=sums.device)
+        num_classes = torch.full((), sums.shape[0], dtype=torch.int64, device=sums.device)
         return Centroids(unit, None, num_classes, True)
     present = counts > 0
     return Centroids(unit, present, present.sum(), packed)

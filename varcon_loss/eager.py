@@ -2,13 +2,19 @@
 
 With ``u = z . w / tau1``, the derivatives of a row's loss are
 
-    dL/du_k = slope * p_k - q_other   (k != y)        dL/du_y = own_slope
+    dL/du_k = rest_slope * p_k / (1 - p_y) - q_other   (k != y)        dL/du_y = own_slope
 
 so two matrix products a chunk of rows do everything, ``z -> u`` and ``dL/du -> dL/dz``. The
 chunk's logits stay in the cache, and backward is one multiplication by the upstream gradient. One
 extra key, the sum of all centroids, makes the first product yield ``sum_k u_k`` and lets the
 second apply ``- q_other`` to all classes at once.
+
+Small batches feel every call into torch more than its arithmetic, hence columns ``[N, 1]`` rather
+than vectors, and no slicing where one chunk holds all rows.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,95 +28,155 @@ from varcon_loss.rows import Rows
 # were both slower at N = 8192, K = 1000); an accelerator wants fewer, larger launches.
 CHUNK_CPU = 2**20
 CHUNK_ACCELERATOR = 2**25
+# Far below any sum of exponentials here; only where there are none is the sum smaller.
+TINY = 1e-30
+LARGEST = torch.finfo(torch.float32).max
 
 
-def sweep(rows: Rows, temperature: float, epsilon: float, need_grad: bool) -> SweepResult:
+class _Sweep(NamedTuple):
+    """What all chunks share."""
+
+    to_logits: Callable[[Tensor, Tensor | None], Tensor]  # [n, D] -> [n, S + 1]
+    to_gradient: Callable[[Tensor, Tensor | None], Tensor] | None  # and back; None: not needed
+    present: Tensor | None  # [S] bool; None: no slot is empty
+    num_others: Tensor | int  # K - 1
+    shifted: bool  # must a maximum be subtracted before exp?
+    project: bool  # does the gradient pass through the normalisation?
+    temperature: float
+    epsilon: float
+    need_terms: bool
+
+
+def sweep(
+    rows: Rows, temperature: float, epsilon: float, need_grad: bool, need_terms: bool
+) -> SweepResult:
     """See `operators`."""
-    (_, z, norms), slots, (w, present, num_classes, _), own, *_ = rows
+    (_, z, norms), slots, (w, present, num_classes, _), own, valid, _ = rows
     assert z is not None
     (num_rows, dim), num_slots = z.shape, w.shape[0]
-    losses, others = [], []
-    gradient = z.new_empty((num_rows, dim) if need_grad else 0)
-    scale = z.new_empty(0)
-
     on_cpu = z.device.type == "cpu"
     budget = CHUNK_CPU if on_cpu else CHUNK_ACCELERATOR
     num_chunks = max(1, -(-num_rows // max(128, budget // (num_slots + dim))))
     chunk = -(-num_rows // num_chunks)
-    buffer = z.new_empty(chunk, num_slots + 1)
-    keys = z.new_empty(num_slots + 1, dim)  # [S + 1, D]
-    torch.div(w, temperature, out=keys[:-1])
-    torch.sum(keys[:-1], 0, out=keys[-1])
+
+    keys = torch.cat((w, w.sum(0, keepdim=True))).div_(temperature)  # [S + 1, D]
     # K = 0: no row is valid, but log(-1) would turn the zeros into NaN.
     if on_cpu:
         num_others: Tensor | int = max(0, int(num_classes) - 1)
     else:
         num_others = num_classes.sub(1).clamp_min(0).to(z.dtype)
-    bounded = rows.have_small_logits(temperature)
-    to_logits = make_linear(keys, chunk)
-    to_gradient = make_linear(keys.T, chunk) if need_grad else None
+    shared = _Sweep(
+        make_linear(keys, chunk),
+        make_linear(keys.T, chunk) if need_grad else None,
+        present,
+        num_others,
+        not rows.have_small_logits(temperature),
+        norms is not None,
+        temperature,
+        epsilon,
+        need_terms,
+    )
+    own_slot = slots.unsqueeze(1)
+    # Finite for lengths that have no finite inverse, where a gradient of 0 must stay 0.
+    scale = norms.reciprocal().clamp_max_(LARGEST) if need_grad and norms is not None else None
+    if num_chunks == 1:
+        loss, all_others, gradient = _sweep_chunk(shared, z, own_slot, own, None, None)
+        return loss, all_others, _masked(gradient, valid), scale
 
-    for start in range(0, num_rows, chunk or 1):
+    buffer = z.new_empty(chunk, num_slots + 1)
+    gradient = torch.empty_like(z) if need_grad else None
+    losses, others = [], []
+    for start in range(0, num_rows, chunk):
         part = slice(start, start + chunk)
-        queries, own_slot = z, slots.unsqueeze(1)
-        if num_chunks > 1:  # a small batch feels every slicing
-            queries, own_slot = z[part], own_slot[part]
-        logits = to_logits(queries, buffer if num_chunks == 1 else buffer[: len(queries)])
-        slot_logit = logits.gather(1, own_slot).squeeze(1)
-        if own is None:
-            own_logit = slot_logit
-        else:
-            own_logit = (queries * own[part]).sum(1).div_(temperature)
-        sum_others = logits[:, -1] - slot_logit
+        queries = z[part]
+        loss, other, _ = _sweep_chunk(
+            shared,
+            queries,
+            own_slot[part],
+            None if own is None else own[part],
+            buffer[: len(queries)],
+            None if gradient is None else gradient[part],
+        )
+        losses.append(loss)
+        others.append(other)
+    all_others = torch.cat(others, dim=1) if need_terms else None
+    return torch.cat(losses), all_others, _masked(gradient, valid), scale
 
-        # From here on the own class is out of the sums, and so is the extra key: exp(-inf) = 0.
-        logits[:, -1].fill_(-torch.inf)
-        logits.scatter_(1, own_slot, -torch.inf)
-        shift = None
-        if not bounded:
-            if present is not None:
-                logits[:, :-1].masked_fill_(~present, -torch.inf)
-            shift = logits.amax(1)
-            shift = shift.masked_fill_(shift == -torch.inf, 0.0)
-            logits.sub_(shift.unsqueeze(1))
-        weights = logits.exp_()
-        if present is None:
-            total = weights.sum(1)
-        else:
-            total = torch.mv(weights[:, :-1], present.to(z.dtype))
-        lse_others = total.log_() if shift is None else total.log_().add_(shift)
 
-        terms = row_objective(own_logit, lse_others, sum_others, num_others, temperature, epsilon)
-        losses.append(terms.loss)
-        others.append(torch.stack((terms.kl, terms.nll, terms.confidence, terms.tau2)))
-        if to_gradient is None:
-            continue
+def _masked(gradient: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """Exactly 0 for rows that take no part, even where centroids are NaN."""
+    if gradient is None or valid is None:
+        return gradient
+    return gradient.masked_fill_(~valid.unsqueeze(1), 0.0)
 
-        slope, own_slope, q_other = row_slopes(terms, own_logit, sum_others, epsilon)
-        if norms is not None:
-            length = norms if num_chunks == 1 else norms[part]
-            slope, own_slope, q_other = slope / length, own_slope / length, q_other / length
-        # weights -> dL/du. The empty slots' keys are zero, whatever their weights.
-        to_p = -terms.lse if shift is None else shift - terms.lse
-        weights.mul_((slope * to_p.exp_()).unsqueeze(1))
-        weights[:, -1] = -q_other
-        at_slot = q_other if own is not None else own_slope + q_other
-        weights.scatter_(1, own_slot, at_slot.unsqueeze(1))
-        out = gradient if num_chunks == 1 else gradient[part]
-        g = to_gradient(weights, out)
-        if own is not None:
-            g.addcmul_(own[part], own_slope.unsqueeze(1), value=1 / temperature)
-        if norms is not None:
-            # dL/dx = (g - (g . z) z) / |x|
-            along = (g * queries).sum(1, keepdim=True)
-            g.addcmul_(queries, along, value=-1)
-        if g is not out:
-            out.copy_(g)
-    if len(losses) == 1:
-        return losses[0], others[0], gradient, scale
-    if not losses:
-        return z.new_empty(0), z.new_empty(4, 0), gradient, scale
-    return torch.cat(losses), torch.cat(others, dim=1), gradient, scale
+
+def _sweep_chunk(
+    shared: _Sweep,
+    z: Tensor,
+    own_slot: Tensor,
+    own: Tensor | None,
+    buffer: Tensor | None,
+    gradient: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss ``[n]``, the other terms ``[4, n]`` and the gradient ``[n, D]`` of rows ``z``.
+
+    Args:
+        shared: as above.
+        z: ``[n, D]``.
+        own_slot: ``[n, 1]``.
+        own: ``[n, D]`` own centroids, where they are not those of the slots.
+        buffer: ``[n, S + 1]`` room for the logits.
+        gradient: ``[n, D]`` where the gradient goes.
+    """
+    logits = shared.to_logits(z, buffer)
+    every_logit = logits[:, -1:]
+    slot_logit = logits.gather(1, own_slot)
+    sum_others = every_logit - slot_logit
+    own_logit = slot_logit
+    if own is not None:
+        own_logit = (z * own).sum(1, keepdim=True).div_(shared.temperature)
+
+    # From here on the own class is out of the sums, and so is the extra key: exp(-inf) = 0.
+    every_logit.fill_(-torch.inf)
+    logits.scatter_(1, own_slot, -torch.inf)
+    shift = None
+    if shared.shifted:
+        if shared.present is not None:
+            logits[:, :-1].masked_fill_(~shared.present, -torch.inf)
+        shift = logits.amax(1, keepdim=True)
+        shift.masked_fill_(shift == -torch.inf, 0.0)
+        logits.sub_(shift)
+    weights = logits.exp_()
+    if shared.present is None:
+        total = weights.sum(1, keepdim=True)
+    else:
+        total = torch.mv(weights[:, :-1], shared.present.to(z.dtype)).unsqueeze(1)
+    lse_others = total.log() if shift is None else total.log().add_(shift)
+
+    row = row_objective(
+        own_logit, lse_others, sum_others, shared.num_others, shared.temperature, shared.epsilon
+    )
+    loss, others = row.loss.squeeze(1), None
+    if shared.need_terms:
+        others = torch.cat((row.kl, row.nll, row.confidence, row.tau2)).view(4, -1)
+    if shared.to_gradient is None:
+        return loss, others, None
+
+    # weights -> dL/du. The empty slots' keys are zero, whatever their weights.
+    rest_slope, own_slope = row_slopes(row)
+    weights.mul_(rest_slope / total.clamp_min_(TINY))
+    torch.neg(row.q_other, out=every_logit)
+    at_slot = row.q_other if own is not None else own_slope + row.q_other
+    weights.scatter_(1, own_slot, at_slot)
+    g = shared.to_gradient(weights, gradient)
+    if own is not None:
+        g.addcmul_(own, own_slope, value=1 / shared.temperature)
+    if shared.project:
+        # dL/dx = (g - (g . z) z) / |x|; the division is left to `operators`.
+        g.addcmul_(z, (g * z).sum(1, keepdim=True), value=-1)
+    if gradient is not None and g is not gradient:
+        gradient.copy_(g)
+    return loss, others, g
 
 
 # As `reference_terms`, without ``[N, K]`` matrices.

@@ -35,12 +35,11 @@ from varcon_loss.reduction import (
     RanksTotal,
     VarConTerms,
     reduce_loss,
-    with_views,
 )
 from varcon_loss.reference import reference_terms
 from varcon_loss.rows import Rows, RowTerms, Samples
 
-_IMPLEMENTATIONS: dict[str, Callable[[Rows, float, float], RowTerms]] = {
+_IMPLEMENTATIONS: dict[str, Callable[[Rows, float, float, bool], RowTerms]] = {
     "reference": reference_terms,
     "eager": eager_terms,
     "triton": fused.fused_terms,
@@ -74,23 +73,20 @@ def varcon_loss(
         >>> loss = varcon_loss(features, torch.arange(8) % 3)
         >>> loss.backward()
     """
-    return varcon_terms(
-        features,
-        labels,
+    options = Options(
         temperature,
         epsilon,
-        num_classes=num_classes,
-        normalize=normalize,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        weight=weight,
-        leave_one_out=leave_one_out,
-        process_group=process_group,
-        exchange=exchange,
-        impl=impl,
-        ref_features=ref_features,
-        ref_labels=ref_labels,
-    ).reduced
+        num_classes,
+        normalize,
+        reduction,
+        ignore_index,
+        weight,
+        leave_one_out,
+        process_group,
+        exchange,
+        impl,
+    )
+    return compute_loss(features, labels, ref_features, ref_labels, options.checked(), None)
 
 
 def varcon_terms(
@@ -197,6 +193,29 @@ class _Local(NamedTuple):
         return torch.tensor(len(self.labels.values))
 
 
+class _Evaluated(NamedTuple):
+    terms: RowTerms
+    valid: Tensor | None  # [N] bool; None: all are
+    num_classes: Tensor  # 0-d int64
+    reduced: Tensor  # [], or [N] or [B, V] for "none"
+    impl: str
+
+
+def compute_loss(
+    features: Tensor,
+    labels: Tensor,
+    ref_features: Tensor | None,
+    ref_labels: Tensor | None,
+    options: Options,
+    memory: CentroidMemory | None,
+) -> Tensor:
+    """What function and module share. `compute_terms` without what a loss alone can spare."""
+    evaluated = _compute(
+        features, labels, ref_features, ref_labels, options, memory, need_terms=False
+    )
+    return evaluated.reduced
+
+
 def compute_terms(
     features: Tensor,
     labels: Tensor,
@@ -205,21 +224,45 @@ def compute_terms(
     options: Options,
     memory: CentroidMemory | None,
 ) -> VarConTerms:
-    """What function and module share: this rank's part, the exchange, then the rows."""
+    """What function and module share."""
+    (loss, others), valid, num_classes, reduced, impl = _compute(
+        features, labels, ref_features, ref_labels, options, memory, need_terms=True
+    )
+    assert others is not None
+    if valid is None:
+        valid = torch.ones_like(loss, dtype=torch.bool)
+    shape = features.shape[:1] if features.ndim == 2 else features.shape[:2]
+    kl, nll, confidence, tau2 = others.view(4, *shape).unbind()
+    return VarConTerms(
+        *(loss.view(shape), kl, nll, confidence, tau2, valid.view(shape)),
+        *(num_classes, reduced, impl),
+    )
+
+
+def _compute(
+    features: Tensor,
+    labels: Tensor,
+    ref_features: Tensor | None,
+    ref_labels: Tensor | None,
+    options: Options,
+    memory: CentroidMemory | None,
+    *,
+    need_terms: bool,
+) -> _Evaluated:
+    """The part of this rank, the exchange, then the rows."""
+    device = features.device if isinstance(features, Tensor) else torch.device("cpu")
     group = resolve_group(options.process_group)
-    try:
-        batch, reference = _check(features, labels, ref_features, ref_labels, options, memory)
-        with _without_autocast(features.device.type):
+    with _without_autocast(device.type):
+        try:
+            batch, reference = _check(features, labels, ref_features, ref_labels, options, memory)
             local = _summarise_locally(batch, reference, options, memory)
-    except (TypeError, ValueError):
-        if group is not None:
-            # The other ranks wait in this step's collective.
-            device = features.device if isinstance(features, Tensor) else torch.device("cpu")
-            announce_failure(group, device)
-        raise
-    with _without_autocast(features.device.type):
+        except (TypeError, ValueError):
+            if group is not None:
+                # The other ranks wait in this step's collective.
+                announce_failure(group, device)
+            raise
         exchanged = None if group is None else _exchange(group, local, options)
-        return _evaluate(local, exchanged, batch.shape, options, memory)
+        return _evaluate(local, exchanged, batch.shape, options, memory, need_terms=need_terms)
 
 
 def _exchange(group: object, local: _Local, options: Options) -> Exchanged:
@@ -279,18 +322,18 @@ def _prepare(
     features: Tensor, labels: Labels, dtype: torch.dtype, impl: str, *, normalize: bool
 ) -> Samples:
     if impl == "triton":
-        with torch.no_grad():
-            norms = fused.row_norms(features, labels.valid) if normalize else None
-            return Samples(features, None, norms)
+        norms = fused.row_norms(features, labels.valid) if normalize else None
+        return Samples(features, None, norms)
+    taking_part = features
     if labels.valid is not None:
         # From here on a row that takes no part is a zero vector, whatever it held: it adds
         # nothing to any sum, and its gradient is exactly 0.
-        features = features.masked_fill(~labels.valid.unsqueeze(1), 0.0)
-    with torch.no_grad():
-        norms = row_norms(features, dtype) if normalize else None
-        return Samples(features, unit_rows(features, norms, dtype), norms)
+        taking_part = features.masked_fill(~labels.valid.unsqueeze(1), 0.0)
+    norms = row_norms(taking_part, dtype) if normalize else None
+    return Samples(features, unit_rows(taking_part, norms, dtype), norms)
 
 
+@torch.no_grad()
 def _summarise_locally(
     batch: _Batch, reference: _Batch | None, options: Options, memory: CentroidMemory | None
 ) -> _Local:
@@ -308,10 +351,9 @@ def _summarise_locally(
         summary_labels, _, summary = read(reference, makes_centroids=True, name="ref_labels")
     row_weights = None
     if options.weight is not None:
-        with torch.no_grad():
-            row_weights = options.weight.to(dtype).index_select(0, labels.values)
-            if labels.valid is not None:
-                row_weights = row_weights.masked_fill(~labels.valid, 0.0)
+        row_weights = options.weight.to(dtype).index_select(0, labels.values)
+        if labels.valid is not None:
+            row_weights = row_weights.masked_fill(~labels.valid, 0.0)
     return _Local(anchors, labels, row_weights, summary, summary_labels, impl)
 
 
@@ -331,15 +373,13 @@ def _read(
         options.normalize,
     )
     if makes_centroids and impl == "triton":
-        with torch.no_grad():
-            found = fused.sort_labels(batch.labels, num_classes, ignore_index, name=name)
-            return _Read(found.labels, *summarise_fused(batch.features, found, normalize=normalize))
+        found = fused.sort_labels(batch.labels, num_classes, ignore_index, name=name)
+        return _Read(found.labels, *summarise_fused(batch.features, found, normalize=normalize))
     labels = read_labels(batch.labels, num_classes, ignore_index, name=name)
     samples = _prepare(batch.features, labels, dtype, impl, normalize=normalize)
     summary = None
     if makes_centroids:
-        with torch.no_grad():
-            summary = summarise(samples, labels, num_classes, count=count)
+        summary = summarise(samples, labels, num_classes, count=count)
     return _Read(labels, samples, summary)
 
 
@@ -361,13 +401,15 @@ def _evaluate(
     shape: torch.Size,
     options: Options,
     memory: CentroidMemory | None,
-) -> VarConTerms:
+    *,
+    need_terms: bool,
+) -> _Evaluated:
     impl = local.impl
     with torch.no_grad():
         match = _match(local, exchanged, options, memory, copy=impl == "reference")
     _, valid, out_of_range, divisor = match.labels
     rows = Rows(local.anchors, match.slots, match.centroids, match.own, valid, out_of_range)
-    terms = _IMPLEMENTATIONS[impl](rows, options.temperature, options.epsilon)
+    terms = _IMPLEMENTATIONS[impl](rows, options.temperature, options.epsilon, need_terms)
 
     row_weights = local.row_weights
     if row_weights is not None and valid is not None:
@@ -376,11 +418,9 @@ def _evaluate(
     if exchanged is not None:
         total = _total_weight(exchanged, match, options.weight)
     reduced = reduce_loss(terms.loss, row_weights, valid, divisor, options.reduction, total)
-
-    if valid is None:
-        valid = torch.ones_like(match.slots, dtype=torch.bool)
-    result = VarConTerms(*terms, valid, match.centroids.num_classes, reduced, impl)
-    return result if len(shape) == 1 else with_views(result, shape)
+    if options.reduction == "none":
+        reduced = reduced.view(shape)
+    return _Evaluated(terms, valid, match.centroids.num_classes, reduced, impl)
 
 
 def _match(

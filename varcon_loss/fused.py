@@ -269,8 +269,13 @@ def choose_tiles(num_rows: int, dim: int, itemsize: int) -> Tiles:
     return Tiles(rows, keys, 8 if rows >= 128 or rows * width >= 16384 else 4, stages)
 
 
-def sweep(rows: Rows, temperature: float, epsilon: float, need_grad: bool) -> SweepResult:
-    """See `operators`. The gradient has the dtype of the features, its scale is float32."""
+def sweep(
+    rows: Rows, temperature: float, epsilon: float, need_grad: bool, need_terms: bool
+) -> SweepResult:
+    """See `operators`. The gradient has the dtype of the features, its scale is float32.
+
+    A kernel that has the loss has the other terms: ``need_terms`` changes nothing.
+    """
     from varcon_loss import kernels
 
     (features, _, norms), slots, (w, present, num_classes, packed), own, valid, broken = rows

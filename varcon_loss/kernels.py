@@ -13,6 +13,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 SMALLEST_LABEL = tl.constexpr(-(2**63))
+TINY = tl.constexpr(1e-30)  # below any sum of exponentials but the empty one
 
 
 @triton.jit
@@ -287,14 +288,15 @@ def sweep_kernel(
     margin = lse_others - t
     p_own, p_rest = _sigmoid(-margin), _sigmoid(margin)
     nll = tl.where(margin > 0.0, margin, 0.0) + _softplus_of_negative(tl.abs(margin))
-    lse = t + nll
-    tau2 = (temperature - epsilon) + 2.0 * epsilon * p_own
+    rise = 2.0 * epsilon * p_own
+    tau2 = (temperature - epsilon) + rise
     a = 1.0 / tau2
     b = a - tl.log(num_others)
     log_q_own = tl.where(b < 0.0, b, 0.0) - _softplus_of_negative(tl.abs(b))
     q_own, q_rest = _sigmoid(b), _sigmoid(-b)
     q_other = q_rest / tl.maximum(num_others, 1.0)
-    kl = q_own * (log_q_own + nll) + q_rest * (log_q_own - a + lse) - q_other * sum_others
+    through_q = q_other * sum_others + q_rest * (a - t)
+    kl = nll + log_q_own - through_q
     loss = tl.where(taking_part, kl + nll, 0.0)
     if HAS_BROKEN:
         broken = tl.load(broken_ptr + rows, mask=inside, other=0) != 0
@@ -311,10 +313,9 @@ def sweep_kernel(
 
     if NEED_GRAD:
         # As in `objective.row_slopes`.
-        through_tau2 = q_other * sum_others + q_rest * (a - t)
-        slope = 2.0 + 2.0 * epsilon * through_tau2 * q_own * p_own * a * a
-        own_slope = q_rest - slope * p_rest
-        g = mixed * (slope * tl.exp2(shift - lse * LOG2_E))[:, None]
+        rest_slope = (2.0 + through_q * q_own * rise * a * a) * p_rest
+        own_slope = q_rest - rest_slope
+        g = mixed * (rest_slope / tl.maximum(total, TINY))[:, None]
         # Read again: kept from above, the centroids would not fit the registers.
         w_slot = tl.load(w_ptr + slot_at, mask=row_mask, other=0.0)
         if HAS_OWN:

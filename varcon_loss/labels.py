@@ -45,10 +45,13 @@ def read_labels(
             ``out_of_range`` and its row's loss becomes NaN.
     """
     values = labels.to(torch.int64)
-    valid = None if ignore_index is None else values != ignore_index
     readable = values_may_be_read(values)
-    if readable and valid is not None and bool(valid.all()):
-        valid = None
+    if readable and values.numel() > 0:
+        lowest, highest = (int(extreme) for extreme in values.aminmax())
+        none_ignored = ignore_index is None or not lowest <= ignore_index <= highest
+        if none_ignored and (num_classes is None or 0 <= lowest <= highest < num_classes):
+            return Labels(values, None, None)
+    valid = None if ignore_index is None else values != ignore_index
     if num_classes is None:
         return Labels(values, valid, None)
     out_of_range = (values < 0) | (values >= num_classes)
@@ -79,9 +82,9 @@ def index_classes(labels: Labels, num_classes: int | None) -> tuple[ClassIndex, 
     readable = values_may_be_read(values)
     if num_classes is None:
         # On a GPU this is the one place that synchronises: give num_classes to avoid it.
-        if valid is None and len(values) > 0:
+        if valid is None and values.numel() > 0:
             classes, slots = torch.unique(values, return_inverse=True)
-            return ClassIndex(len(classes), False, None, classes), slots
+            return ClassIndex(classes.numel(), False, None, classes), slots
         classes = torch.unique(values if valid is None else values[valid])
         index = ClassIndex(max(1, len(classes)), len(classes) == 0, None, classes)
         return index, find_slots(labels, index)[0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from varcon_loss import checks
-from varcon_loss.functional import Options, compute_terms
+from varcon_loss.functional import Options, compute_loss, compute_terms
 from varcon_loss.memory import CentroidMemory, Prediction, predict
 from varcon_loss.norms import row_norms
 from varcon_loss.reduction import VarConTerms
@@ -158,9 +158,8 @@ class VarConLoss(nn.Module):
                 ``features``, detached, and ``K`` counts their classes.
             ref_labels: ``[M]``; must contain every label of ``labels``.
         """
-        return self.terms(
-            features, labels, ref_features=ref_features, ref_labels=ref_labels
-        ).reduced
+        memory = self._memory(update=self._learns())
+        return compute_loss(features, labels, ref_features, ref_labels, self._options(), memory)
 
     def terms(
         self,
@@ -171,10 +170,8 @@ class VarConLoss(nn.Module):
         ref_labels: Tensor | None = None,
     ) -> VarConTerms:
         """As the call, with the per-sample terms that one logs; the loss is ``.reduced``."""
-        update = self.training and torch.is_grad_enabled()
-        return compute_terms(
-            features, labels, ref_features, ref_labels, self._options(), self._memory(update)
-        )
+        memory = self._memory(update=self._learns())
+        return compute_terms(features, labels, ref_features, ref_labels, self._options(), memory)
 
     @property
     def centroids(self) -> Tensor:
@@ -232,11 +229,17 @@ class VarConLoss(nn.Module):
             self.impl,
         ).checked()
 
-    def _memory(self, update: bool) -> CentroidMemory | None:
-        if self.centroid_memory is None or self.centroid_seen is None:
+    def _memory(self, *, update: bool) -> CentroidMemory | None:
+        if self.centroid_momentum is None:
             return None
-        momentum = self.centroid_momentum or 0.0
-        return CentroidMemory(self.centroid_memory, self.centroid_seen, momentum, update)
+        assert self.centroid_memory is not None
+        assert self.centroid_seen is not None
+        return CentroidMemory(
+            self.centroid_memory, self.centroid_seen, self.centroid_momentum, update
+        )
+
+    def _learns(self) -> bool:
+        return self.training and torch.is_grad_enabled()
 
     def _require_memory(self) -> CentroidMemory:
         memory = self._memory(update=False)

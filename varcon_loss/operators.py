@@ -1,8 +1,8 @@
 """A sweep becomes an operator: known to autograd and to torch.compile.
 
-Both sweeps, eager and fused, are functions ``(rows, temperature, epsilon, need_grad)`` that give
-the same four tensors; an operator takes the parts of `Rows` one by one. Forward has the gradient
-already, so backward is one multiplication.
+Both sweeps, eager and fused, are functions ``(rows, temperature, epsilon, need_grad, need_terms)``
+that give the same four tensors. Forward has the gradient already, so backward is one
+multiplication.
 """
 
 from collections.abc import Callable
@@ -15,17 +15,17 @@ from varcon_loss.centroids import Centroids
 from varcon_loss.rows import Rows, RowTerms, Samples
 
 # loss [N]; KL, NLL, confidence and tau2 [4, N]; gradient [N, D] and what each of its rows is still
-# to be multiplied by [N]. The gradient is empty where none is needed, and so is the scale where it
-# is 1.
-SweepResult = tuple[Tensor, Tensor, Tensor, Tensor]
+# to be multiplied by [N]. None: not needed, or a scale of 1. The custom operators, which take the
+# parts of `Rows` one by one, cannot return None: there it is an empty tensor.
+SweepResult = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 _SCHEMA = (
     "(Tensor features, Tensor? unit, Tensor? norms, Tensor slots, Tensor w, "
     "Tensor? present, Tensor num_classes, bool packed, "
     "Tensor? own, Tensor? valid, Tensor? broken, "
-    "float temperature, float epsilon, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor)"
+    "float temperature, float epsilon, bool need_grad, bool need_terms) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-_NUM_ARGUMENTS = 14
 
 
 class _Scale(torch.autograd.Function):
@@ -48,20 +48,19 @@ class _Scale(torch.autograd.Function):
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: SweepResult) -> None:
     ctx.save_for_backward(*output[2:])
-    ctx.dtype = inputs[0].dtype
+    ctx.dtype, ctx.num_others = inputs[0].dtype, len(inputs) - 1
 
 
 def _scale_kept_gradient(
     ctx: Any, upstream: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    if upstream is None:
-        return (None,) * _NUM_ARGUMENTS
-    return _scaled(ctx, upstream), *(None,) * (_NUM_ARGUMENTS - 1)
+    gradient = None if upstream is None else _scaled(ctx, upstream)
+    return gradient, *(None,) * ctx.num_others
 
 
 def _scaled(ctx: Any, upstream: Tensor) -> Tensor:
     gradient, scale = ctx.saved_tensors
-    if scale.numel() > 0:
+    if scale is not None and scale.numel() > 0:
         upstream = upstream * scale
     if torch.is_grad_enabled():  # create_graph=True
         return _Scale.apply(gradient.detach().requires_grad_(), upstream).to(ctx.dtype)
@@ -73,64 +72,66 @@ def _scaled(ctx: Any, upstream: Tensor) -> Tensor:
 
 def make_operator(
     name: str, sweep: Callable[..., SweepResult], *, fused: bool = False
-) -> Callable[[Rows, float, float], RowTerms]:
+) -> Callable[[Rows, float, float, bool], RowTerms]:
     """``sweep`` as a function of rows that can be differentiated, once, and compiled.
 
     Args:
         name: ``namespace::name`` of the custom operator.
         sweep: as above.
-        fused: the sweep masks its rows itself, and its gradient has the dtype of the features,
-            and a scale, where others have that of ``w``.
+        fused: the sweep masks its rows itself, always gives all terms, and its gradient has the
+            dtype of the features, and a scale, where others have that of ``w``.
     """
-
-    def flat(*arguments: Any) -> SweepResult:
-        samples, slots, centroids = Samples(*arguments[:3]), arguments[3], arguments[4:8]
-        rows = Rows(samples, slots, Centroids(*centroids), *arguments[8:11])
-        return sweep(rows, *arguments[11:])
 
     class Sweep(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-            output = flat(*arguments)
-            _keep_gradient(ctx, arguments, output)
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+            output = sweep(*inputs[1:])
+            _keep_gradient(ctx, inputs, output)
             loss, others = output[:2]
-            ctx.mark_non_differentiable(others)
+            if others is not None:
+                ctx.mark_non_differentiable(others)
             ctx.set_materialize_grads(False)
             return loss, others
 
         backward = staticmethod(_scale_kept_gradient)
+
+    def flat(*arguments: Any) -> tuple[Tensor, ...]:
+        samples, slots, centroids = Samples(*arguments[:3]), arguments[3], arguments[4:8]
+        rows = Rows(samples, slots, Centroids(*centroids), *arguments[8:11])
+        loss, others, gradient, scale = sweep(rows, *arguments[11:])
+        return (
+            loss,
+            loss.new_empty(4, 0) if others is None else others,
+            loss.new_empty(0) if gradient is None else gradient,
+            loss.new_empty(0) if scale is None else scale,
+        )
 
     # One operator, so that torch.compile neither looks inside nor breaks the graph.
     operator = torch.library.custom_op(name, flat, mutates_args=(), schema=_SCHEMA)
     operator.register_autograd(_scale_kept_gradient, setup_context=_keep_gradient)
 
     @operator.register_fake
-    def _(features: Tensor, *arguments: Any) -> SweepResult:
-        w, need_grad = arguments[3], arguments[-1]
-        like = features if fused else w
+    def _(features: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        norms, w, (need_grad, need_terms) = arguments[1], arguments[3], arguments[-2:]
+        like = features if fused and need_grad else w
         num_rows = len(features)
+        has_scale = need_grad and (fused or norms is not None)
         return (
             w.new_empty(num_rows),
-            w.new_empty(4, num_rows),
+            w.new_empty(4, num_rows if need_terms or fused else 0),
             like.new_empty(features.shape if need_grad else 0),
-            w.new_empty(num_rows if need_grad and fused else 0),
+            w.new_empty(num_rows if has_scale else 0),
         )
 
-    def run(rows: Rows, temperature: float, epsilon: float) -> RowTerms:
-        need_grad = torch.is_grad_enabled() and rows.features.requires_grad
-        arguments = (
-            *rows.anchors,
-            rows.slots,
-            *rows.centroids,
-            rows.own,
-            rows.valid,
-            rows.broken,
-            temperature,
-            epsilon,
-            need_grad,
-        )
-        loss, others = (operator if torch.compiler.is_compiling() else Sweep.apply)(*arguments)[:2]
-        terms = RowTerms(loss, *others.unbind())
+    def run(rows: Rows, temperature: float, epsilon: float, need_terms: bool) -> RowTerms:
+        samples, slots, centroids, *masks = rows
+        need_grad = torch.is_grad_enabled() and samples.features.requires_grad
+        options = (temperature, epsilon, need_grad, need_terms)
+        if torch.compiler.is_compiling():
+            loss, others = operator(*samples, slots, *centroids, *masks, *options)[:2]
+        else:
+            loss, others = Sweep.apply(samples.features, rows, *options)
+        terms = RowTerms(loss, others)
         return terms if fused else terms.masked(rows)
 
     return run

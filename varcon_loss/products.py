@@ -17,8 +17,8 @@ from torch import Tensor
 SMALLEST_FOR_ONEDNN = 2**24
 
 
-def make_linear(keys: Tensor, num_rows: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function ``(rows [n, D], out [n, K])`` giving ``rows @ keys.T`` ``[n, K]``.
+def make_linear(keys: Tensor, num_rows: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """A function ``(rows [n, D], out [n, K] or None)`` giving ``rows @ keys.T`` ``[n, K]``.
 
     The result is ``out`` or a tensor of its own, and may be written to.
 

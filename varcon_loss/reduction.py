@@ -70,7 +70,7 @@ def reduce_loss(
         return loss.sum()
     if total is None:
         if row_weights is None and valid is None:
-            return loss.mean() if len(loss) > 0 else loss.sum()
+            return loss.mean() if loss.numel() > 0 else loss.sum()
         if row_weights is None and divisor is not None:
             return loss.sum() / divisor
         shares = valid if row_weights is None else row_weights
@@ -79,13 +79,3 @@ def reduce_loss(
     else:
         weight = total.weight
     return loss.sum() / torch.where(weight == 0, 1, weight)
-
-
-def with_views(terms: VarConTerms, shape: torch.Size) -> VarConTerms:
-    """Per-sample results ``[B * V]`` as ``[B, V]``."""
-    reshaped = {
-        name: value.reshape(shape)
-        for name, value in terms._asdict().items()
-        if isinstance(value, Tensor) and value.ndim == 1
-    }
-    return terms._replace(**reshaped)

@@ -10,10 +10,14 @@ import torch.nn.functional as F
 from varcon_loss.rows import Rows, RowTerms
 
 
-def reference_terms(rows: Rows, temperature: float, epsilon: float) -> RowTerms:
-    """Eq. 7-13 of arXiv 2506.07413, on ``[N, K]`` matrices."""
+def reference_terms(
+    rows: Rows, temperature: float, epsilon: float, need_terms: bool = True
+) -> RowTerms:
+    """Eq. 7-13 of arXiv 2506.07413, on ``[N, K]`` matrices; all terms, needed or not."""
     w, present, *_ = rows.centroids
     z = rows.features.to(w.dtype)
+    if rows.valid is not None:
+        z = z.masked_fill(~rows.valid[:, None], 0.0)
     if rows.anchors.norms is not None:
         # Dividing by the (constant) length first only keeps extreme features in range; it is the
         # normalisation after it that autograd differentiates.
@@ -34,11 +38,5 @@ def reference_terms(rows: Rows, temperature: float, epsilon: float) -> RowTerms:
     kl, nll = (log_q.exp() * difference).sum(1), -log_p_own.squeeze(1)
     loss = kl + nll  # Eq. 7
 
-    terms = RowTerms(
-        loss,
-        kl.detach(),
-        nll.detach(),
-        log_p_own.detach().exp().squeeze(1),
-        tau2.detach().squeeze(1),
-    )
-    return terms.masked(rows)
+    others = torch.stack((kl, nll, log_p_own.exp().squeeze(1), tau2.squeeze(1)))
+    return RowTerms(loss, others.detach()).masked(rows)

@@ -14,8 +14,8 @@ LARGEST_PLAIN_LOGIT = 40.0
 class Samples(NamedTuple):
     """Features made ready. Everything but ``features`` is free of gradient.
 
-    The fused kernels read the features themselves: there ``unit`` is None, and rows that take no
-    part hold what they held. Elsewhere such rows are zero vectors by now.
+    Rows that take no part are zero vectors in ``unit``, and hold what they held in ``features``.
+    The fused kernels read the features themselves: there ``unit`` is None.
     """
 
     features: Tensor  # [N, D] as the caller gave them, any float dtype; the gradient's way out
@@ -56,19 +56,18 @@ class Rows(NamedTuple):
 
 
 class RowTerms(NamedTuple):
-    """Per-row results, each ``[N]`` in the dtype of the centroids; only ``loss`` has a gradient."""
+    """Per-row results in the dtype of the centroids; only ``loss`` has a gradient."""
 
-    loss: Tensor
-    kl: Tensor
-    nll: Tensor
-    confidence: Tensor
-    tau2: Tensor
+    loss: Tensor  # [N]
+    others: Tensor | None  # [4, N] KL, NLL, confidence and tau2, where asked for
 
     def masked(self, rows: Rows) -> "RowTerms":
         """Zero the rows that take no part; make the rows with an unusable label NaN."""
-        terms = self
+        loss, others = self
         if rows.valid is not None:
-            terms = RowTerms(*(torch.where(rows.valid, term, 0.0) for term in terms))
+            loss = torch.where(rows.valid, loss, 0.0)
+            if others is not None and others.shape[1] > 0:
+                others = torch.where(rows.valid, others, 0.0)
         if rows.broken is not None:
-            terms = terms._replace(loss=torch.where(rows.broken, torch.nan, terms.loss))
-        return terms
+            loss = torch.where(rows.broken, torch.nan, loss)
+        return RowTerms(loss, others)
