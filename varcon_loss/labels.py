@@ -29,7 +29,7 @@ class ClassIndex(NamedTuple):
 
     size: int  # S, at least 1
     may_be_sparse: bool  # can a slot be empty?
-    table: Tensor | None  # [C] slot of every class, -1 where absent; with num_classes
+    table: Tensor | None  # [C] slot of every class, -1 where absent
     classes: Tensor | None  # [S] sorted labels, without a table; empty slots repeat the last
     packed: bool = True  # do the empty slots come last?
     num_present: Tensor | None = None  # 0-d int64, K; None: unknown
@@ -79,22 +79,19 @@ def index_classes(labels: Labels, num_classes: int | None) -> tuple[ClassIndex, 
     Invalid labels get some slot in range.
     """
     values, valid = labels.values, labels.valid
-    readable = values_may_be_read(values)
-    if num_classes is None:
+    if num_classes is None or values_may_be_read(values):
         # On a GPU this is the one place that synchronises: give num_classes to avoid it.
         if valid is None and values.numel() > 0:
             classes, slots = torch.unique(values, return_inverse=True)
             return ClassIndex(classes.numel(), False, None, classes), slots
         classes = torch.unique(values if valid is None else values[valid])
-        index = ClassIndex(max(1, len(classes)), len(classes) == 0, None, classes)
+        index = ClassIndex(max(1, classes.numel()), classes.numel() == 0, None, classes)
         return index, find_slots(labels, index)[0]
     marks = values if valid is None else values.masked_fill(~valid, num_classes)
     present = torch.zeros(num_classes + 1, dtype=torch.bool, device=values.device)
     present = present.index_fill(0, marks, True)[:num_classes]
-    ranks = present.cumsum(0)
-    table = (ranks - 1).masked_fill(~present, -1)
-    bound = int(ranks[-1]) if readable else min(num_classes, len(values))
-    index = ClassIndex(max(1, bound), not readable or bound == 0, table, None)
+    table = (present.cumsum(0) - 1).masked_fill(~present, -1)
+    index = ClassIndex(max(1, min(num_classes, values.shape[0])), True, table, None)
     return index, find_slots(labels, index)[0]
 
 
