@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import multiprocessing
+import random
 import resource
 import statistics
 import time
@@ -17,6 +18,7 @@ from torch import Tensor
 from benchmarks.contenders import CONTENDERS, Loss
 
 GATE_ROWS = 256  # correctness is judged on the first rows: the oracle is quadratic
+FEWEST_REPEATS = 3
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
@@ -113,7 +115,8 @@ def time_together(
         names: contenders that passed `check_and_weigh` at this size.
         problem: the size.
         mode: ``"forward"`` (evaluation, no gradient) or ``"forward+backward"``.
-        budget: seconds for all of them together; at least 3 repeats are made.
+        budget: seconds for all of them together. Each has an equal share, so the fast ones repeat
+            more often, in rounds of their own once the slow ones have had theirs.
         max_repeats: rounds at most.
     """
     features, labels = problem.inputs()
@@ -123,10 +126,14 @@ def time_together(
         for _ in range(2):
             run(loss, features, labels)
     times: dict[str, list[float]] = {name: [] for name in names}
-    order = list(names)
-    start = time.perf_counter()
-    for repeat in range(max_repeats):
-        order = order[1:] + order[:1]  # nobody always follows the same neighbour
+    shuffle = random.Random(0).shuffle
+    for _ in range(max_repeats):
+        order = [
+            name
+            for name, spent in times.items()
+            if len(spent) < FEWEST_REPEATS or sum(spent) < budget / len(names)
+        ]
+        shuffle(order)  # nobody always follows the same neighbour, and finds the caches it left
         for name in order:
             features.grad = None
             _synchronize(problem.device)
@@ -134,8 +141,6 @@ def time_together(
             run(losses[name], features, labels)
             _synchronize(problem.device)
             times[name].append(time.perf_counter() - begin)
-        if repeat >= 2 and time.perf_counter() - start > budget:
-            break
     return {
         "timings": {
             name: dict(

@@ -17,6 +17,7 @@ from benchmarks.progress import progress_bar
 
 MODES = ("forward+backward", "forward")
 OURS = "varcon-loss"
+COMPILE_SECONDS = 60  # torch.compile may take this long, once
 SLOPE_FROM = 4096  # growth is fitted from this batch size on, where launches no longer matter
 
 
@@ -74,7 +75,8 @@ def _measure_problem(
             if missing
             else measure.in_child(
                 measure.check_and_weigh, name, problem,
-                timeout=4 * cell_timeout, memory_limit=memory_limit,
+                timeout=4 * cell_timeout + COMPILE_SECONDS * ("compiled" in name),
+                memory_limit=memory_limit,
             )
         )  # fmt: skip
     able = [
@@ -86,7 +88,7 @@ def _measure_problem(
     for mode in MODES:
         outcome = measure.in_child(
             measure.time_together, able, problem, mode, budget, max_repeats,
-            timeout=60 + 20 * cell_timeout, memory_limit=memory_limit,
+            timeout=4 * COMPILE_SECONDS + 20 * cell_timeout, memory_limit=memory_limit,
         )  # fmt: skip
         timings[mode] = outcome.get("timings", {})
         if outcome["status"] != "ok":
