@@ -213,7 +213,7 @@ def sweep(
     )
     chosen = best_rates(tuned)
     final = [
-        Cell(data, method, size, chosen[method, size, noise], seed, "test", epochs, noise)
+        Cell(data, method, size, chosen[data, method, size, noise], seed, "test", epochs, noise)
         for noise, size, seed, method in itertools.product(
             noises, batch_sizes, range(seeds), methods
         )
@@ -223,14 +223,39 @@ def sweep(
     )
 
 
-def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int, float], float]:
-    """The learning rate with the best validation score, by method, batch size and noise."""
-    best: dict[tuple[str, int, float], tuple[float, float]] = {}
+def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, int, float], float]:
+    """The learning rate with the best validation score, by data, method, batch size and noise."""
+    best: dict[tuple[str, str, int, float], tuple[float, float]] = {}
     for row in rows:
-        score = -1.0 if row["linear"] is None else row["linear"] + row["knn"]
-        key = row["method"], row["batch_size"], row["noise"]
-        best[key] = max(best.get(key, (-2.0, 0.0)), (score, row["learning_rate"]))
+        if row["split"] == "validation":
+            key = _setting(row)
+            best[key] = max(best.get(key, (-2.0, 0.0)), (_score(row), row["learning_rate"]))
     return {key: rate for key, (_, rate) in best.items()}
+
+
+def best_by_validation(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> str:
+    """The method among ``names`` with the best validation score, each at its best rate."""
+    candidates = [r for r in rows if r["split"] == "validation" and r["method"] in names]
+    return max(candidates, key=_score)["method"]
+
+
+def reported(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs on the test split, but for those whose learning rate a wider grid has overtaken."""
+    rates = best_rates(rows)
+    return [
+        row
+        for row in rows
+        if row["split"] == "test"
+        and row["learning_rate"] == rates.get(_setting(row), row["learning_rate"])
+    ]
+
+
+def _setting(row: dict[str, Any]) -> tuple[str, str, int, float]:
+    return row["data"], row["method"], row["batch_size"], row["noise"]
+
+
+def _score(row: dict[str, Any]) -> float:
+    return -1.0 if row["linear"] is None else row["linear"] + row["knn"]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -247,8 +272,7 @@ def summary(rows: Sequence[dict[str, Any]], value: str, baseline: str = "SupCon"
 
     Collapsed runs are counted and left out of means and differences.
     """
-    frame = pd.DataFrame(rows)
-    frame = frame[frame["split"] == "test"]
+    frame = pd.DataFrame(reported(rows))
     table = []
     for (data, noise, size, method), group in frame.groupby(
         ["data", "noise", "batch_size", "method"], sort=False

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -115,6 +115,34 @@ def _slower_than_authors(full: pd.DataFrame) -> list[str]:
     return found
 
 
+HEADLINES = (
+    ("VarCon", "SupCon", "linear"),
+    ("VarCon memory", "SupCon", "linear"),
+    ("VarCon memory", "SupCon memory", "linear"),
+    ("VarCon", "cross-entropy", "linear"),
+    ("VarCon memory", "cross-entropy", "linear"),
+)
+OTHER_COMPARISONS = (
+    ("VarCon", "SupCon", "knn"),
+    ("VarCon epsilon=0", "SupCon", "linear"),
+    ("VarCon epsilon=0", "SupCon", "knn"),
+    ("VarCon epsilon=0", "VarCon", "linear"),
+    ("VarCon leave-one-out", "SupCon", "linear"),
+    ("VarCon leave-one-out", "SupCon", "knn"),
+    ("VarCon leave-one-out", "VarCon", "linear"),
+    ("VarCon memory", "SupCon", "knn"),
+    ("VarCon memory", "VarCon", "linear"),
+    ("VarCon memory", "VarCon", "knn"),
+    ("VarCon memory", "SupCon memory", "knn"),
+    ("VarCon memory", "cross-entropy", "knn"),
+)
+NOISY_COMPARISONS = (
+    ("VarCon epsilon=0", "VarCon", "linear"),
+    ("VarCon memory", "SupCon memory", "linear"),
+    ("VarCon", "cross-entropy", "linear"),
+)
+
+
 def _quality_findings(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield (
         "**Quality** (small CNN, two views, learning rate chosen for each method, batch size and "
@@ -122,30 +150,11 @@ def _quality_findings(rows: list[dict[str, Any]]) -> Iterator[str]:
         "points, with 95 % intervals; "
         "*ahead* and *behind* mean that the interval excludes 0):\n"
     )
-    for method, baseline in (
-        ("VarCon", "SupCon"),
-        ("VarCon epsilon=0", "SupCon"),
-        ("VarCon leave-one-out", "SupCon"),
-        ("VarCon memory", "SupCon"),
-        ("VarCon memory", "VarCon"),
-        ("VarCon memory", "SupCon memory"),
-        ("VarCon memory", "cross-entropy"),
-    ):
-        for value in ("linear", "knn"):
-            listed = _verdicts(quality.summary(rows, value, baseline), method, noisy=False)
-            if listed:
-                yield f"- {method} against {baseline}, {READOUTS[value]}: {listed}."
-    for method, baseline in (
-        ("VarCon", "SupCon"),
-        ("VarCon epsilon=0", "VarCon"),
-        ("VarCon memory", "SupCon memory"),
-        ("VarCon", "cross-entropy"),
-    ):
-        listed = _verdicts(quality.summary(rows, "linear", baseline), method, noisy=True)
-        if listed:
-            yield f"- With wrong labels, {method} against {baseline}, linear probe: {listed}."
-    reported = pd.DataFrame(rows)
-    reported = reported[reported["split"] == "test"]
+    yield from _comparisons(rows, HEADLINES)
+    for setting in _settings_of(rows):
+        yield f"- {setting.sentence}"
+    yield from _comparisons(rows, (("VarCon", "SupCon", "linear"),), noisy=True)
+    reported = pd.DataFrame(quality.reported(rows))
     where = [
         f"{method} on {data} at {size}"
         + (f", {noise:.0%} wrong labels" if noise else "")
@@ -158,8 +167,19 @@ def _quality_findings(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield (
         f"- Collapsed runs: {reported['collapsed'].sum()} of {len(reported)} reported ones"
         + (f" ({'; '.join(where)})" if where else "")
-        + ", left out of means.\n"
+        + ", left out of means."
     )
+    yield "- All other comparisons: [below](#every-other-comparison).\n"
+
+
+def _comparisons(
+    rows: list[dict[str, Any]], wanted: tuple[tuple[str, str, str], ...], *, noisy: bool = False
+) -> Iterator[str]:
+    for method, baseline, value in wanted:
+        listed = _verdicts(quality.summary(rows, value, baseline), method, noisy=noisy)
+        if listed:
+            start = "With wrong labels, " if noisy else ""
+            yield f"- {start}{method} against {baseline}, {READOUTS[value]}: {listed}."
 
 
 def _verdicts(table: pd.DataFrame, method: str, *, noisy: bool) -> str:
@@ -329,8 +349,7 @@ def _quality_tables(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
         "Accuracy on held-out images, mean ± half-width of the 95 % interval over seeds; in "
         "brackets the paired difference from SupCon in points.\n"
     )
-    variants = [row for row in rows if row["method"] in methods.VARIANTS]
-    yield from _settings(rows, variants)
+    yield from _settings(rows)
     rows = [row for row in rows if row["method"] in methods.METHODS]
     for data in dict.fromkeys(row["data"] for row in rows):
         of_data = [row for row in rows if row["data"] == data]
@@ -351,27 +370,75 @@ def _quality_tables(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
                     yield f"| {method} | " + " | ".join(cells) + " |"
         for picture in plots.draw_quality(of_data, folder):
             yield f"\n![{data}](results/{picture.name})"
+    yield "\n### Every other comparison\n"
+    yield from _comparisons(rows, OTHER_COMPARISONS)
+    yield from _comparisons(rows, NOISY_COMPARISONS, noisy=True)
     yield ""
 
 
-def _settings(rows: list[dict[str, Any]], variants: list[dict[str, Any]]) -> Iterator[str]:
-    """What temperature and head change, beside the methods they are variants of."""
+class _Setting(NamedTuple):
+    """What other temperatures and heads do, where they were tried."""
+
+    data: str
+    batch_size: int
+    rows: list[dict[str, Any]]  # of all methods there
+    best_supcon: str  # by validation, among SupCon's temperatures
+
+    @property
+    def sentence(self) -> str:
+        """VarCon at its best temperature against SupCon at its own, both chosen by validation."""
+        best = quality.best_by_validation(self.rows, _temperatures("VarCon"))
+        cells = [
+            _cell(table[table["method"] == best])
+            for table in (
+                quality.summary(self.rows, "linear", baseline)
+                for baseline in ("SupCon", self.best_supcon)
+            )
+        ]
+        return (
+            f"Temperature chosen by validation as well, {self.data} at {self.batch_size}, linear "
+            f"probe: {best} {cells[0]} against SupCon at 0.1, {cells[1]} against "
+            f"{self.best_supcon}."
+        )
+
+
+def _temperatures(family: str) -> list[str]:
+    return [family, *(name for name in methods.VARIANTS if name.startswith(f"{family} tau"))]
+
+
+def _settings_of(rows: list[dict[str, Any]]) -> Iterator[_Setting]:
+    variants = [row for row in rows if row["method"] in methods.VARIANTS]
     for data, size in dict.fromkeys((row["data"], row["batch_size"]) for row in variants):
         here = [
             row
             for row in rows
             if (row["data"], row["batch_size"], row["noise"]) == (data, size, 0.0)
         ]
+        best = quality.best_by_validation(here, _temperatures("SupCon"))
+        yield _Setting(data, size, here, best)
+
+
+def _settings(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Tables of temperatures and heads, beside the methods they are variants of."""
+    for data, size, here, best in _settings_of(rows):
         yield (
             f"\nSettings, {data} at batch {size}: tau1 = 0.1 and the head mlp-bn unless said "
-            "(epsilon = 0.02; 0.01 at tau1 = 0.05); learning rates chosen as everywhere.\n"
+            "(epsilon = 0.02; 0.01 at tau1 = 0.05); learning rates chosen as everywhere; in "
+            f"brackets the paired difference from SupCon, and in the last column from {best}, "
+            "SupCon's best temperature by validation.\n"
         )
-        yield "| method | linear probe | kNN |\n|---|---|---|"
-        tables = [quality.summary(here, value) for value in ("linear", "knn")]
+        yield f"| method | learning rate | linear probe | kNN | linear probe, against {best} |"
+        yield "|---|---|---|---|---|"
+        tables = [
+            quality.summary(here, "linear"),
+            quality.summary(here, "knn"),
+            quality.summary(here, "linear", best),
+        ]
         for method in ("SupCon", "VarCon", *methods.VARIANTS):
             lines = [table[table["method"] == method] for table in tables]
             if not lines[0].empty:
-                yield f"| {method} | " + " | ".join(_cell(line) for line in lines) + " |"
+                rate = lines[0]["learning_rate"].iloc[0]
+                yield f"| {method} | {rate} | " + " | ".join(_cell(line) for line in lines) + " |"
 
 
 def _cell(line: pd.DataFrame) -> str:

@@ -313,7 +313,7 @@ def _flatten_views(features: Tensor, labels: Tensor) -> _Batch:
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
