@@ -10,6 +10,10 @@ import pandas as pd
 from benchmarks import methods, plots, quality, results, speed
 
 READOUTS = {"linear": "linear probe", "knn": "kNN", "centroids": "nearest remembered centroid"}
+DETAILS = {
+    **{f"linear, {n} a class": f"linear probe on {n} images a class" for n in (1, 5, 10)},
+    **{f"{side} digit": f"linear probe, {side} digit alone" for side in ("left", "right")},
+}
 YARDSTICKS = {
     "authors": "equations, authors' operations",
     "lean": "equations, lean",
@@ -78,10 +82,10 @@ def _speed_findings(folder: Path) -> Iterator[str]:
                 short, "pytorch-metric-learning's SupCon"
             )
             if other is not None:
-                ratios.append(f"{other / ours:.2g}x the time for {title}")
+                ratios.append(f"{speed.times(other / ours)} the time for {title}")
         floor = cell(speed.OURS, n, k, "over_two_products")
         if floor is not None:
-            ratios.append(f"{floor:.2g}x the two bare matrix products")
+            ratios.append(f"{speed.times(floor)} the two bare matrix products")
         yield f"- N = {n}, K = {k}: {ours * 1e3:.3g} ms; " + "; ".join(ratios) + "."
     slower = _slower_than_authors(full)
     yield (
@@ -200,8 +204,15 @@ def _speed_tables(folder: Path) -> Iterator[str]:
     yield "## Speed\n"
     yield (
         "`python -m benchmarks speed`: ms (times ours). *forward* is evaluation, without a "
-        "gradient. Compiled contenders were compiled for each size; compiling is not in the time.\n"
+        "gradient. Compiled contenders were compiled for each size; compiling is not in the time. "
+        "Memory is the peak of a fresh process's resident set in one forward and backward, beyond "
+        "what it held before; growth is fitted from N = 4096 on.\n"
     )
+    absent = frame.groupby("contender")["status"].agg(lambda status: set(status) == {"CUDA only"})
+    names = [str(name) for name, is_absent in absent.items() if is_absent]
+    if names:
+        yield f"Not here, since they need CUDA: {', '.join(names)}.\n"
+        frame = frame[~frame["contender"].isin(names)]
     for (k, mode), part in frame.groupby(["num_classes", "mode"]):
         sizes = sorted(part["num_rows"].unique())
         yield f"\nK = {k}, {mode.replace('+', ' + ')}\n"
@@ -215,7 +226,7 @@ def _speed_tables(folder: Path) -> Iterator[str]:
                     cells.append(str(cell["status"]))
                 else:
                     ratio = cell["median"] / ours[cell["num_rows"]]
-                    cells.append(f"{cell['median'] * 1e3:.3g} ({ratio:.2g}x)")
+                    cells.append(f"{cell['median'] * 1e3:.3g} ({speed.times(ratio)})")
             slopes = [speed.growth(line, value) for value in ("median", "peak_bytes")]
             cells += ["" if s is None else f"N^{s:.2f}" for s in slopes]
             yield f"| {name} | " + " | ".join(cells) + " |"
@@ -353,10 +364,11 @@ def _quality_tables(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
     rows = [row for row in rows if row["method"] in methods.METHODS]
     for data in dict.fromkeys(row["data"] for row in rows):
         of_data = [row for row in rows if row["data"] == data]
-        for value, title in READOUTS.items():
-            if not any(row.get(value) is not None for row in of_data):
+        for value, title in (READOUTS | DETAILS).items():
+            kept = [row for row in of_data if value in READOUTS or row["noise"] == 0.0]
+            if not any(row.get(value) is not None for row in kept):
                 continue
-            table = quality.summary(of_data, value)
+            table = quality.summary(kept, value)
             for noise, noisy in table.groupby("noise"):
                 sizes = sorted(noisy["batch_size"].unique())
                 suffix = f", {noise:.0%} wrong labels" if noise else ""

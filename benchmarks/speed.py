@@ -129,6 +129,11 @@ def growth(frame: pd.DataFrame, value: str) -> float | None:
     return float(np.polyfit(np.log(points["num_rows"]), np.log(points[value]), 1)[0])
 
 
+def times(ratio: float) -> str:
+    """A ratio for people."""
+    return f"{ratio:.2g}x" if ratio < 100 else f"{ratio:.0f}x"
+
+
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """One table a dtype and class count: median milliseconds, and times slower than ours."""
     frame = pd.DataFrame(rows)
@@ -148,7 +153,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
                     cells.append(cell["status"])
                 else:
                     ratio = cell["median"] / ours.get(cell["num_rows"], np.nan)
-                    cells.append(f"{cell['median'] * 1e3:.3g} ({ratio:.2g}x)")
+                    cells.append(f"{cell['median'] * 1e3:.3g} ({times(ratio)})")
             slope = growth(line, "median")
             table.add_row(str(name), *cells, "" if slope is None else f"{slope:.2f}")
         console.print(table)
