@@ -82,10 +82,10 @@ def _speed_findings(folder: Path) -> Iterator[str]:
                 short, "pytorch-metric-learning's SupCon"
             )
             if other is not None:
-                ratios.append(f"{speed.times(other / ours)} the time for {title}")
+                ratios.append(f"{title} {speed.times(other / ours)} as long")
         floor = cell(speed.OURS, n, k, "over_two_products")
         if floor is not None:
-            ratios.append(f"{speed.times(floor)} the two bare matrix products")
+            ratios.append(f"ours is {speed.times(floor)} the two bare matrix products")
         yield f"- N = {n}, K = {k}: {ours * 1e3:.3g} ms; " + "; ".join(ratios) + "."
     slower = _slower_than_authors(full)
     yield (
