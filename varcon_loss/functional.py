@@ -155,7 +155,20 @@ class Options(NamedTuple):
         checks.check_choices(self.reduction, self.impl, self.ignore_index)
         num_classes = checks.resolve_num_classes(self.num_classes, self.weight)
         checks.check_exchange(self.process_group, self.exchange, num_classes)
-        return self._replace(num_classes=num_classes)
+        # Not by `_replace`, which the compiler of torch 2.6 does not trace.
+        return Options(
+            self.temperature,
+            self.epsilon,
+            num_classes,
+            self.normalize,
+            self.reduction,
+            self.ignore_index,
+            self.weight,
+            self.leave_one_out,
+            self.process_group,
+            self.exchange,
+            self.impl,
+        )
 
 
 class _Batch(NamedTuple):
@@ -181,8 +194,12 @@ class _Local(NamedTuple):
     labels: Labels  # of the anchors
     row_weights: Tensor | None  # [N] class weights, 0 where not valid
     summary: ClassSummary | None  # of what makes the centroids; None: a memory that is only read
-    summary_labels: Labels  # what `summary` was made of
+    reference_labels: Labels | None  # what `summary` was made of; None: of `labels`
     impl: str  # what runs
+
+    @property
+    def summary_labels(self) -> Labels:
+        return self.labels if self.reference_labels is None else self.reference_labels
 
     def weight(self) -> Tensor:
         """What this rank adds to the denominator of the mean, 0-d."""
@@ -313,7 +330,7 @@ def _flatten_views(features: Tensor, labels: Tensor) -> _Batch:
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
@@ -346,15 +363,15 @@ def _summarise_locally(
 
     alone = reference is None and (memory is None or memory.update)
     labels, anchors, summary = read(batch, makes_centroids=alone)
-    summary_labels = labels
+    reference_labels = None
     if reference is not None:
-        summary_labels, _, summary = read(reference, makes_centroids=True, name="ref_labels")
+        reference_labels, _, summary = read(reference, makes_centroids=True, name="ref_labels")
     row_weights = None
     if options.weight is not None:
         row_weights = options.weight.to(dtype).index_select(0, labels.values)
         if labels.valid is not None:
             row_weights = row_weights.masked_fill(~labels.valid, 0.0)
-    return _Local(anchors, labels, row_weights, summary, summary_labels, impl)
+    return _Local(anchors, labels, row_weights, summary, reference_labels, impl)
 
 
 def _read(
@@ -443,7 +460,7 @@ def _match(
             memory, summary, labels, anchors.dtype, classes=classes, copy=copy
         )
     assert summary is not None
-    if local.summary_labels is not labels:
+    if local.reference_labels is not None:
         return match_reference(summary, labels)
     return match_batch(summary, anchors, labels, leave_one_out=options.leave_one_out)
 

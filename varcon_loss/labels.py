@@ -123,7 +123,7 @@ def narrow(labels: Labels, kept: Tensor) -> Labels:
     if values_may_be_read(kept) and bool(kept.all()):
         return labels
     valid = kept if labels.valid is None else labels.valid & kept
-    return labels._replace(valid=valid, divisor=None)
+    return Labels(labels.values, valid, labels.out_of_range)
 
 
 def require_reference(labels: Labels, found: Tensor) -> Labels:
@@ -140,4 +140,5 @@ def require_reference(labels: Labels, found: Tensor) -> Labels:
         return labels
     if labels.out_of_range is not None:
         missing = missing | labels.out_of_range
-    return narrow(labels, found)._replace(out_of_range=missing)
+    values, valid, *_ = narrow(labels, found)
+    return Labels(values, valid, missing)

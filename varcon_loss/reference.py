@@ -15,7 +15,7 @@ def reference_terms(
 ) -> RowTerms:
     """Eq. 7-13 of arXiv 2506.07413, on ``[N, K]`` matrices; all terms, needed or not."""
     w, present, *_ = rows.centroids
-    z = rows.features.to(w.dtype)
+    z = rows.anchors.features.to(w.dtype)
     if rows.valid is not None:
         z = z.masked_fill(~rows.valid[:, None], 0.0)
     if rows.anchors.norms is not None:

@@ -45,11 +45,6 @@ class Rows(NamedTuple):
     valid: Tensor | None  # [N] bool; the terms of the others are 0
     broken: Tensor | None  # [N] bool; their loss is NaN
 
-    @property
-    def features(self) -> Tensor:
-        """``[N, D]``, where the gradient goes."""
-        return self.anchors.features
-
     def have_small_logits(self, temperature: float) -> bool:
         """Is ``exp(u)`` safe with no maximum subtracted? ``|u| <= 1 / tau1`` between unit rows."""
         return self.anchors.norms is not None and 1 / temperature <= LARGEST_PLAIN_LOGIT
