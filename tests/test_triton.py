@@ -374,3 +374,27 @@ def test_the_compiler_takes_what_the_interpreter_takes(everything: bool) -> None
     )
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+NEWER_PRECISION = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+
+
+@pytest.mark.skipif(not NEWER_PRECISION, reason="settings of torch 2.9")
+def test_tf32_follows_either_of_torchs_settings() -> None:
+    """In a process of its own: torch refuses to mix the two."""
+    for setting in (
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.set_float32_matmul_precision('high')",
+    ):
+        program = f"""
+import torch
+from varcon_loss import VarConLoss, fused
+assert fused.float32_precision() == "ieee"
+{setting}
+assert fused.float32_precision() == "tf32"
+VarConLoss(impl="triton")(torch.randn(4, 8, requires_grad=True), torch.arange(4) % 2).backward()
+"""
+        subprocess.run(
+            [sys.executable, "-c", program], check=True, env=os.environ | {"TRITON_INTERPRET": "1"}
+        )

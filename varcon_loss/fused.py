@@ -269,6 +269,15 @@ def choose_tiles(num_rows: int, dim: int, itemsize: int) -> Tiles:
     return Tiles(rows, keys, 8 if rows >= 128 or rows * width >= 16384 else 4, stages)
 
 
+def float32_precision() -> str:
+    """What torch's own products of float32 matrices use on CUDA: ``"ieee"`` or ``"tf32"``."""
+    # Asking for the older setting raises where somebody has used the newer one, of torch 2.9.
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if newer is None:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if newer == "tf32" else "ieee"
+
+
 def sweep(
     rows: Rows, temperature: float, epsilon: float, need_grad: bool, need_terms: bool
 ) -> SweepResult:
@@ -300,7 +309,7 @@ def sweep(
         # A small logit's exponential fits float32, but as an operand of a product not float16.
         "PLAIN_EXP": rows.have_small_logits(temperature) and features.dtype != torch.float16,
         "NEED_GRAD": need_grad,
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": float32_precision(),
         # Triton's interpreter multiplies bfloat16 as if its bits were integers.
         "UPCAST": features.device.type == "cpu",
         "num_warps": tiles.warps,
