@@ -105,6 +105,31 @@ def compile_helpers(dtype: torch.dtype, dim: int, *, capability: int = 90) -> in
     return len(variants)
 
 
+def compile_smallest(dtype: torch.dtype, *, capability: int = 90) -> int:
+    """Compile every kernel for one row of one number: a launch makes each integer 1 a constant."""
+    from varcon_loss import kernels
+
+    blocks = {"BLOCK_N": 16, "BLOCK_D": 16}
+    flags = {
+        "HAS_NORMS": True, "HAS_VALID": True, "HAS_PRESENT": True, "HAS_OWN": True,
+        "HAS_BROKEN": True, "PACKED": False, "PLAIN_EXP": False, "NEED_GRAD": True,
+        "PRECISION": "ieee", "UPCAST": False,
+    }  # fmt: skip
+    variants: list[tuple[Any, dict[str, Any]]] = [
+        (kernels.row_norms_kernel, blocks | {"HAS_VALID": True}),
+        (kernels.class_sums_kernel, blocks | {"PIECES": 1, "NORMALIZE": True}),
+        (kernels.segments_kernel, {"HAS_IGNORE": True, "HAS_RANGE": True, "BLOCK": 16}),
+        (kernels.sweep_kernel, blocks | flags | {"BLOCK_K": 16}),
+    ]
+    for kernel, constants in variants:
+        integers = set(kernel.arg_names) & {
+            *("num_rows", "num_slots", "dim", "stride_row", "stride_dim"),
+            *("ignore_index", "num_classes"),
+        }
+        compile_kernel(kernel, dtype, constants | dict.fromkeys(integers, 1), capability, 4, 2)
+    return len(variants)
+
+
 def compile_kernel(
     kernel: Any,
     dtype: torch.dtype,
@@ -130,7 +155,7 @@ def compile_kernel(
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, (argument, kind) in enumerate(types.items())
-        if kind.startswith("*") or argument in ("dim", "stride_row", "num_rows")
+        if kind.startswith("*") or (kind == "i32" and argument in ("dim", "stride_row", "num_rows"))
     }
     source = ASTSource(kernel, types, constants, aligned)
     options = {"num_warps": warps, "num_stages": stages}

@@ -365,12 +365,13 @@ def test_the_compiler_takes_what_the_interpreter_takes(everything: bool) -> None
     """For a GPU that need not be there: the compiler has rules that the interpreter lacks."""
     code = (
         "import torch\n"
-        "from benchmarks.kernel_code import compile_helpers, compile_sweep\n"
+        "from benchmarks.kernel_code import compile_helpers, compile_smallest, compile_sweep\n"
         "for dtype in (torch.bfloat16, torch.float16, torch.float32):\n"
         f"    made = compile_sweep(dtype, 128, 65536, everything={everything})\n"
         "    assert made.matrix_instructions > 0 and made.shared_bytes <= 232448, made\n"
         "    assert made.loop_spills in (0, None), made\n"
         "    compile_helpers(dtype, 128)\n"
+        "    compile_smallest(dtype)\n"
     )
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
