@@ -189,7 +189,8 @@ def _comparisons(
 def _verdicts(table: pd.DataFrame, method: str, *, noisy: bool) -> str:
     part = table[(table["method"] == method) & ((table["noise"] > 0.0) == noisy)]
     groups: dict[str, list[str]] = {"ahead": [], "behind": [], "undecided": []}
-    for _, line in part.dropna(subset=["gain_half_width"]).iterrows():
+    part = part.dropna(subset=["gain_half_width"]).sort_values(["data", "noise", "batch_size"])
+    for _, line in part.iterrows():
         gain, half = line["gain"], line["gain_half_width"]
         verdict = "undecided" if abs(gain) <= half else "ahead" if gain > 0 else "behind"
         share = f", {line['noise']:.0%} wrong" if noisy else ""
