@@ -108,6 +108,7 @@ def quality(
     """
     from benchmarks import quality as harness
     from benchmarks.methods import METHODS, VARIANTS
+    from benchmarks.plots import draw_quality
 
     _require(device)
     chosen = [part.strip() for part in methods.split(",") if part.strip()] or list(METHODS)
@@ -127,9 +128,11 @@ def quality(
         root=root,
         device=device,
     )
-    for value in ("linear", "knn"):
-        console.print(value)
-        console.print(harness.summary(rows, value).to_string(index=False))
+    harness.show(rows, console)
+    harness.save(rows, out / f"{data}.csv")
+    console.print(f"saved: {store.path}, {out / f'{data}.csv'}")
+    for picture in draw_quality(rows, out):
+        console.print(f"picture: {picture}")
 
 
 @app.command()
@@ -241,6 +244,7 @@ def momentum(
 ) -> None:
     """A good momentum of the centroid memory for a batch size and number of classes."""
     from benchmarks import quality as harness
+    from benchmarks.plots import draw_momentum
 
     rows = harness.momentum_sweep(
         [float(m) for m in momenta.split(",")],
@@ -252,7 +256,10 @@ def momentum(
         harness.Store(out / "momentum.jsonl"),
         workers=workers,
     )
-    console.print(harness.momentum_table(rows).to_string(index=False))
+    table = harness.momentum_table(rows)
+    console.print(table.to_string(index=False))
+    table.to_csv(out / "momentum.csv", index=False)
+    console.print(f"saved: {out / 'momentum.csv'}; picture: {draw_momentum(table, out)}")
 
 
 @app.command(name="memory-cost")

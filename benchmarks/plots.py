@@ -89,9 +89,29 @@ def draw_quality(rows: list[dict], out: Path) -> list[Path]:
         axes[3].plot(epochs, quantiles[2], color=f"C{index}", label=f"batch {run['batch_size']}")
         axes[3].fill_between(epochs, quantiles[1], quantiles[3], color=f"C{index}", alpha=0.15)
     axes[3].set(title=r"VarCon: $\tau_2$ in training (quartiles)", xlabel="epoch")
-    axes[3].legend(fontsize=7)
+    if runs:
+        axes[3].legend(fontsize=7)
     figure.tight_layout()
     path = out / f"quality-{data}.png"
     figure.savefig(path, dpi=80)
     plt.close(figure)
     return [path]
+
+
+def draw_momentum(table: pd.DataFrame, out: Path) -> Path:
+    """Accuracy over the momentum of the centroid memory, a line for each problem."""
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for (classes, size), line in table.groupby(["classes", "batch_size"]):
+        label = f"{classes:.0f} classes, batch {size}"
+        axis.errorbar(
+            1 - line["momentum"], line["mean"], line["half_width"], label=label, capsize=2
+        )
+    axis.set(xscale="log", xlabel="1 - momentum", ylabel="accuracy (linear probe and kNN)")
+    axis.invert_xaxis()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    path = out / "momentum.png"
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+    return path

@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from rich.console import Console
+from rich.table import Table
 from scipy import stats
 from torch import Tensor
 
+from benchmarks import results
 from benchmarks.data import ImageData, Split, load
 from benchmarks.progress import progress_bar
 from benchmarks.readouts import (
@@ -29,6 +32,11 @@ from benchmarks.readouts import (
 )
 from benchmarks.training import Recipe, Run, encode, train
 
+READOUTS = {"linear": "linear probe", "knn": "kNN", "centroids": "nearest remembered centroid"}
+DETAILS = {
+    **{f"linear, {n} a class": f"linear probe on {n} images a class" for n in (1, 5, 10)},
+    **{f"{side} digit": f"linear probe, {side} digit alone" for side in ("left", "right")},
+}
 FEW_SHOTS = (1, 5, 10)  # labelled images a class for the few-shot probes
 TUNING_SEED = 1000  # apart from the seeds that are reported
 
@@ -168,8 +176,9 @@ def run_cells(
         ) as pool,
     ):
         task = bar.add_task(title, total=len(cells), completed=len(cells) - len(todo), note="")
+        env = results.environment(device)
         for row in pool.imap_unordered(_run_cell, [(cell, root, device) for cell in todo]):
-            store.add(row)
+            store.add(row | {"environment": env})
             note = f"{row['data']} {row['method']} batch {row['batch_size']}"
             bar.update(task, advance=1, note=f"{note}: linear {row['linear'] or float('nan'):.3f}")
     return [row for cell in cells if (row := store.find(cell)) is not None]
@@ -306,6 +315,46 @@ def summary(rows: Sequence[dict[str, Any]], value: str, baseline: str = "SupCon"
             }
         )
     return pd.DataFrame(table)
+
+
+def text(line: pd.DataFrame) -> str:
+    """One row of a `summary` for people, in percent: mean, interval, difference, collapses."""
+    if line.empty or pd.isna(line["mean"].iloc[0]):
+        return ""
+    row = line.iloc[0]
+    written = f"{100 * row['mean']:.1f} ± {100 * row['half_width']:.1f}"
+    if pd.notna(row["gain"]):
+        written += f" ({100 * row['gain']:+.1f} ± {100 * row['gain_half_width']:.1f})"
+    if row["collapsed"]:
+        written += f", {row['collapsed']} collapsed"
+    return written
+
+
+def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """A table of methods over batch sizes for linear probe and kNN, and each share of noise."""
+    for value in ("linear", "knn"):
+        for noise, part in summary(rows, value).groupby("noise"):
+            sizes = sorted(part["batch_size"].unique())
+            title = f"{READOUTS[value]}, % (difference from SupCon)"
+            table = Table(
+                "method",
+                *(f"batch {size}" for size in sizes),
+                title=title + (f", {noise:.0%} wrong labels" if noise else ""),
+            )
+            for method, line in part.groupby("method", sort=False):
+                cells = (text(line[line["batch_size"] == size]) for size in sizes)
+                table.add_row(str(method), *cells)
+            console.print(table)
+
+
+def save(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Every read-out's `summary` as one CSV."""
+    tables = [
+        summary(rows, value).assign(readout=value)
+        for value in READOUTS | DETAILS
+        if any(row.get(value) is not None for row in rows)
+    ]
+    pd.concat(tables).to_csv(path, index=False)
 
 
 def momentum_sweep(

@@ -9,11 +9,6 @@ import pandas as pd
 
 from benchmarks import methods, plots, quality, results, speed
 
-READOUTS = {"linear": "linear probe", "knn": "kNN", "centroids": "nearest remembered centroid"}
-DETAILS = {
-    **{f"linear, {n} a class": f"linear probe on {n} images a class" for n in (1, 5, 10)},
-    **{f"{side} digit": f"linear probe, {side} digit alone" for side in ("left", "right")},
-}
 YARDSTICKS = {
     "authors": "equations, authors' operations",
     "lean": "equations, lean",
@@ -26,8 +21,9 @@ def write(folder: Path = results.RESULTS) -> Path:
     parts = [
         "# Results\n",
         "Rebuilt by `python -m benchmarks report` from the files in `benchmarks/results/`, which "
-        "carry versions, device, commit and date. Measured on what those files say, and nowhere "
-        "else.\n",
+        "carry versions, device, commit and date (runs of `quality` and `momentum` from before "
+        "2026-11-25 carry none: the history of their files has commit and date). Measured on what "
+        "those files say, and nowhere else.\n",
     ]
     quality_rows = _quality_rows(folder)
     has_speed = (folder / "speed-cpu.json").exists()
@@ -183,7 +179,7 @@ def _comparisons(
         listed = _verdicts(quality.summary(rows, value, baseline), method, noisy=noisy)
         if listed:
             start = "With wrong labels, " if noisy else ""
-            yield f"- {start}{method} against {baseline}, {READOUTS[value]}: {listed}."
+            yield f"- {start}{method} against {baseline}, {quality.READOUTS[value]}: {listed}."
 
 
 def _verdicts(table: pd.DataFrame, method: str, *, noisy: bool) -> str:
@@ -297,7 +293,7 @@ def _momentum(folder: Path) -> Iterator[str]:
             for m in momenta
         ]
         yield f"| {classes:.0f} | {size} | " + " | ".join(cells) + " |"
-    yield ""
+    yield f"\n![accuracy over momentum](results/{plots.draw_momentum(table, path.parent).name})\n"
 
 
 def _costs(folder: Path) -> Iterator[str]:
@@ -365,8 +361,8 @@ def _quality_tables(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
     rows = [row for row in rows if row["method"] in methods.METHODS]
     for data in dict.fromkeys(row["data"] for row in rows):
         of_data = [row for row in rows if row["data"] == data]
-        for value, title in (READOUTS | DETAILS).items():
-            kept = [row for row in of_data if value in READOUTS or row["noise"] == 0.0]
+        for value, title in (quality.READOUTS | quality.DETAILS).items():
+            kept = [row for row in of_data if value in quality.READOUTS or row["noise"] == 0.0]
             if not any(row.get(value) is not None for row in kept):
                 continue
             table = quality.summary(kept, value)
@@ -379,7 +375,7 @@ def _quality_tables(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
                 for method, line in noisy.groupby("method", sort=False):
                     if line["mean"].isna().all():
                         continue
-                    cells = [_cell(line[line["batch_size"] == size]) for size in sizes]
+                    cells = [quality.text(line[line["batch_size"] == size]) for size in sizes]
                     yield f"| {method} | " + " | ".join(cells) + " |"
         for picture in plots.draw_quality(of_data, folder):
             yield f"\n![{data}](results/{picture.name})"
@@ -402,7 +398,7 @@ class _Setting(NamedTuple):
         """VarCon at its best temperature against SupCon at its own, both chosen by validation."""
         best = quality.best_by_validation(self.rows, _temperatures("VarCon"))
         cells = [
-            _cell(table[table["method"] == best])
+            quality.text(table[table["method"] == best])
             for table in (
                 quality.summary(self.rows, "linear", baseline)
                 for baseline in ("SupCon", self.best_supcon)
@@ -451,16 +447,8 @@ def _settings(rows: list[dict[str, Any]]) -> Iterator[str]:
             lines = [table[table["method"] == method] for table in tables]
             if not lines[0].empty:
                 rate = lines[0]["learning_rate"].iloc[0]
-                yield f"| {method} | {rate} | " + " | ".join(_cell(line) for line in lines) + " |"
-
-
-def _cell(line: pd.DataFrame) -> str:
-    if line.empty or pd.isna(line["mean"].iloc[0]):
-        return ""
-    row = line.iloc[0]
-    text = f"{100 * row['mean']:.1f} ± {100 * row['half_width']:.1f}"
-    if pd.notna(row["gain"]):
-        text += f" ({100 * row['gain']:+.1f} ± {100 * row['gain_half_width']:.1f})"
-    if row["collapsed"]:
-        text += f", {row['collapsed']} collapsed"
-    return text
+                yield (
+                    f"| {method} | {rate} | "
+                    + " | ".join(quality.text(line) for line in lines)
+                    + " |"
+                )

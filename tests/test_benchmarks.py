@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 
 pytest.importorskip("sklearn")
 from benchmarks import data, gpu_proof, measure, quality, results, speed
@@ -263,6 +264,17 @@ class TestQuality:
         for a, b in zip(rows, again, strict=True):
             assert a["linear"] == b["linear"]  # the same seed gives the same run
         assert len(path.read_text().splitlines()) == 9
+        assert rows[0]["environment"]["versions"]["torch"] in torch.__version__
+        quality.save(again, tmp_path / "digits.csv")
+        saved = pd.read_csv(tmp_path / "digits.csv").set_index(["readout", "method"])
+        console = Console(record=True, width=120)
+        quality.show(again, console)
+        for value in ("linear", "knn"):
+            mean = saved.loc[(value, "VarCon"), "mean"]
+            assert mean == pytest.approx(
+                sum(r[value] for r in again if r["method"] == "VarCon") / 2
+            )
+            assert f"{100 * mean:.1f} ±" in console.export_text(clear=False)
         table = quality.summary(again, "linear").set_index("method")
         assert math.isnan(table.loc["SupCon", "gain"])
         expected = table.loc["VarCon", "mean"] - table.loc["SupCon", "mean"]
