@@ -3,6 +3,7 @@
 Bytes are read from the network interfaces' own counters, so they are what was really sent.
 """
 
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -109,6 +110,9 @@ def _on_rank(
     if rank == 0:
         torch.save(rows, f"{folder}/rows.pt")
     dist.destroy_process_group()
+    # Threads of the group may still run, and an interpreter that ends under them can abort after
+    # all work is done.
+    os._exit(0)
 
 
 def _step(step: Step, features: Tensor, labels: Tensor) -> Tensor:
