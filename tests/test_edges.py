@@ -131,6 +131,17 @@ def test_features_so_short_that_their_lengths_have_no_inverse(impl: str, num_cla
     assert num_classes > 1 or (gradient == 0).all()
 
 
+def test_short_rows_in_double_precision_have_long_gradients(impl: str) -> None:
+    """Their lengths have no inverse in float32, but they have one here."""
+    unit, labels = torch.randn(6, 8, dtype=torch.float64), torch.arange(6) % 3
+    gradients = []
+    for factor in (1.0, 1e-60):
+        features = (unit * factor).requires_grad_()
+        loss = varcon_loss(features, labels, impl=impl)
+        gradients.append(torch.autograd.grad(loss, features)[0] * factor)
+    torch.testing.assert_close(*gradients)
+
+
 def test_ignore_index_may_be_any_int_or_none(impl: str, make_batch: MakeBatch) -> None:
     features, labels = make_batch()
     assert varcon_terms(features, labels, ignore_index=2, impl=impl).num_classes == 4

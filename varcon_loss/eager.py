@@ -30,7 +30,6 @@ CHUNK_CPU = 2**20
 CHUNK_ACCELERATOR = 2**25
 # Far below any sum of exponentials here; only where there are none is the sum smaller.
 TINY = 1e-30
-LARGEST = torch.finfo(torch.float32).max
 
 
 class _Sweep(NamedTuple):
@@ -77,8 +76,10 @@ def sweep(
         need_terms,
     )
     own_slot = slots.unsqueeze(1)
-    # Finite for lengths that have no finite inverse, where a gradient of 0 must stay 0.
-    scale = norms.reciprocal().clamp_max_(LARGEST) if need_grad and norms is not None else None
+    scale = None
+    if need_grad and norms is not None:
+        # Finite for lengths that have no finite inverse, where a gradient of 0 must stay 0.
+        scale = norms.reciprocal().clamp_max_(torch.finfo(norms.dtype).max)
     if num_chunks == 1:
         loss, all_others, gradient = _sweep_chunk(shared, z, own_slot, own, None, None)
         return loss, all_others, _masked(gradient, valid), scale

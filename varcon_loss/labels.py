@@ -52,6 +52,8 @@ def read_labels(
         if none_ignored and (num_classes is None or 0 <= lowest <= highest < num_classes):
             return Labels(values, None, None)
     valid = None if ignore_index is None else values != ignore_index
+    if readable and valid is not None and bool(valid.all()):
+        valid = None
     if num_classes is None:
         return Labels(values, valid, None)
     out_of_range = (values < 0) | (values >= num_classes)
