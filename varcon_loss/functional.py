@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def varcon_loss(
         >>> loss = varcon_loss(features, torch.arange(8) % 3)
         >>> loss.backward()
     """
-    options = Options(
+    options = check_options(
         temperature,
         epsilon,
         num_classes,
@@ -86,7 +86,7 @@ def varcon_loss(
         exchange,
         impl,
     )
-    return compute_loss(features, labels, ref_features, ref_labels, options.checked(), None)
+    return compute_loss(features, labels, ref_features, ref_labels, options, None)
 
 
 def varcon_terms(
@@ -118,7 +118,7 @@ def varcon_terms(
         >>> terms.tau2.shape
         torch.Size([8])
     """
-    options = Options(
+    options = check_options(
         temperature,
         epsilon,
         num_classes,
@@ -131,7 +131,7 @@ def varcon_terms(
         exchange,
         impl,
     )
-    return compute_terms(features, labels, ref_features, ref_labels, options.checked(), None)
+    return compute_terms(features, labels, ref_features, ref_labels, options, None)
 
 
 class Options(NamedTuple):
@@ -149,26 +149,22 @@ class Options(NamedTuple):
     exchange: str
     impl: str
 
-    def checked(self) -> "Options":
-        """Raise on what cannot be; fill in ``num_classes`` from ``weight``."""
-        checks.check_temperatures(self.temperature, self.epsilon)
-        checks.check_choices(self.reduction, self.impl, self.ignore_index)
-        num_classes = checks.resolve_num_classes(self.num_classes, self.weight)
-        checks.check_exchange(self.process_group, self.exchange, num_classes)
-        # Not by `_replace`, which the compiler of torch 2.6 does not trace.
-        return Options(
-            self.temperature,
-            self.epsilon,
-            num_classes,
-            self.normalize,
-            self.reduction,
-            self.ignore_index,
-            self.weight,
-            self.leave_one_out,
-            self.process_group,
-            self.exchange,
-            self.impl,
-        )
+
+def check_options(
+    temperature: float, epsilon: float, num_classes: int | None, *others: Any
+) -> Options:
+    """The arguments in the order of `Options`; ``num_classes`` filled in from ``weight``.
+
+    Raises:
+        TypeError, ValueError: they say what cannot be.
+    """
+    given = Options(temperature, epsilon, num_classes, *others)
+    checks.check_temperatures(temperature, epsilon)
+    checks.check_choices(given.reduction, given.impl, given.ignore_index)
+    num_classes = checks.resolve_num_classes(num_classes, given.weight)
+    checks.check_exchange(given.process_group, given.exchange, num_classes)
+    # Not by `_replace`, which the compiler of torch 2.6 does not trace.
+    return Options(temperature, epsilon, num_classes, *others)
 
 
 class _Batch(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from varcon_loss import checks
-from varcon_loss.functional import Options, compute_loss, compute_terms
+from varcon_loss.functional import Options, check_options, compute_loss, compute_terms
 from varcon_loss.memory import CentroidMemory, Prediction, predict
 from varcon_loss.norms import row_norms
 from varcon_loss.reduction import VarConTerms
@@ -106,7 +106,7 @@ class VarConLoss(nn.Module):
         centroid_momentum: float | None = None,
     ) -> None:
         super().__init__()
-        options = Options(
+        options = check_options(
             temperature,
             epsilon,
             num_classes,
@@ -118,7 +118,7 @@ class VarConLoss(nn.Module):
             process_group,
             exchange,
             impl,
-        ).checked()
+        )
         self.temperature = options.temperature
         self.epsilon = options.epsilon
         self.num_classes = options.num_classes
@@ -215,7 +215,7 @@ class VarConLoss(nn.Module):
         memory.seen.zero_()
 
     def _options(self) -> Options:
-        return Options(
+        return check_options(
             self.temperature,
             self.epsilon,
             self.num_classes,
@@ -227,7 +227,7 @@ class VarConLoss(nn.Module):
             self.process_group,
             self.exchange,
             self.impl,
-        ).checked()
+        )
 
     def _memory(self, *, update: bool) -> CentroidMemory | None:
         if self.centroid_momentum is None:

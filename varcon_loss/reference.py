@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from varcon_loss.rows import Rows, RowTerms
 
 
-def reference_terms(
-    rows: Rows, temperature: float, epsilon: float, need_terms: bool = True
-) -> RowTerms:
+def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: bool) -> RowTerms:
     """Eq. 7-13 of arXiv 2506.07413, on ``[N, K]`` matrices; all terms, needed or not."""
     w, present, *_ = rows.centroids
     z = rows.anchors.features.to(w.dtype)
