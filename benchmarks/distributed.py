@@ -3,18 +3,16 @@
 Bytes are read from the network interfaces' own counters, so they are what was really sent.
 """
 
-import os
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
+from benchmarks.ranks import run_ranks
 from benchmarks.supcon import supcon_loss
 from varcon_loss import VarConLoss, varcon_loss
 
@@ -58,25 +56,13 @@ def measure(
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("r*"):
         stale.unlink()
-    mp.spawn(  # type: ignore[attr-defined]
-        _on_rank,
-        args=(world_size, num_rows, num_classes, dim, steps, str(folder)),
-        nprocs=world_size,
-    )
-    return torch.load(folder / "rows.pt", weights_only=False)
+    sizes = (num_rows, num_classes, dim, steps)
+    return run_ranks(_on_rank, world_size, folder, *sizes, seconds=300)[0]
 
 
 def _on_rank(
-    rank: int, world_size: int, num_rows: int, num_classes: int, dim: int, steps: int, folder: str
-) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(minutes=5),
-    )
+    rank: int, world_size: int, num_rows: int, num_classes: int, dim: int, steps: int
+) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(rank)
     features = torch.randn(num_rows, dim, generator=generator, requires_grad=True)
     labels = torch.randint(num_classes, (num_rows,), generator=generator)
@@ -107,12 +93,7 @@ def _on_rank(
             }
         )
         dist.barrier()
-    if rank == 0:
-        torch.save(rows, f"{folder}/rows.pt")
-    dist.destroy_process_group()
-    # Threads of the group may still run, and an interpreter that ends under them can abort after
-    # all work is done.
-    os._exit(0)
+    return rows
 
 
 def _step(step: Step, features: Tensor, labels: Tensor) -> Tensor:

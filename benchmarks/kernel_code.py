@@ -106,7 +106,7 @@ def compile_helpers(dtype: torch.dtype, dim: int, *, capability: int = 90) -> in
 
 
 def compile_smallest(dtype: torch.dtype, *, capability: int = 90) -> int:
-    """Compile every kernel for one row of one number: a launch makes each integer 1 a constant."""
+    """Compile what one row of one number launches: a launch makes each integer 1 a constant."""
     from varcon_loss import kernels
 
     blocks = {"BLOCK_N": 16, "BLOCK_D": 16}

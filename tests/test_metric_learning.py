@@ -15,9 +15,9 @@ pytest.importorskip("pytorch_metric_learning")
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 from pytorch_metric_learning.utils import distributed as pml_distributed
 
+from benchmarks.ranks import run_ranks
 from tests import oracle
 from tests.conftest import IMPLEMENTATIONS, MakeBatch
-from tests.ranks import run_ranks
 from varcon_loss import varcon_loss
 from varcon_loss.integrations.metric_learning import (
     CrossBatchMemory,

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from filelock import FileLock
 
 
 def run_ranks(
@@ -21,7 +23,11 @@ def run_ranks(
     Raises:
         AssertionError: a rank raised, with its traceback.
     """
-    mp.spawn(_main, args=(world_size, str(folder), seconds, function, arguments), nprocs=world_size)
+    # One at a time on a machine: `benchmarks.distributed` reads counters of what all of them send.
+    with FileLock(Path(tempfile.gettempdir()) / "varcon-loss-ranks.lock"):
+        mp.spawn(
+            _main, args=(world_size, str(folder), seconds, function, arguments), nprocs=world_size
+        )
     results = [
         torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world_size)
     ]
