@@ -42,9 +42,7 @@ def test_values_and_gradients(impl: str, leave_one_out: bool, make_batch: MakeBa
     torch.testing.assert_close(loss, core)
     torch.testing.assert_close(grad(loss, x), grad(core, x))
     rows = oracle.row_terms(x.tolist(), y.tolist(), 0.2, 0.05, leave_one_out=leave_one_out)
-    assert float(loss.detach()) == pytest.approx(
-        sum(r["loss"] for r in rows if r) / len(rows), rel=1e-10
-    )
+    assert loss.item() == pytest.approx(sum(r["loss"] for r in rows if r) / len(rows), rel=1e-10)
 
 
 def test_the_minus_hundredth_class_is_a_class(make_batch: MakeBatch) -> None:
@@ -314,7 +312,7 @@ def test_statistics_pickles_and_copies(make_batch: MakeBatch) -> None:
     value = loss_func(x, y)
     assert loss_func.num_classes == 5
     assert loss_func.num_anchors == 24
-    assert loss_func.kl + loss_func.nll == pytest.approx(float(value))
+    assert loss_func.kl + loss_func.nll == pytest.approx(value.item())
     assert 0.08 <= loss_func.tau2 <= 0.12
     assert 0 < loss_func.confidence <= 1
     for twin in (pickle.loads(pickle.dumps(loss_func)), copy.deepcopy(loss_func)):
