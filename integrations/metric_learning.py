@@ -178,7 +178,7 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
             return self.zero_losses()
         self._record_norms(embeddings, ref_emb)
         rows = torch.arange(len(labels), device=labels.device)
-        options: dict[str, Tensor] = {}
+        options: dict[str, Any] = {}
         if using_ref:
             found = torch.isin(labels.long(), ref_labels.long())  # torch.isin takes no uint16
             if not bool(found.all()):
@@ -227,7 +227,7 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
             setattr(self, name, float(getattr(terms, name)[terms.valid].mean()))
         self.num_classes, self.num_anchors = int(terms.num_classes), num_anchors
 
-    def get_default_distance(self) -> CosineSimilarity:
+    def get_default_distance(self) -> Any:
         """The core's own normalisation."""
         return CosineSimilarity()
 

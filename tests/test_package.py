@@ -174,3 +174,15 @@ varcon_loss.ProjectionHead(4)(x)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_test_says_how_long_it_takes_and_what_is_skipped() -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    *_, length, skipped, command = done.stdout.splitlines()
+    assert "minutes on two" in length
+    assert "NVIDIA GPU" in skipped
+    assert "TIMM_TRAIN_PY" in skipped
+    assert command.endswith("pytest -n 2 -rs")
