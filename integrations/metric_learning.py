@@ -216,7 +216,6 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
     def _record_norms(self, query: Tensor, ref: Tensor) -> None:
         """What the distance would record if it were called; VarCon needs no matrix of it."""
         distance = self.distance
-        distance.reset_stats()
         if distance.collect_stats:
             with torch.no_grad():
                 norms = distance.maybe_normalize(query), distance.maybe_normalize(ref)

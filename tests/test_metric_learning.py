@@ -355,15 +355,6 @@ class TestStatisticsOfTheDistance:
             loss_func(x, y)
             assert not [name for name in self.NAMES if hasattr(loss_func.distance, name)]
 
-    def test_no_batch_leaves_those_of_another(self, make_batch: MakeBatch) -> None:
-        distance = distances.CosineSimilarity(collect_stats=True)
-        loss_func = VarConLoss(distance=distance)
-        for scale in (1, 5):
-            x, y = make_batch()
-            loss_func(x * scale, y)
-            norm = float(x.norm(dim=1).mean())
-            assert distance.initial_avg_query_norm == pytest.approx(scale * norm)
-
 
 class TestOptions:
     def test_every_option_of_the_core_is_taken_or_has_another_place(self) -> None:
