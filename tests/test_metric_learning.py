@@ -344,10 +344,10 @@ class TestStatisticsOfTheDistance:
         ref_emb, ref_labels = make_batch(20, 5, seed=1)
         options = {"ref_emb": ref_emb.detach(), "ref_labels": ref_labels} if reference else {}
         make(distance=distance)(x, y, **options)
-        query, ref = x.norm(dim=1).mean(), (ref_emb if reference else x).norm(dim=1).mean()
+        query, ref = (rows.norm(dim=1).mean().item() for rows in (x, ref_emb if reference else x))
         expected = [query, ref, 1.0, 1.0] if normalize else [query, ref, query, ref]
         recorded = [getattr(distance, name) for name in self.NAMES]
-        assert recorded == pytest.approx([float(value) for value in expected])
+        assert recorded == pytest.approx(expected)
 
     def test_only_where_asked_for(self, make_batch: MakeBatch) -> None:
         x, y = make_batch()
