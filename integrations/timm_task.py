@@ -347,12 +347,12 @@ class _Means:
     """Running means of 0-d tensors, which leave their device when they are asked for."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor | int] = {}
         self.steps = 0
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.sums[name] = self.sums.get(name, 0) + value
         self.steps += 1
 
     def pop(self) -> dict[str, float]:

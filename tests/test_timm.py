@@ -363,6 +363,23 @@ def test_resuming(images: Path, varcon_timm: Callable[..., Done]) -> None:
     assert "--initial-checkpoint" in said
 
 
+def test_what_a_step_sees_over_ranks(
+    images: Path, varcon_timm: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
+    options = (SCRIPT, images, "--num-classes", 3, "--loss", "varcon", "--epochs", 0)
+    done = varcon_timm(*options)
+    assert "a step of batch size 8 sees 2 x 8 images on each of 2 ranks" in done.out
+    assert "centroids of its own images" in done.out
+    assert "implies" not in done.out
+    done = varcon_timm(*options, "--varcon-centroid-momentum", 0.9)
+    assert "over 2 ranks implies --varcon-global-centroids" in done.out
+    assert "centroids of all ranks' images" in done.out
+    assert recorded("out")["varcon_global_centroids"] is True
+    monkeypatch.setenv("RANK", "1")
+    assert varcon_timm(*options).out == ""
+
+
 def test_log_lines_obey_the_scripts_interval(
     images: Path, varcon_timm: Callable[..., Done], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -566,6 +583,21 @@ def test_no_flag_of_a_script_looks_like_a_slip() -> None:
         assert timm_flags._misspelt(names, own, "") == []
 
 
+def test_commands_in_the_documents_exist() -> None:
+    own = set(timm_flags.flag_parser()._option_string_actions)
+    root = Path(__file__).parent.parent
+    text = "".join(path.read_text() for path in (root / "README.md", *root.glob("docs/*.md")))
+    assert set(re.findall(r"--varcon-[a-z-]+[a-z]", text)) <= own
+    if "TIMM_TRAIN_PY" not in os.environ:
+        return
+    script = Path(os.environ["TIMM_TRAIN_PY"]).read_text()
+    commands = re.findall(r"^.*timm_train (?:.*\\\n)*.*$", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        flags = set(re.findall(r" (--[a-z][a-z-]+)", command.partition("train.py")[2])) - own
+        assert flags <= set(re.findall(r"--[a-z][a-z-]+", script)), command
+
+
 def test_unsuitable_scripts(tmp_path: Path, varcon_timm: Callable[..., Done]) -> None:
     script = tmp_path / "train.py"
 
@@ -766,15 +798,30 @@ def test_the_real_train_py(images: Path, tmp_path: Path) -> None:
     ):
         done = launch(script, *common, *extra, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    done = launch(script, *common, "--mixup", 0.1, cwd=tmp_path)
+    done = launch(script, *common, "--mixup", 0.1, "--no-aug", cwd=tmp_path)
     assert done.returncode == 2
-    done = launch(script, images, "-c", "out/a/args.yaml", "--experiment", "e", cwd=tmp_path)
+    assert "--mixup 0.1 (" in done.stderr
+    assert "--no-aug (" in done.stderr
+    done = launch(script, *common, "--varcon-dim", 8, "--resume", last, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "varcon-timm: cannot resume with other flags: --varcon-dim was 128, is 8" in done.stderr
+    again = ("-c", "out/a/args.yaml", "--experiment", "e", "--log-interval", 1)
+    done = launch(script, images, *again, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "train_varcon_loss" in (tmp_path / "out/e/summary.csv").read_text()
+    assert done.stderr.count("Train: ") == done.stderr.count("VarCon: ") == 3
+    # The recipe of the documents, over two ranks, and a memory.
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
-    done = launch(
-        script, *common, "--varcon-global-centroids", "--experiment", "f", cwd=tmp_path,
-        launcher=torchrun,
+    recipe = (
+        "--varcon-centroid-momentum", 0.99, "--opt", "momentum", "--weight-decay", 8e-4, "--sched",
+        "cosine", "--amp", "--amp-dtype", "bfloat16", "--scale", 0.2, 1.0, "--color-jitter", 0.4,
+        "--color-jitter-prob", 0.8, "--grayscale-prob", 0.2, "--experiment", "f",
     )  # fmt: skip
+    done = launch(script, *common, *recipe, cwd=tmp_path, launcher=torchrun)
     assert done.returncode == 0, done.stderr
+    assert "implies --varcon-global-centroids" in done.stdout
     assert "train_varcon_loss" in (tmp_path / "out/f/summary.csv").read_text()
+    probe = ("probe", tmp_path / "out/f/last.pth.tar", images, *PROBE)
+    done = launch(*probe, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "images of 3x32x32" in done.stdout
