@@ -182,7 +182,7 @@ class Launch:
 def varcon_in_timm(flags: argparse.Namespace) -> Iterator[Launch]:
     """While it lasts, timm's classification task, two-view data set and summary are ours."""
     launch = Launch(flags)
-    plain_summary = timm.utils.update_summary
+    plain_summary = timm.utils.summary.update_summary
     plain_parse = argparse.ArgumentParser.parse_known_args
 
     def update_summary(epoch: Any, train_metrics: Any, *args: Any, **kwargs: Any) -> Any:

@@ -12,63 +12,19 @@ from typing import Any
 import torch
 from timm.models import group_parameters
 from timm.task import ClassificationTask
-from timm.utils import unwrap_model
+from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from varcon_loss import ProjectionHead, VarConLoss
+from varcon_loss.integrations.timm_classifier import (
+    classifier_layers,
+    detach_classifier,
+    embedding_width,
+)
 
 _logger = logging.getLogger(__name__)
 
 METRICS = ("varcon_loss", "probe_loss", "kl", "nll", "confidence", "tau2")
-
-
-def _detach_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
-
-
-def classifier_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that turn features into logits: what an online probe may train.
-
-    Raises:
-        ValueError: the model has no classifier (``num_classes=0``).
-    """
-    found = model.get_classifier()  # type: ignore[operator]
-    layers = list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
-    # Some models answer with their whole head; volo classifies patches with a layer of its own.
-    layers = [getattr(layer, "fc", layer) for layer in layers]
-    auxiliary = getattr(model, "aux_head", None)
-    if isinstance(auxiliary, nn.Module):
-        layers.append(auxiliary)
-    parents = {id(child): parent for parent in model.modules() for child in parent.children()}
-    result = []
-    for layer in layers:
-        parent = parents.get(id(layer))
-        # A layer that normalises and classifies in one: its norm belongs to the probe.
-        result.append(parent if type(parent).__name__.endswith("NormLinear") else layer)
-    if any(isinstance(layer, nn.Identity) or layer is None for layer in result):
-        raise ValueError(
-            "the model has no classifier, which VarConTask trains as its online probe: create it "
-            "with num_classes >= 1"
-        )
-    return result
-
-
-def embedding_width(model: nn.Module) -> int:
-    """Width of ``forward_head(..., pre_logits=True)``."""
-    widths = {_input_width(layer) for layer in classifier_layers(model)} - {None}
-    if len(widths) == 1:
-        return int(widths.pop())  # type: ignore[arg-type]
-    # Classifiers of several branches (crossvit) see a part each; or nothing tells.
-    hidden = None if widths else getattr(model, "head_hidden_size", None)
-    return int(hidden or model.num_features)  # type: ignore[arg-type]
-
-
-def _input_width(layer: nn.Module) -> int | None:
-    for module in layer.modules():
-        width = getattr(module, "in_features", None) or getattr(module, "in_channels", None)
-        if width:
-            return int(width)
-    return None
 
 
 class VarConTrainableModule(nn.Module):
@@ -159,12 +115,10 @@ class VarConTask(ClassificationTask):
         super().__init__(
             model, criterion=criterion, device=device, dtype=dtype, verbose=verbose, **extra
         )
-        layers = classifier_layers(model)
         projection: nn.Module = ProjectionHead(embedding_width(model), dim, head)
         if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
             projection = nn.SyncBatchNorm.convert_sync_batchnorm(projection)
-        for layer in layers:
-            layer.register_forward_pre_hook(_detach_input)
+        detach_classifier(model)
         if not (math.isfinite(probe_weight) and probe_weight >= 0):
             raise ValueError(f"probe_weight must be finite and at least 0, got {probe_weight}")
         parameter = next(model.parameters())
@@ -211,8 +165,9 @@ class VarConTask(ClassificationTask):
         plain = self.get_eval_model()
         options = {"backend": backend, "mode": mode, **compile_kwargs}
         self.trainable_module = torch.compile(self.trainable_module, **options)
-        self.eval_model = torch.compile(plain, **options)
-        return self.eval_model
+        evaluated: Any = torch.compile(plain, **options)
+        self.eval_model = evaluated
+        return evaluated
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> Any:
         """The plain timm model, from inside EMA, DDP and compiled wrappers."""
