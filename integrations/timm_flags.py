@@ -54,7 +54,7 @@ def flag_parser() -> Parser:
         f"       {PROGRAM} probe CHECKPOINT DATA [--help]\n"
         f"       {PROGRAM} --version",
         description="Run timm's train.py with VarCon. Every other flag keeps its meaning.",
-        epilog=f"Where to get it: {where_train_py_is()}.",
+        epilog=f"{where_train_py_is()}.",
         allow_abbrev=False,
         add_help=False,
     )

@@ -39,7 +39,7 @@ _REFUSED_WITH_VIEWS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )  # fmt: skip
 
 
-class TwoViews:
+class TwoViews(timm.data.AugMixDataset):
     """Dataset wrapper: each image under the whole training transform, twice, independently."""
 
     def __init__(self, dataset: Any, num_splits: int = 2) -> None:

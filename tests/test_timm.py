@@ -364,6 +364,21 @@ def test_resuming(images: Path, varcon_timm: Callable[..., Done]) -> None:
     assert "--initial-checkpoint" in said
 
 
+def test_two_views_share_no_random_choice(images: Path) -> None:
+    from timm.data import create_dataset, create_loader
+
+    from varcon_loss.integrations.timm_launch import TwoViews
+
+    dataset = TwoViews(create_dataset("", root=str(images), split="train"), num_splits=2)
+    loader = create_loader(
+        dataset, (3, 32, 32), 8, is_training=True, num_aug_splits=2, color_jitter=0.0,
+        num_workers=1, device=torch.device("cpu"), persistent_workers=False,
+    )  # fmt: skip
+    for x, y in loader:
+        assert torch.equal(y[:8], y[8:])
+        assert not (x[:8] == x[8:]).flatten(1).all(1).any()
+
+
 def test_what_a_step_sees_over_ranks(
     images: Path, varcon_timm: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -497,7 +512,10 @@ def test_the_task_stays_a_class(images: Path, varcon_timm: Callable[..., Done]) 
         .replace("task = ClassificationTask(", "task = Derived(")
         .replace(
             "    optimizer =",
-            "    assert isinstance(task, ClassificationTask), type(task)\n    optimizer =",
+            "    assert isinstance(task, ClassificationTask), type(task)\n"
+            "    assert isinstance(dataset, AugMixDataset), type(dataset)\n"
+            "    assert isinstance(dataset, torch.utils.data.Dataset), type(dataset)\n"
+            "    optimizer =",
         )
     )
     done = varcon_timm(script, images, "--num-classes", 3, "--loss", "varcon")
