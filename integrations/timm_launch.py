@@ -39,7 +39,7 @@ _REFUSED_WITH_VIEWS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )  # fmt: skip
 
 
-class TwoViews(timm.data.AugMixDataset):
+class TwoViews(timm.data.dataset.AugMixDataset):
     """Dataset wrapper: each image under the whole training transform, twice, independently."""
 
     def __init__(self, dataset: Any, num_splits: int = 2) -> None:
@@ -52,9 +52,9 @@ class TwoViews(timm.data.AugMixDataset):
         return self.dataset.transform
 
     @transform.setter
-    def transform(self, transforms: Any) -> None:
+    def transform(self, x: Any) -> None:
         # timm splits a transform in three for AugMix; a view is all three in turn.
-        self._transforms = transforms
+        self._transforms = x
         self.dataset.transform = None
 
     def __getitem__(self, index: int) -> tuple[tuple[Any, ...], Any]:
