@@ -167,7 +167,7 @@ def extract(
         config["input_size"],
         args.batch_size,
         is_training=False,
-        use_prefetcher=False,
+        use_prefetcher=True,  # as train.py: it also fits mean and std to the channels
         interpolation=config["interpolation"],
         mean=config["mean"],
         std=config["std"],
@@ -178,10 +178,10 @@ def extract(
     )
     values, labels = [], []
     for images, target in tqdm(loader, desc=f"features of {split}"):
-        features = model.forward_features(images.to(args.device))  # type: ignore[operator]
+        features = model.forward_features(images)  # type: ignore[operator]
         embeddings = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
         values.append(embeddings.flatten(1).float().cpu())
-        labels.append(target)
+        labels.append(target.cpu())
     return Features(torch.cat(values), torch.cat(labels))
 
 

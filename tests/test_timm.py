@@ -709,6 +709,15 @@ def test_the_probe_computes_the_features_of_training(
     assert torch.equal(a, b)
 
 
+def test_the_probe_of_one_channel(images: Path, varcon_timm: Callable[..., Done]) -> None:
+    state = timm.create_model("resnet10t", num_classes=3, in_chans=1).state_dict()
+    args = argparse.Namespace(model="resnet10t", num_classes=3, in_chans=1, img_size=32)
+    torch.save({"state_dict": state, "args": args}, "grey.pth")
+    done = varcon_timm("probe", "grey.pth", images, *PROBE)
+    assert done.code == 0, done.err
+    assert "images of 1x32x32" in done.out
+
+
 def test_probe_refusals(images: Path, varcon_timm: Callable[..., Done], tmp_path: Path) -> None:
     done = varcon_timm(SCRIPT, images, "--num-classes", 3, "--loss", "varcon")
     assert done.code == 0
