@@ -133,6 +133,24 @@ def test_equals_one_process_on_the_concatenated_batch(
             )
 
 
+def nothing_on_rank(rank: int, world_size: int) -> list[float]:
+    losses = []
+    memory = {"num_classes": NUM_CLASSES, "feature_dim": DIM, "centroid_momentum": 0.9}
+    for options in (*OPTIONS.values(), memory):
+        criterion = VarConLoss(process_group="world", **options)
+        for _ in range(2):  # the handshake, then what it was remembered for
+            features = torch.randn(0, DIM, dtype=torch.float64, requires_grad=True)
+            loss = criterion(features, torch.empty(0, dtype=torch.int64))
+            loss.backward()
+            losses.append(loss.item())
+    return losses
+
+
+def test_first_steps_without_a_sample_on_any_rank(tmp_path: Path) -> None:
+    for losses in run_ranks(nothing_on_rank, 2, tmp_path):
+        assert losses == [0] * len(losses)
+
+
 class CountCollectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
