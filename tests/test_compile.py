@@ -86,6 +86,12 @@ def test_labels_out_of_range_give_nan_where_values_cannot_be_read(
         assert gradient.isfinite().all()
         assert (gradient[3] == 0).all()
 
+        # Without an ignored label -100 is out of range as any other.
+        odd[4] = -100
+        terms = compiled(features, odd, num_classes=5, ignore_index=None, impl=impl)
+        assert terms.loss.isnan().nonzero().flatten().tolist() == [3, 4]
+        assert terms.valid.logical_not().nonzero().flatten().tolist() == [3, 4]
+
     terms = compiled(
         features, labels, num_classes=5, impl=impl,
         ref_features=features.detach()[labels < 4], ref_labels=labels[labels < 4],
@@ -98,9 +104,11 @@ def test_empty_and_ignored_batches_compile(impl: str, make_batch: MakeBatch) -> 
         VarConLoss(num_classes=5, impl=impl), fullgraph=True, backend="aot_eager"
     )
     features, labels = make_batch(24, 5)
-    loss = compiled(features, torch.full_like(labels, -100))
-    assert loss.item() == 0
-    assert (torch.autograd.grad(loss, features)[0] == 0).all()
+    for x, y in ((features, torch.full_like(labels, -100)), (features[:0], labels[:0])):
+        anchors = x.detach().requires_grad_()
+        loss = compiled(anchors, y)
+        assert loss.item() == 0
+        assert (torch.autograd.grad(loss, anchors)[0] == 0).all()
 
 
 def test_the_operator_is_registered_soundly(make_batch: MakeBatch) -> None:

@@ -135,6 +135,24 @@ def test_equals_one_process_on_the_concatenated_batch(
             )
 
 
+def nothing_on_rank(rank: int, world_size: int) -> list[float]:
+    losses = []
+    memory = {"num_classes": NUM_CLASSES, "feature_dim": DIM, "centroid_momentum": 0.9}
+    for options in (*OPTIONS.values(), memory):
+        criterion = VarConLoss(process_group="world", **options)
+        for _ in range(2):  # the handshake, then what it was remembered for
+            features = torch.randn(0, DIM, dtype=torch.float64, requires_grad=True)
+            loss = criterion(features, torch.empty(0, dtype=torch.int64))
+            loss.backward()
+            losses.append(loss.item())
+    return losses
+
+
+def test_first_steps_without_a_sample_on_any_rank(tmp_path: Path) -> None:
+    for losses in run_ranks(nothing_on_rank, 2, tmp_path):
+        assert losses == [0] * len(losses)
+
+
 class CountCollectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -345,8 +363,11 @@ def test_fsdp2(tmp_path: Path) -> None:
 def subgroups_on_rank(rank: int, world_size: int) -> tuple:
     groups = [dist.new_group([0, 1]), dist.new_group([2])]
     group = groups[rank // 2]
-    criterion = VarConLoss(process_group=group, num_classes=NUM_CLASSES)
     inputs, labels = shares("equal", world_size)[rank]
+    losses = []
+    for options in ({}, {"num_classes": NUM_CLASSES}, OPTIONS["known, gathered"]):
+        criterion = VarConLoss(process_group=group, **options)
+        losses.append(criterion(encoder()(inputs), labels).detach())
     twin = copy.deepcopy(criterion)
     assert twin.process_group is group
     with pytest.raises(TypeError, match=r"cannot be pickled.*process_group='world'"):
@@ -355,7 +376,7 @@ def subgroups_on_rank(rank: int, world_size: int) -> tuple:
         with pytest.raises(ValueError, match=r"not a member of process_group"):
             VarConLoss(process_group=groups[0])(encoder()(inputs), labels)
     world = pickle.loads(pickle.dumps(VarConLoss(process_group="world")))
-    return criterion(encoder()(inputs), labels).detach(), world.process_group
+    return torch.stack(losses), world.process_group
 
 
 def test_subgroups_pickling_and_copies(tmp_path: Path) -> None:
@@ -364,8 +385,8 @@ def test_subgroups_pickling_and_copies(tmp_path: Path) -> None:
     for members in ([0, 1], [2]):
         inputs, labels = (torch.cat(c) for c in zip(*(parts[r] for r in members), strict=True))
         expected = varcon_terms(encoder()(inputs), labels).reduced.detach()
-        mean = torch.stack([ranks[r][0] for r in members]).mean()
-        torch.testing.assert_close(mean, expected)
+        mean = torch.stack([ranks[r][0] for r in members]).mean(0)
+        torch.testing.assert_close(mean, expected.expand(3))
     assert all(group == "world" for _, group in ranks)
 
 

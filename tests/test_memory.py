@@ -256,6 +256,21 @@ def test_members_that_cancel_leave_the_memory_alone(impl: str) -> None:
     assert half.centroids.tolist() == [[1, 0], [0, 0]]
 
 
+@pytest.mark.parametrize("num_rows", [0, 6])
+def test_a_batch_without_samples_leaves_the_memory_alone(num_rows: int, impl: str) -> None:
+    """Of an empty and an ignored batch, before and after there is something to remember."""
+    criterion = make(impl, num_classes=3, feature_dim=4)
+    nothing = torch.randn(num_rows, 4, requires_grad=True), torch.full((num_rows,), -100)
+    for known, labels in enumerate(([], [1], [0, 2])):
+        if labels:
+            criterion(torch.randn(len(labels), 4, requires_grad=True), torch.tensor(labels))
+        before = criterion.centroids.clone()
+        terms = criterion.terms(*nothing)
+        assert terms.reduced == 0
+        assert terms.num_classes == (0, 1, 3)[known]
+        assert torch.equal(criterion.centroids, before)
+
+
 def test_state(impl: str, make_batch: MakeBatch) -> None:
     criterion = make(impl)
     features, labels = make_batch(24, 5)
