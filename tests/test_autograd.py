@@ -269,3 +269,16 @@ def test_upstream_gradients(reduction: str, impl: str, make_batch: MakeBatch) ->
     each = each / len(labels) if reduction == "mean" else each
     (expected,) = torch.autograd.grad(terms.loss, features, each)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"feature_dim": 16, "centroid_momentum": 0.9}])
+def test_labels_and_references_made_in_inference_mode(options: dict, impl: str, make_batch) -> None:
+    """As a teacher makes them."""
+    features, labels = make_batch(dtype=torch.float32)
+    with torch.inference_mode():
+        taught, reference = labels + 0, make_batch(dtype=torch.float32, seed=1)[0] + 0
+    VarConLoss(num_classes=5, impl=impl, **options)(features, taught).backward()
+    if not options:
+        criterion = VarConLoss(normalize=False, impl=impl)
+        criterion(features, taught, ref_features=reference, ref_labels=taught).backward()
+    assert features.grad is not None

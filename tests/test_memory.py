@@ -181,8 +181,8 @@ def test_the_memory_is_float32_whatever_happens(dtype: torch.dtype, make_batch) 
         held = criterion.centroid_memory.clone()
         assert held.dtype == criterion.centroid_seen.dtype == torch.float32
         criterion(features.detach().flip(0), labels)
-        moved = (criterion.centroid_memory - held).abs().max()
-        assert 1e-6 < moved < 1e-2  # bfloat16 would stand still at this momentum
+        step = (criterion.get_buffer("centroid_memory") - held).abs().max()
+        assert 1e-6 < step < 1e-2  # bfloat16 would stand still at this momentum
 
 
 def test_the_cost_follows_the_classes_seen(impl: str, make_batch: MakeBatch) -> None:

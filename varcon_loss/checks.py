@@ -179,7 +179,7 @@ def check_features(features: Any, name: str = "features") -> None:
 
 def check_not_mapped(*tensors: object) -> None:
     """`torch.func.vmap` cannot see which classes a batch holds."""
-    functorch = torch._C._functorch
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return
     for tensor in tensors:

@@ -130,7 +130,7 @@ def _check_unchanged(ctx: Any) -> None:
         )
 
 
-def _refuse_forward_mode(*_: Any) -> None:
+def _refuse_forward_mode() -> None:
     raise NotImplementedError(
         "VarCon's loss has no forward-mode derivative (torch.func.jvp, jacfwd, hessian): use "
         "reverse mode (torch.func.vjp, jacrev, jacrev(jacrev(...))), or impl='reference'"
@@ -195,7 +195,10 @@ def make_operator(
             return loss, others
 
         backward = staticmethod(_backward)
-        jvp = staticmethod(_refuse_forward_mode)
+
+        @staticmethod
+        def jvp(ctx: Any, *_: Any) -> None:
+            _refuse_forward_mode()
 
     class TransformedSweep(torch.autograd.Function):
         """The same for torch.func, which asks for another form, and takes longer."""
@@ -211,7 +214,14 @@ def make_operator(
             ctx.versions = None
 
         backward = staticmethod(_backward)
-        jvp = vmap = staticmethod(_refuse_forward_mode)
+
+        @staticmethod
+        def jvp(ctx: Any, *_: Any) -> None:
+            _refuse_forward_mode()
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *_: Any) -> None:
+            _refuse_forward_mode()  # jacfwd maps over directions
 
     # One operator, so that torch.compile neither looks inside nor breaks the graph.
     @torch.library.custom_op(name, mutates_args=())
