@@ -177,8 +177,12 @@ def make_operator(
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: SweepResult) -> None:
         features, rows, *temperatures, need_grad, _ = inputs
+        ctx.versions = None
         if need_grad:
-            ctx.save_for_backward(features, *output[2:], *_parts(rows))
+            saved = (features, *output[2:], *_parts(rows))
+            ctx.save_for_backward(*saved)
+            if not torch._C._are_functorch_transforms_active():
+                ctx.versions = _versions(saved)
         ctx.temperatures, ctx.dtype = temperatures, features.dtype
         ctx.num_others = len(inputs) - 1
         ctx.set_materialize_grads(False)
@@ -191,7 +195,6 @@ def make_operator(
             loss, others = output[:2]
             if others is not None:
                 ctx.mark_non_differentiable(others)
-            ctx.versions = _versions(ctx.to_save) if inputs[4] else None
             return loss, others
 
         backward = staticmethod(_backward)
@@ -211,7 +214,6 @@ def make_operator(
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: SweepResult) -> None:
             keep(ctx, inputs, output)
             ctx.mark_non_differentiable(*(part for part in output[1:] if part is not None))
-            ctx.versions = None
 
         backward = staticmethod(_backward)
 
