@@ -157,7 +157,8 @@ def _options_of_operator(temperature: float, epsilon: float) -> tuple[float, flo
     from torch.fx.experimental import symbolic_shapes
 
     is_fixed = getattr(symbolic_shapes, "has_static_value", None)
-    if is_fixed is not None and is_fixed(temperature) and is_fixed(epsilon):
+    # An older torch cannot tell, and compiles again for each value.
+    if is_fixed is None or (is_fixed(temperature) and is_fixed(epsilon)):
         return temperature, epsilon, None
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     return 0.0, 0.0, torch.stack((zero + temperature, zero + epsilon))
