@@ -57,6 +57,13 @@ def test_the_code_of_a_page_runs_from_the_top(
                 assert capsys.readouterr().out == after.content
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_code_is_read_without_scrolling(page: Path) -> None:
+    for language in ("python", "sh", "text"):
+        for block in blocks(page, language):
+            assert max(len(line) for line in block.content.splitlines()) <= 84
+
+
 def commands() -> Iterator[tuple[str, list[str]]]:
     """Every command line of the `sh` blocks: its page and its words."""
     for page in PAGES:
