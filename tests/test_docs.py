@@ -50,10 +50,11 @@ def test_the_code_of_a_page_runs_from_the_top(
             if block.info != "python":
                 continue
             capsys.readouterr()
+            assert block.map is not None
             start, end = block.map
             # In the line numbers of the page, so that a traceback points at it.
             exec(compile("\n" * (start + 1) + block.content, str(page), "exec"), scope)
-            if after is not None and after.info == "text" and after.map[0] == end + 1:
+            if after is not None and after.info == "text" and after.map and after.map[0] == end + 1:
                 assert capsys.readouterr().out == after.content
 
 
