@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = ("varcon_loss", "benchmarks", "docs", "tests")
 LOOSE = ("pyproject.toml", "MANIFEST.in", "Makefile", "LICENSE")
-PROSE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+PROSE = ("README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md")
 
 
 def files_under(folder: str) -> set[str]:
