@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor, nn
 
-from benchmarks.data import ImageData
-from benchmarks.training import Recipe, encode, train
+from benchmarks.common import options, results
+from benchmarks.common.data import ImageData
+from benchmarks.common.terminal import console, progress_bar, written
+from benchmarks.common.training import Recipe, encode, train
 
 # Sections 5 and appendix of arXiv 2506.07413. `loss_scale` reproduces the gradient of the authors'
 # 8-GPU script, which is 1/8 of the true one (docs/distributed.md).
@@ -28,6 +32,38 @@ CIFAR100 = Recipe(
     loss_scale=1 / 8,
 )
 PROBE_EPOCHS = 100
+
+
+def command(
+    root: Annotated[Path, typer.Option(help="folder with torchvision's CIFAR-100 files")],
+    epochs: options.Epochs = CIFAR100.epochs,
+    batch_size: Annotated[int, typer.Option(min=2, help="images a step")] = CIFAR100.batch_size,
+    probe_epochs: Annotated[int, typer.Option(min=1, help="of the probe")] = PROBE_EPOCHS,
+    seed: options.Seed = 0,
+    device: options.Device = "cuda",
+    out: options.Out = Path("runs/paper"),
+) -> None:
+    """The paper's CIFAR-100 recipe: ResNet-50, 200 epochs, then a linear probe. Wants a GPU."""
+    options.require(device)
+    data = options.loaded("cifar100", root)
+    with progress_bar() as bar:
+        task = bar.add_task("CIFAR-100", total=epochs, note="")
+
+        def show(_: int, log: dict[str, float], __: object) -> None:
+            bar.update(task, advance=1, note=f"loss {log['loss']:.3f} τ2 {log['tau2']:.3f}")
+
+        row = reproduce(
+            data,
+            seed=seed,
+            device=device,
+            epochs=epochs,
+            batch_size=batch_size,
+            probe_epochs=probe_epochs,
+            on_epoch=show,
+        )
+    console.print(f"top-1 of the linear probe: {row['top1']:.2%}")
+    saved = results.save("paper-cifar100", [row], results.environment(device), out)
+    written(saved, saved.with_suffix(".csv"))
 
 
 def reproduce(

@@ -7,13 +7,21 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from benchmarks import methods, plots, quality, results, speed
+from benchmarks import momentum, speed
+from benchmarks.common import measure, methods, paired, plots, results
+from benchmarks.common.contenders import OURS
+from benchmarks.common.terminal import written
 
 YARDSTICKS = {
     "authors": "equations, authors' operations",
     "lean": "equations, lean",
     "supcon": "SupCon (pytorch-metric-learning)",
 }
+
+
+def command() -> None:
+    """Rebuild benchmarks/RESULTS.md and its pictures from benchmarks/results/."""
+    written(write())
 
 
 def write(folder: Path = results.RESULTS) -> Path:
@@ -68,7 +76,7 @@ def _speed_findings(folder: Path) -> Iterator[str]:
         "interleaved runs):\n"
     )
     for n, k in ((64, 10), (4096, 1000), (8192, 1000), (16384, 1000), (16384, 10)):
-        ours = cell(speed.OURS, n, k)
+        ours = cell(OURS, n, k)
         if ours is None:
             continue
         ratios = []
@@ -79,7 +87,7 @@ def _speed_findings(folder: Path) -> Iterator[str]:
             )
             if other is not None:
                 ratios.append(f"{title} {speed.times(other / ours)} as long")
-        floor = cell(speed.OURS, n, k, "over_two_products")
+        floor = cell(OURS, n, k, "over_two_products")
         if floor is not None:
             ratios.append(f"ours is {speed.times(floor)} the two bare matrix products")
         yield f"- N = {n}, K = {k}: {ours * 1e3:.3g} ms; " + "; ".join(ratios) + "."
@@ -90,11 +98,11 @@ def _speed_findings(folder: Path) -> Iterator[str]:
         + "."
     )
     for k in sorted(full["num_classes"].unique()):
-        ours = full[(full["contender"] == speed.OURS) & (full["num_classes"] == k)]
+        ours = full[(full["contender"] == OURS) & (full["num_classes"] == k)]
         slope = speed.growth(ours, "median")
         if slope is not None:
             yield f"- Time grows as N^{slope:.2f} from N = {speed.SLOPE_FROM} at K = {k}."
-    ours, authors = (cell(n, 8192, 1000, "peak_bytes") for n in (speed.OURS, YARDSTICKS["authors"]))
+    ours, authors = (cell(n, 8192, 1000, "peak_bytes") for n in (OURS, YARDSTICKS["authors"]))
     if ours and authors:
         yield (
             f"- Peak extra memory at N = 8192, K = 1000: {ours / 2**20:.0f} MiB against "
@@ -107,9 +115,9 @@ def _slower_than_authors(full: pd.DataFrame) -> list[str]:
     found = []
     for (n, k), part in full.groupby(["num_rows", "num_classes"]):
         by_name = part.set_index("contender")
-        if not {speed.OURS, YARDSTICKS["authors"]} <= set(by_name.index):
+        if not {OURS, YARDSTICKS["authors"]} <= set(by_name.index):
             continue
-        ours, theirs = by_name.loc[speed.OURS], by_name.loc[YARDSTICKS["authors"]]
+        ours, theirs = by_name.loc[OURS], by_name.loc[YARDSTICKS["authors"]]
         if pd.notna(theirs["median"]) and ours["q1"] > theirs["q3"]:
             found.append(f"N = {n}, K = {k} ({ours['median'] / theirs['median']:.2f}x)")
     return found
@@ -154,7 +162,7 @@ def _quality_findings(rows: list[dict[str, Any]]) -> Iterator[str]:
     for setting in _settings_of(rows):
         yield f"- {setting.sentence}"
     yield from _comparisons(rows, (("VarCon", "SupCon", "linear"),), noisy=True)
-    reported = pd.DataFrame(quality.reported(rows))
+    reported = pd.DataFrame(paired.reported(rows))
     where = [
         f"{method} on {data} at {size}"
         + (f", {noise:.0%} wrong labels" if noise else "")
@@ -176,10 +184,10 @@ def _comparisons(
     rows: list[dict[str, Any]], wanted: tuple[tuple[str, str, str], ...], *, noisy: bool = False
 ) -> Iterator[str]:
     for method, baseline, value in wanted:
-        listed = _verdicts(quality.summary(rows, value, baseline), method, noisy=noisy)
+        listed = _verdicts(paired.summary(rows, value, baseline), method, noisy=noisy)
         if listed:
             start = "With wrong labels, " if noisy else ""
-            yield f"- {start}{method} against {baseline}, {quality.READOUTS[value]}: {listed}."
+            yield f"- {start}{method} against {baseline}, {paired.READOUTS[value]}: {listed}."
 
 
 def _verdicts(table: pd.DataFrame, method: str, *, noisy: bool) -> str:
@@ -205,7 +213,9 @@ def _speed_tables(folder: Path) -> Iterator[str]:
         "Memory is the peak of a fresh process's resident set in one forward and backward, beyond "
         "what it held before; growth is fitted from N = 4096 on.\n"
     )
-    absent = frame.groupby("contender")["status"].agg(lambda status: set(status) == {"CUDA only"})
+    absent = frame.groupby("contender")["status"].agg(
+        lambda s: all("CUDA" in x or "on a CPU" in x for x in s)
+    )
     names = [str(name) for name, is_absent in absent.items() if is_absent]
     if names:
         yield f"Not here, since they need CUDA: {', '.join(names)}.\n"
@@ -215,7 +225,7 @@ def _speed_tables(folder: Path) -> Iterator[str]:
         yield f"\nK = {k}, {mode.replace('+', ' + ')}\n"
         yield "| contender | " + " | ".join(f"N = {n}" for n in sizes) + " | time ~ | memory ~ |"
         yield "|---" * (len(sizes) + 3) + "|"
-        ours = part[part["contender"] == speed.OURS].set_index("num_rows")["median"]
+        ours = part[part["contender"] == OURS].set_index("num_rows")["median"]
         for name, line in part.groupby("contender", sort=False):
             cells = []
             for _, cell in line.sort_values("num_rows").iterrows():
@@ -274,25 +284,18 @@ def _momentum(folder: Path) -> Iterator[str]:
     path = folder / "momentum.jsonl"
     if not path.exists():
         return
-    table = quality.momentum_table([json.loads(line) for line in path.read_text().splitlines()])
-    momenta = sorted(table["momentum"].unique())
+    table = momentum.summary([json.loads(line) for line in path.read_text().splitlines()])
     yield "## Momentum of the centroid memory\n"
     yield (
         "`python -m benchmarks momentum`: mean of linear probe and kNN on the validation split of "
         "mnist-pairs, at one learning rate, mean ± half-width of the 95 % interval over "
         f"{table['seeds'].min()} to {table['seeds'].max()} seeds.\n"
     )
-    yield "| classes | batch | " + " | ".join(f"momentum {m:g}" for m in momenta) + " |"
-    yield "|---" * (len(momenta) + 2) + "|"
-    for (classes, size), line in table.groupby(["classes", "batch_size"]):
-        by_momentum = line.set_index("momentum")
-        cells = [
-            f"{100 * by_momentum.loc[m, 'mean']:.1f} ± {100 * by_momentum.loc[m, 'half_width']:.1f}"
-            if m in by_momentum.index
-            else ""
-            for m in momenta
-        ]
-        yield f"| {classes:.0f} | {size} | " + " | ".join(cells) + " |"
+    columns, lines = momentum.by_momentum(table)
+    yield "| " + " | ".join(columns) + " |"
+    yield "|---" * len(columns) + "|"
+    for line in lines:
+        yield "| " + " | ".join(line) + " |"
     yield f"\n![accuracy over momentum](results/{plots.draw_momentum(table, path.parent).name})\n"
 
 
@@ -304,7 +307,8 @@ def _costs(folder: Path) -> Iterator[str]:
         yield f"`python -m benchmarks memory-cost` ({env['date']}, commit {env['commit']}).\n"
         yield "| | N | C | ms | peak extra memory, MiB |\n|---|---|---|---|---|"
         for _, row in frame.iterrows():
-            yield f"| {row['contender']} | {row['N']} | {row['C']} | {_time_and_memory(row)} |"
+            cost = " | ".join(measure.time_and_memory(dict(row)))
+            yield f"| {row['contender']} | {row['N']} | {row['C']} | {cost} |"
         yield ""
     if (folder / "metric-learning-memory.json").exists():
         frame, env = results.read("metric-learning-memory", folder)
@@ -315,7 +319,7 @@ def _costs(folder: Path) -> Iterator[str]:
         )
         yield "| | ms | peak extra memory, MiB |\n|---|---|---|"
         for _, row in frame.dropna(subset=["status"]).iterrows():
-            yield f"| {row['loss']} | {_time_and_memory(row)} |"
+            yield f"| {row['loss']} | {' | '.join(measure.time_and_memory(row))} |"
         for ratio in frame["ratio"].dropna():
             yield f"\nThe adapter takes {ratio:.2f}x the core's time at N = 4096, K = 1000.\n"
     if (folder / "distributed.json").exists():
@@ -345,12 +349,6 @@ def _costs(folder: Path) -> Iterator[str]:
         yield "\n![bytes over classes](results/distributed-model.png)\n"
 
 
-def _time_and_memory(row: pd.Series) -> str:
-    if row["status"] != "ok":
-        return f"{row['status']} | "
-    return f"{row['median'] * 1e3:.3g} | {row['peak_bytes'] / 2**20:.0f}"
-
-
 def _quality_tables(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
     yield "## Quality\n"
     yield (
@@ -361,11 +359,11 @@ def _quality_tables(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
     rows = [row for row in rows if row["method"] in methods.METHODS]
     for data in dict.fromkeys(row["data"] for row in rows):
         of_data = [row for row in rows if row["data"] == data]
-        for value, title in (quality.READOUTS | quality.DETAILS).items():
-            kept = [row for row in of_data if value in quality.READOUTS or row["noise"] == 0.0]
+        for value, title in (paired.READOUTS | paired.DETAILS).items():
+            kept = [row for row in of_data if value in paired.READOUTS or row["noise"] == 0.0]
             if not any(row.get(value) is not None for row in kept):
                 continue
-            table = quality.summary(kept, value)
+            table = paired.summary(kept, value)
             for noise, noisy in table.groupby("noise"):
                 sizes = sorted(noisy["batch_size"].unique())
                 suffix = f", {noise:.0%} wrong labels" if noise else ""
@@ -375,7 +373,7 @@ def _quality_tables(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
                 for method, line in noisy.groupby("method", sort=False):
                     if line["mean"].isna().all():
                         continue
-                    cells = [quality.text(line[line["batch_size"] == size]) for size in sizes]
+                    cells = [paired.text(line[line["batch_size"] == size]) for size in sizes]
                     yield f"| {method} | " + " | ".join(cells) + " |"
         for picture in plots.draw_quality(of_data, folder):
             yield f"\n![{data}](results/{picture.name})"
@@ -396,11 +394,11 @@ class _Setting(NamedTuple):
     @property
     def sentence(self) -> str:
         """VarCon at its best temperature against SupCon at its own, both chosen by validation."""
-        best = quality.best_by_validation(self.rows, _temperatures("VarCon"))
+        best = paired.best_by_validation(self.rows, _temperatures("VarCon"))
         cells = [
-            quality.text(table[table["method"] == best])
+            paired.text(table[table["method"] == best])
             for table in (
-                quality.summary(self.rows, "linear", baseline)
+                paired.summary(self.rows, "linear", baseline)
                 for baseline in ("SupCon", self.best_supcon)
             )
         ]
@@ -423,7 +421,7 @@ def _settings_of(rows: list[dict[str, Any]]) -> Iterator[_Setting]:
             for row in rows
             if (row["data"], row["batch_size"], row["noise"]) == (data, size, 0.0)
         ]
-        best = quality.best_by_validation(here, _temperatures("SupCon"))
+        best = paired.best_by_validation(here, _temperatures("SupCon"))
         yield _Setting(data, size, here, best)
 
 
@@ -439,9 +437,9 @@ def _settings(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield f"| method | learning rate | linear probe | kNN | linear probe, against {best} |"
         yield "|---|---|---|---|---|"
         tables = [
-            quality.summary(here, "linear"),
-            quality.summary(here, "knn"),
-            quality.summary(here, "linear", best),
+            paired.summary(here, "linear"),
+            paired.summary(here, "knn"),
+            paired.summary(here, "linear", best),
         ]
         for method in ("SupCon", "VarCon", *methods.VARIANTS):
             lines = [table[table["method"] == method] for table in tables]
@@ -449,6 +447,6 @@ def _settings(rows: list[dict[str, Any]]) -> Iterator[str]:
                 rate = lines[0]["learning_rate"].iloc[0]
                 yield (
                     f"| {method} | {rate} | "
-                    + " | ".join(quality.text(line) for line in lines)
+                    + " | ".join(paired.text(line) for line in lines)
                     + " |"
                 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.ranks import run_ranks
+from benchmarks.common.ranks import run_ranks
 from varcon_loss import VarConLoss, varcon_terms
 
 NUM_CLASSES, DIM, WIDTH = 7, 6, 9

@@ -15,7 +15,7 @@ pytest.importorskip("pytorch_metric_learning")
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 from pytorch_metric_learning.utils import distributed as pml_distributed
 
-from benchmarks.ranks import run_ranks
+from benchmarks.common.ranks import run_ranks
 from tests import oracle
 from tests.conftest import IMPLEMENTATIONS, MakeBatch
 from varcon_loss import varcon_loss

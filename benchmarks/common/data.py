@@ -28,6 +28,12 @@ class ImageData:
     flips: bool = False  # may a mirrored image keep its class?
 
     @property
+    def class_names(self) -> list[str]:
+        """What a picture calls each class."""
+        width = 2 if self.name.endswith("-pairs") else 1
+        return [f"{k:0{width}d}" for k in range(self.num_classes)]
+
+    @property
     def parts_of_label(self) -> dict[str, int]:
         """Divisors that read one factor out of a label: the two digits of ``mnist-pairs``."""
         return {"left digit": 10, "right digit": 1} if self.name == "mnist-pairs" else {}
@@ -89,7 +95,13 @@ def _cifar(name: str, root: Path | None) -> ImageData:
     if root is None:
         raise ValueError(f"{name} needs --root, the folder that holds torchvision's {name} files")
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    train, test = (kind(str(root), train=part, download=False) for part in (True, False))
+    try:
+        train, test = (kind(str(root), train=part, download=False) for part in (True, False))
+    except RuntimeError:
+        raise ValueError(
+            f"no complete {name} in {root}: unpack {kind.filename} from the page of its authors "
+            f"there, so that {Path(root, kind.base_folder, kind.test_list[0][0])} exists"
+        ) from None
     (train_images, test_images) = (d.data.transpose(0, 3, 1, 2) for d in (train, test))
     return _with_test(
         name, train_images, np.array(train.targets), test_images, np.array(test.targets), flips=True

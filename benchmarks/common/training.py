@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.data import ImageData, Split
-from benchmarks.encoders import CifarResNet50, SmallCNN, make_augmentation
-from benchmarks.methods import make_objective
+from benchmarks.common.data import ImageData, Split
+from benchmarks.common.encoders import CifarResNet50, SmallCNN, make_augmentation
+from benchmarks.common.methods import make_objective
 
 COLLAPSE_EPOCHS = 3  # a run counts as collapsed if its last epochs all read so
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("torch", "triton", "varcon-loss", "pytorch-metric-learning", "timm", "numpy")
 
 

@@ -1,7 +1,7 @@
 """The training objectives compared: encoder features in, loss out."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -107,10 +107,16 @@ def make_objective(
     method: str, in_dim: int, num_classes: int, *, dim: int, head: str, **options: float
 ) -> nn.Module:
     """The objective on encoder features ``[N, in_dim]``; its forward gives a `Step`."""
-    makers = METHODS | VARIANTS
-    if method not in makers:
-        raise ValueError(f"method must be one of {', '.join(makers)}, got {method!r}")
-    return makers[method](in_dim, num_classes, dim=dim, head=head, **options)
+    check_methods([method])
+    return (METHODS | VARIANTS)[method](in_dim, num_classes, dim=dim, head=head, **options)
+
+
+def check_methods(names: Iterable[str]) -> None:
+    """Raise a ValueError that names what is unknown, and what there is."""
+    known = METHODS | VARIANTS
+    for name in names:
+        if name not in known:
+            raise ValueError(f"method must be one of {', '.join(known)}, got {name!r}")
 
 
 def embeddings(objective: nn.Module, features: Tensor) -> Tensor:

@@ -1,0 +1,115 @@
+"""Statistics of runs that are paired by seed: means, intervals, differences, choices of a rate."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+READOUTS = {"linear": "linear probe", "knn": "kNN", "centroids": "nearest remembered centroid"}
+DETAILS = {
+    **{f"linear, {n} a class": f"linear probe on {n} images a class" for n in (1, 5, 10)},
+    **{f"{side} digit": f"linear probe, {side} digit alone" for side in ("left", "right")},
+}
+
+
+KEYS = ("data", "noise", "batch_size", "method", "seed", "learning_rate", "collapsed")
+
+
+def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, int, float], float]:
+    """The learning rate with the best validation score, by data, method, batch size and noise."""
+    best: dict[tuple[str, str, int, float], tuple[float, float]] = {}
+    for row in rows:
+        if row["split"] == "validation":
+            key = _setting(row)
+            best[key] = max(best.get(key, (-2.0, 0.0)), (_score(row), row["learning_rate"]))
+    return {key: rate for key, (_, rate) in best.items()}
+
+
+def best_by_validation(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> str:
+    """The method among ``names`` with the best validation score, each at its best rate."""
+    candidates = [r for r in rows if r["split"] == "validation" and r["method"] in names]
+    return max(candidates, key=_score)["method"]
+
+
+def reported(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs on the test split, but for those whose learning rate a wider grid has overtaken."""
+    rates = best_rates(rows)
+    return [
+        row
+        for row in rows
+        if row["split"] == "test"
+        and row["learning_rate"] == rates.get(_setting(row), row["learning_rate"])
+    ]
+
+
+def _setting(row: dict[str, Any]) -> tuple[str, str, int, float]:
+    return row["data"], row["method"], row["batch_size"], row["noise"]
+
+
+def _score(row: dict[str, Any]) -> float:
+    return -1.0 if row["linear"] is None else row["linear"] + row["knn"]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval (Student's t)."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), float("nan")
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean()), float(half)
+
+
+def summary(rows: Sequence[dict[str, Any]], value: str, baseline: str = "SupCon") -> pd.DataFrame:
+    """Mean, interval, and paired difference from ``baseline`` by method and batch size.
+
+    Collapsed runs are counted and left out of means and differences.
+    """
+    frame = pd.DataFrame([{k: row.get(k) for k in (*KEYS, value)} for row in reported(rows)])
+    table = []
+    for (data, noise, size, method), group in frame.groupby(
+        ["data", "noise", "batch_size", "method"], sort=False
+    ):
+        kept = group[~group["collapsed"]].dropna(subset=[value]).set_index("seed")[value]
+        other = frame[
+            (frame["data"] == data)
+            & (frame["noise"] == noise)
+            & (frame["batch_size"] == size)
+            & (frame["method"] == baseline)
+            & ~frame["collapsed"]
+        ].set_index("seed")[value]
+        difference = (kept - other).dropna()
+        mean, half = interval(kept) if len(kept) else (np.nan, np.nan)
+        gain, gain_half = (
+            interval(difference) if len(difference) and method != baseline else (np.nan, np.nan)
+        )
+        table.append(
+            {
+                "data": data,
+                "noise": noise,
+                "batch_size": size,
+                "method": method,
+                "learning_rate": group["learning_rate"].iloc[0],
+                "seeds": len(kept),
+                "collapsed": int(group["collapsed"].sum()),
+                "mean": mean,
+                "half_width": half,
+                "gain": gain,
+                "gain_half_width": gain_half,
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def text(line: pd.DataFrame) -> str:
+    """One row of a `summary` for people, in percent: mean, interval, difference, collapses."""
+    if line.empty or pd.isna(line["mean"].iloc[0]):
+        return ""
+    row = line.iloc[0]
+    written = f"{100 * row['mean']:.1f} ± {100 * row['half_width']:.1f}"
+    if pd.notna(row["gain"]):
+        written += f" ({100 * row['gain']:+.1f} ± {100 * row['gain_half_width']:.1f})"
+    if row["collapsed"]:
+        written += f", {row['collapsed']} collapsed"
+    return written
