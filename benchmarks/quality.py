@@ -11,7 +11,7 @@ from rich.console import Console
 
 from benchmarks.common import options, plots
 from benchmarks.common.cells import Cell, Store, run_cells
-from benchmarks.common.paired import DETAILS, READOUTS, best_rates, summary, text
+from benchmarks.common.paired import TITLES, best_rates, summary, text
 from benchmarks.common.terminal import console, table, written
 
 TUNING_SEED = 1000  # apart from the seeds that are reported
@@ -97,11 +97,13 @@ def sweep(
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """A table of methods over batch sizes for linear probe and kNN, and each share of noise."""
-    for value in ("linear", "knn"):
+    """Methods over batch sizes, a table for each share of noise and each of the main read-outs."""
+    for value in ("linear", "knn", "class mean", "linear, 5 a class"):
+        if not any(row.get(value) is not None for row in rows):
+            continue
         for noise, part in summary(rows, value).groupby("noise"):
             sizes = sorted(part["batch_size"].unique())
-            title = f"{READOUTS[value]}, % (difference from SupCon)"
+            title = f"{TITLES[value]}, %, mean ± 95 % interval (difference from SupCon)"
             lines = [
                 [method, *(text(line[line["batch_size"] == size]) for size in sizes)]
                 for method, line in part.groupby("method", sort=False)
@@ -119,7 +121,7 @@ def save(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Every read-out's `summary` as one CSV."""
     tables = [
         summary(rows, value).assign(readout=value)
-        for value in READOUTS | DETAILS
+        for value in TITLES
         if any(row.get(value) is not None for row in rows)
     ]
     pd.concat(tables).to_csv(path, index=False)

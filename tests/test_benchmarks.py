@@ -1,13 +1,20 @@
 """The other questions of the benchmark harness, and what its user sees."""
 
+import multiprocessing
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner, Result
 
 pytest.importorskip("sklearn")
-from benchmarks.common import data, results
+from benchmarks import quickstart
+from benchmarks.__main__ import QUESTIONS, app
+from benchmarks.common import data, terminal
 from benchmarks.common.training import Recipe
 
 
@@ -20,20 +27,6 @@ def test_bytes_sent_follow_the_model(tmp_path: Path) -> None:
         assert row["bytes_per_rank"] == pytest.approx(row["bytes_by_model"], rel=0.15, abs=3000)
     expected = pd.DataFrame(distributed.extrapolate())
     assert set(expected["ranks"]) == {8, 64, 256, 1024}
-
-
-def test_the_report_rebuilds_from_the_saved_results(tmp_path: Path) -> None:
-    from benchmarks.report import write
-
-    text = write(_copy_of_results(tmp_path)).read_text()
-    assert text.startswith("# Results")
-    assert "## What was found" in text
-
-
-def _copy_of_results(tmp_path: Path) -> Path:
-    import shutil
-
-    return Path(shutil.copytree(results.RESULTS, tmp_path / "results"))
 
 
 def test_evolution_follows_both_methods(tmp_path: Path) -> None:
@@ -49,14 +42,116 @@ def test_evolution_follows_both_methods(tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
 
 
+def ask(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_the_list_of_commands_needs_no_heavy_import() -> None:
+    code = (
+        "import sys; from benchmarks.__main__ import app; app(['--help'], standalone_mode=False); "
+        "print({'torch', 'sklearn', 'pandas'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in QUESTIONS)
+    assert done.stdout.rstrip().endswith("set()")
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_every_command_explains_itself(question: str) -> None:
+    outcome = ask(question, "--help")
+    assert outcome.exit_code == 0
+    assert f"python -m benchmarks {question}" in outcome.output
+
+
 def test_a_missing_gpu_is_a_clear_error() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    from typer.testing import CliRunner
-
-    from benchmarks.__main__ import app
-
     for command in (["speed", "--device", "cuda"], ["gpu-proof"]):
-        outcome = CliRunner().invoke(app, command)
+        outcome = ask(*command)
         assert outcome.exit_code == 2
         assert "CUDA device" in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quality", "--methods", "SupCon,Varcn"], "got 'Varcn'"),
+        (["quality", "--data", "minst5k"], "got 'minst5k'"),
+        (["quality", "--batch-sizes", "16;64"], "expected integers separated by commas"),
+        (["quality", "--data", "cifar10"], "cifar10 needs --root"),
+        (["evolution", "--data", "minst5k"], "got 'minst5k'"),
+        (["evolution", "--snapshots", "99"], "snapshots must lie in"),
+        (["speed", "--contenders", "lean,leen"], "no contender's name contains 'leen'"),
+        (["speed", "--dtypes", "float31"], "dtypes must be among"),
+        (["paper", "--device", "cpu", "--root", "nowhere"], "no complete cifar100 in nowhere"),
+    ],
+)
+def test_a_slip_is_answered_before_any_process_starts(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("spawn", "forkserver"):
+        monkeypatch.setattr(multiprocessing.get_context(kind).Process, "start", None)
+    outcome = ask(*arguments)
+    assert outcome.exit_code == 2
+    assert message in " ".join(re.sub("[│╭╰─╮╯]", " ", outcome.output).split())
+    assert "Traceback" not in outcome.output
+
+
+def paths_written(output: str) -> list[Path]:
+    return [Path(line.removeprefix("written: ")) for line in output.splitlines()
+            if line.startswith("written: ")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "files"),
+    [
+        (["memory-cost", "--rows", "64", "--classes", "10", "--dim", "8"], 2),
+        (["distributed", "--ranks", "2", "--rows", "16", "--classes", "10", "--steps", "1"], 5),
+        (["evolution", "--data", "digits", "--epochs", "1", "--snapshots", "1"], 3),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_tables_have_units_and_every_file_is_named(
+    arguments: list[str], files: int, tmp_path: Path
+) -> None:
+    outcome = ask(*arguments, "--out", str(tmp_path))
+    assert outcome.exit_code == 0, outcome.output
+    assert re.search(r"ms|MB|%", outcome.output)
+    assert "nan" not in outcome.output.lower()
+    assert "{" not in outcome.output
+    written = paths_written(outcome.output)
+    assert len(written) == files
+    assert all(path.exists() for path in written)
+
+
+def test_progress_in_a_pipe_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal.progress_bar() as bar:
+        task = bar.add_task("work", total=3, note="")
+        bar.update(task, advance=1, note="first")
+        bar._last_line -= 2 * terminal.LINE_SECONDS
+        bar.update(task, advance=1, note="second")
+        bar.advance(task)
+    assert capsys.readouterr().out.splitlines() == ["work: 2 of 3 second", "work: 3 of 3 second"]
+
+
+class TestQuickstart:
+    def test_what_a_newcomer_sees(self, tmp_path: Path) -> None:
+        outcome = ask("quickstart", "--epochs", "1", "--out", str(tmp_path))
+        assert outcome.exit_code == 0, outcome.output
+        for method in quickstart.METHODS:
+            assert re.search(rf"{method} .*\d\d?\.\d", outcome.output)
+        assert "a memory of centroids" in outcome.output
+        assert "Best here: " in outcome.output
+        (picture,) = paths_written(outcome.output)
+        assert picture.stat().st_size > 50_000
+
+    @pytest.mark.parametrize(
+        ("memory", "words"),
+        [(0.93, "mends it: +6.0"), (0.88, "changes little in this run (+1.0"), (0.80, "costs 7.0")],
+    )
+    def test_the_meaning_follows_the_numbers(self, memory: float, words: str) -> None:
+        linear = {"cross-entropy": 0.94, "SupCon": 0.88, "VarCon": 0.87, "VarCon memory": memory}
+        first, second = quickstart.meaning({name: {"linear": v} for name, v in linear.items()})
+        assert words in first
+        assert second.startswith("Best here: cross-entropy (94.0 %)")
+        assert ("with VarCon memory within" in second) == (memory == 0.93)

@@ -13,6 +13,8 @@ pytest.importorskip("sklearn")
 from benchmarks import quality
 from benchmarks.common import cells, data, paired
 from benchmarks.common.methods import METHODS, VARIANTS, make_objective
+from benchmarks.common.readouts import class_mean_predictions
+from benchmarks.common.supcon import sincere_loss
 from benchmarks.common.training import Recipe, train
 
 
@@ -24,6 +26,54 @@ def test_every_method_learns_digits_in_a_few_epochs(method: str) -> None:
     assert not run.collapsed
     assert scores["linear"] is not None
     assert scores["linear"] > 0.8
+
+
+def _loop(x: torch.Tensor, y: torch.Tensor, temperature: float) -> list[list[float]]:
+    """``z_i z_j / temperature`` in plain Python."""
+    rows = x.tolist()
+    unit = [[v / math.sqrt(sum(w * w for w in row)) for v in row] for row in rows]
+    return [[sum(a * b for a, b in zip(u, v, strict=True)) / temperature for v in unit]
+            for u in unit]  # fmt: skip
+
+
+def test_sincere_has_the_values_of_its_equation() -> None:
+    x, y = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) % 4
+    y[0] = 9  # an anchor without a positive
+    scores, labels = _loop(x, y, 0.3), y.tolist()
+    anchors = []
+    for i, label in enumerate(labels):
+        positives = [j for j, other in enumerate(labels) if other == label and j != i]
+        others = sum(math.exp(scores[i][j]) for j, other in enumerate(labels) if other != label)
+        terms = [-math.log(math.exp(scores[i][j]) / (math.exp(scores[i][j]) + others))
+                 for j in positives]  # fmt: skip
+        anchors += [sum(terms) / len(terms)] if terms else []
+    want = sum(anchors) / len(anchors)
+    assert float(sincere_loss(x, y, 0.3)) == pytest.approx(want, rel=1e-12)
+
+
+def test_sincere_without_other_classes_has_a_gradient_of_zero() -> None:
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    sincere_loss(x, torch.zeros(6, dtype=torch.int64)).backward()
+    torch.testing.assert_close(x.grad, torch.zeros_like(x))
+
+
+def test_normface_has_the_values_of_its_equation() -> None:
+    objective = make_objective("NormFace", 5, 4, dim=5, head="linear", temperature=0.3).double()
+    features, labels = torch.randn(9, 5, dtype=torch.float64), torch.arange(9) % 4
+    z = objective.head(features).detach()
+    together = torch.cat([z, objective.criterion.W.detach().T])
+    scores = [row[9:] for row in _loop(together, labels, 0.3)[:9]]
+    want = sum(
+        math.log(sum(map(math.exp, row))) - row[label]
+        for row, label in zip(scores, labels.tolist(), strict=True)
+    )
+    assert float(objective(features, labels).loss.detach()) == pytest.approx(want / 9, rel=1e-12)
+
+
+def test_nearest_class_mean_by_hand() -> None:
+    train = torch.tensor([[1.0, 0.0], [9.0, 1.0], [0.0, 2.0]])  # lengths do not count
+    test = torch.tensor([[5.0, 1.0], [1.0, 3.0]])
+    assert class_mean_predictions(train, torch.tensor([0, 0, 1]), test).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("method", VARIANTS)
@@ -38,8 +88,8 @@ def test_variants_differ_from_what_they_vary(method: str) -> None:
 
 
 def test_collapse_is_noticed() -> None:
-    """SupCon and VarCon on embeddings that all coincide."""
-    for method in ("SupCon", "VarCon"):
+    """Losses on embeddings that all coincide."""
+    for method in ("SupCon", "VarCon", "SINCERE"):
         objective = make_objective(method, 8, 5, dim=4, head="linear")
         step = objective(torch.ones(40, 8), torch.arange(40) % 5)
         assert step.collapsed

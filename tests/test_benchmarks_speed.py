@@ -1,15 +1,18 @@
 """`python -m benchmarks speed` and what it measures with, on sizes that take seconds."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 pytest.importorskip("sklearn")
 from benchmarks import speed
+from benchmarks.__main__ import app
 from benchmarks.common import measure, results
 from benchmarks.common.contenders import CONTENDERS
 from benchmarks.common.measure import Problem
@@ -123,3 +126,43 @@ def test_results_come_back(tmp_path: Path) -> None:
     frame, env = results.read("x", tmp_path)
     assert frame["a"].tolist() == [1, 2]
     assert {"date", "commit", "device", "versions"} <= set(env)
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_says_what_it_kept(tmp_path: Path) -> None:
+    small = ["speed", "--classes", "5", "--dims", "8", "--contenders", "lean,eager", "--budget",
+             "0.2", "--no-compiled", "--out", str(tmp_path), "--rows"]  # fmt: skip
+    first = CliRunner().invoke(app, [*small, "64"])
+    assert first.exit_code == 0, first.output
+    assert re.search(r"\d \(1x\)", first.output)
+    assert re.search(r"\d to \d", first.output)  # quartiles
+    assert "the same as varcon-loss on a CPU" in " ".join(re.sub("[│┃]", " ", first.output).split())
+    assert "kept" not in first.output
+    frame, before = results.read("speed-cpu", tmp_path)
+    again = CliRunner().invoke(app, [*small, "64,32"])
+    assert "kept 1 of 2 sizes" in again.output
+    both, env = results.read("speed-cpu", tmp_path)
+    assert env["kept_from"]["date"] == before["date"]
+    medians = [f[f["num_rows"] == 64]["median"].dropna().tolist() for f in (frame, both)]
+    assert medians[0] == medians[1]
+    assert set(both["num_rows"]) == {32, 64}
+    anew = CliRunner().invoke(app, [*small, "64", "--no-resume"])
+    assert "kept" not in anew.output
+
+
+def test_the_bar_moves_within_a_size() -> None:
+    told = []
+    limits = measure.Limits(budget=0.1, max_repeats=4)
+    problem = Problem(32, 5, 8, "float32", "cpu")
+    speed._measure_problem(problem, ["varcon-loss", "varcon-loss eager"], limits, told.append)
+    assert told == ["varcon-loss", "varcon-loss eager", *speed.MODES, "two bare products"]
+
+
+def test_a_noisy_machine_is_said() -> None:
+    row = {"contender": "x", "mode": "forward", "num_rows": 64, "num_classes": 5,
+           "q1": 0.9, "median": 1.0, "q3": 1.1}  # fmt: skip
+    assert speed.doubts([row], 0.0) == []
+    (busy,) = speed.doubts([row], 99.0)
+    assert "load 99.0" in busy
+    (wide,) = speed.doubts([row, row | {"q3": 1.5, "num_rows": 128}], 0.0)
+    assert "in 1 of 2 cells" in wide
+    assert "N = 128" in wide

@@ -20,6 +20,7 @@ from benchmarks.common.data import ImageData, Split, load
 from benchmarks.common.readouts import (
     accuracy,
     centroid_predictions,
+    class_mean_predictions,
     knn_predictions,
     linear_predictions,
 )
@@ -72,11 +73,12 @@ def read_out(
 ) -> dict[str, float | None]:
     features, test = encode(run.encoder, data.train, device), encode(run.encoder, held_out, device)
     if not bool(features.isfinite().all() and test.isfinite().all()):
-        return {"linear": None, "knn": None}
+        return {"linear": None, "knn": None, "class mean": None}
     linear = linear_predictions(features, labels, test)
     scores: dict[str, float | None] = {
         "linear": accuracy(linear, held_out.labels),
         "knn": accuracy(knn_predictions(features, labels, test), held_out.labels),
+        "class mean": accuracy(class_mean_predictions(features, labels, test), held_out.labels),
     }
     for part, divisor in data.parts_of_label.items():
         scores[part] = accuracy(linear // divisor % 10, held_out.labels // divisor % 10)

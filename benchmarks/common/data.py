@@ -1,5 +1,7 @@
 """Labelled images as tensors, split once and for all into train, validation and test."""
 
+import gzip
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+FASHION = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package
+HALVED = ("mnist", "fashion", "idx")  # sets whose images are taken at half their resolution
 SPLIT_SEED = 0  # the same split for every run: seeds vary training, never the test set
 
 
@@ -35,12 +39,16 @@ class ImageData:
 
     @property
     def parts_of_label(self) -> dict[str, int]:
-        """Divisors that read one factor out of a label: the two digits of ``mnist-pairs``."""
-        return {"left digit": 10, "right digit": 1} if self.name == "mnist-pairs" else {}
+        """Divisors that read one factor out of a label: the two digits of a pair."""
+        return {"left digit": 10, "right digit": 1} if self.name.endswith("-pairs") else {}
 
 
 def load(name: str, root: Path | None = None) -> ImageData:
-    """One of `DATASETS`. ``root`` holds the files of ``cifar10``, ``cifar100`` and ``folder``."""
+    """One of `DATASETS`; ``root`` holds the files of those that come with no package.
+
+    Raises:
+        ValueError: no such name; or its files are not there, with what to do.
+    """
     if name not in DATASETS:
         raise ValueError(f"data must be one of {', '.join(DATASETS)}, got {name!r}")
     return DATASETS[name](root)
@@ -76,17 +84,88 @@ def _mnist_pairs(_: Path | None) -> ImageData:
         rest, train_size=800, stratify=labels[rest], random_state=SPLIT_SEED
     )
 
-    def pairs(pool: np.ndarray, per_class: int) -> tuple[np.ndarray, np.ndarray]:
-        by_digit = [pool[labels[pool] == digit] for digit in range(10)]
-        classes = np.repeat(np.arange(100), per_class)
+    parts = [
+        (digits[pool], labels[pool], each)
+        for pool, each in ((train, 30), (validation, 10), (test, 20))
+    ]
+    return _assemble("mnist-pairs", *_pairs(parts, generator))
+
+
+def _pairs(
+    parts: Sequence[tuple[np.ndarray, np.ndarray, int]], generator: np.random.Generator
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Two images side by side, 100 classes, from pools ``(images, labels, pairs a class)``."""
+    made = []
+    for images, labels, each in parts:
+        pools = [np.flatnonzero(labels == k) for k in range(10)]
+        classes = np.repeat(np.arange(100), each)
         left, right = (
-            np.array([generator.choice(by_digit[digit]) for digit in part])
+            np.array([generator.choice(pools[k]) for k in part])
             for part in (classes // 10, classes % 10)
         )
-        return np.concatenate([digits[left], digits[right]], axis=3), classes
+        made.append((np.concatenate([images[left], images[right]], axis=3), classes))
+    return made
 
-    splits = [pairs(train, 30), pairs(validation, 10), pairs(test, 20)]
-    return _assemble("mnist-pairs", *splits)
+
+def _idx(root: Path | None) -> ImageData:
+    if root is None:
+        raise ValueError("idx needs --root, a folder with files named as MNIST's")
+    return _with_test("idx", *_idx_arrays(root))
+
+
+def _fashion(root: Path | None) -> ImageData:
+    return _with_test("fashion", *_idx_arrays(root or FASHION))
+
+
+def _fashion_pairs(root: Path | None) -> ImageData:
+    """As ``mnist-pairs``, with ten times its training images: 300 a class."""
+    images, labels, test_images, test_labels = _idx_arrays(root or FASHION)
+    train, validation = train_test_split(
+        np.arange(len(labels)), test_size=0.15, stratify=labels, random_state=SPLIT_SEED
+    )
+    parts = [
+        (images[train], labels[train], 300),
+        (images[validation], labels[validation], 30),
+        (test_images, test_labels, 50),
+    ]
+    return _assemble("fashion-pairs", *_pairs(parts, np.random.default_rng(SPLIT_SEED)))
+
+
+def _idx_arrays(root: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Training images and labels, test images and labels, classes counted from 0."""
+    images, labels, test_images, test_labels = (
+        read_idx(_idx_file(root, part, kind))
+        for part in ("train", "t10k|test")
+        for kind in ("images", "labels")
+    )
+    classes, labels = np.unique(labels, return_inverse=True)
+    test_labels = np.searchsorted(classes, test_labels)
+    return images[:, None], labels, test_images[:, None], test_labels
+
+
+def _idx_file(root: Path, part: str, kind: str) -> Path:
+    found = sorted(path for name in part.split("|") for path in root.glob(f"*{name}-{kind}*ubyte*"))
+    if len(found) != 1:
+        what = f"{len(found)} files" if found else "no file"
+        advice = (
+            "apt install dataset-fashion-mnist, or --root with the four files of Fashion-MNIST"
+            if root == FASHION
+            else "put the four files of one set there, as MNIST names them, gzipped or not"
+        )
+        raise ValueError(f"{what} {part.split('|')[0]}-{kind}-*-ubyte[.gz] in {root}: {advice}")
+    return found[0]
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """A file of MNIST's format: bytes behind a magic number and big-endian sizes."""
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+        raise ValueError(f"{path} is no IDX file of bytes: it starts with {raw[:4].hex(' ')}")
+    start = 4 + 4 * raw[3]
+    shape = tuple(np.frombuffer(raw[4:start], ">i4").tolist())
+    if len(raw) - start != np.prod(shape):
+        raise ValueError(f"{path} is cut short: {len(raw) - start} bytes for a shape of {shape}")
+    return np.frombuffer(bytearray(raw[start:]), np.uint8).reshape(shape)
 
 
 def _cifar(name: str, root: Path | None) -> ImageData:
@@ -152,9 +231,9 @@ def _with_test(
 
 
 def _assemble(name: str, *splits: tuple[np.ndarray, np.ndarray], flips: bool = False) -> ImageData:
-    """Standardise by the training split; MNIST at half its resolution, to suit a laptop."""
+    """Standardise by the training split; MNIST's like at half resolution, to suit a laptop."""
     tensors = [torch.as_tensor(images, dtype=torch.float32) for images, _ in splits]
-    if name.startswith("mnist"):
+    if name.startswith(HALVED):
         tensors = [F.avg_pool2d(images, 2) for images in tensors]
     mean, deviation = tensors[0].mean(), tensors[0].std()
     train, validation, test = (
@@ -168,6 +247,9 @@ DATASETS = {
     "digits": _digits,
     "mnist5k": _mnist,
     "mnist-pairs": _mnist_pairs,
+    "fashion": _fashion,
+    "fashion-pairs": _fashion_pairs,
+    "idx": _idx,
     "cifar10": lambda root: _cifar("cifar10", root),
     "cifar100": lambda root: _cifar("cifar100", root),
     "folder": _folder,

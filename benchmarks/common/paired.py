@@ -7,13 +7,22 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-READOUTS = {"linear": "linear probe", "knn": "kNN", "centroids": "nearest remembered centroid"}
+READOUTS = {
+    "linear": "linear probe",
+    "knn": "kNN",
+    "class mean": "nearest class mean",
+    "centroids": "nearest remembered centroid",
+}
 DETAILS = {
-    **{f"linear, {n} a class": f"linear probe on {n} images a class" for n in (1, 5, 10)},
+    **{
+        f"linear, {n} a class": f"linear probe on {n} image{'s' * (n > 1)} a class"
+        for n in (1, 5, 10)
+    },
     **{f"{side} digit": f"linear probe, {side} digit alone" for side in ("left", "right")},
 }
-
-
+TITLES = READOUTS | DETAILS
+# What every method is compared by; the other read-outs are parts of these, or of one method.
+MAIN = ("linear", "knn", "class mean", *(f"linear, {n} a class" for n in (1, 5, 10)))
 KEYS = ("data", "noise", "batch_size", "method", "seed", "learning_rate", "collapsed")
 
 
@@ -56,7 +65,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half-width of its 95 % interval (Student's t)."""
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
-        return float(values.mean()), float("nan")
+        return float(values.mean()), float("nan")  # one value has no interval
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean()), float(half)
 
@@ -104,12 +113,19 @@ def summary(rows: Sequence[dict[str, Any]], value: str, baseline: str = "SupCon"
 
 def text(line: pd.DataFrame) -> str:
     """One row of a `summary` for people, in percent: mean, interval, difference, collapses."""
-    if line.empty or pd.isna(line["mean"].iloc[0]):
+    if line.empty:
         return ""
     row = line.iloc[0]
-    written = f"{100 * row['mean']:.1f} ± {100 * row['half_width']:.1f}"
+    if pd.isna(row["mean"]):
+        return f"all {row['collapsed']} collapsed" if row["collapsed"] else ""
+    written = _interval(100 * row["mean"], 100 * row["half_width"], "")
     if pd.notna(row["gain"]):
-        written += f" ({100 * row['gain']:+.1f} ± {100 * row['gain_half_width']:.1f})"
+        written += f" ({_interval(100 * row['gain'], 100 * row['gain_half_width'], '+')})"
     if row["collapsed"]:
-        written += f", {row['collapsed']} collapsed"
+        written += f", {row['collapsed']} of {row['seeds'] + row['collapsed']} collapsed"
     return written
+
+
+def _interval(mean: float, half: float, sign: str) -> str:
+    """One seed has no interval."""
+    return f"{mean:{sign}.1f}" + ("" if pd.isna(half) else f" ± {half:.1f}")

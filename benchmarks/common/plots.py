@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from benchmarks.common import style
 from benchmarks.common.paired import reported, summary
@@ -123,6 +123,48 @@ def draw_quality(rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
     return [style.save(figure, out / f"quality-{data}.png", ends)]
 
 
+def draw_gains(gains: Mapping[str, pd.DataFrame], path: Path) -> Path:
+    """Paired differences from SupCon over the images of a class that a step sees.
+
+    Args:
+        gains: by method, with columns ``data``, ``images``, ``readout``, ``gain`` and
+            ``gain_half_width``.
+        path: of the picture.
+    """
+    shown = {"linear": "linear probe", "linear, 5 a class": "on 5 images a class"}
+    figure, axes = style.panels(len(shown), len(gains), 5.6, sharex=True, sharey="row")
+    for column, (method, frame) in zip(axes.T, gains.items(), strict=True):
+        for axis, (value, title) in zip(column, shown.items(), strict=True):
+            axis.axhline(0, color=style.BLACK, lw=0.8)
+            here = frame[frame["readout"] == value]
+            for index, (data, mine) in enumerate(here.groupby("data")):
+                mine = mine.sort_values("images")
+                axis.errorbar(
+                    mine["images"] * 1.05**index, 100 * mine["gain"],
+                    100 * mine["gain_half_width"], color=style.ORDERED[index], capsize=2,
+                    marker="os^Dv"[index % 5], label=data,
+                )  # fmt: skip
+            axis.set_yscale("symlog", linthresh=5)
+            axis.set_yticks([-50, -20, -5, 0, 5, 20, 50])
+            axis.yaxis.set_major_formatter(lambda v, _: f"{v:+.0f}" if v else "0")
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.set_title(f"{method} - SupCon, {title}")
+            style.log_ticks(axis, x=(0.3, 1, 3, 10, 30, 100, 200))
+        column[-1].set_xlabel("images of a class that a step sees")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("points (linear up to 5)")
+    style.legend(figure, axes.flat, 5)
+    return style.save(figure, path)
+
+
+def _epochs(axis: Axes, last: int, room: float) -> None:
+    """Whole epochs up to the last, and room to the right for names."""
+    axis.set_xlim(0.5, room * last)
+    ticks = MaxNLocator(5, integer=True).tick_values(1, last)
+    axis.set_xticks([tick for tick in ticks if 1 <= tick <= last])
+    axis.set_xlabel("epoch")
+
+
 def _draw_tau2(axis: Axes, rows: Sequence[dict[str, Any]]) -> style.Ends:
     """Median and quartiles by epoch, of one run of VarCon for each batch size."""
     wanted = {"method": "VarCon", "seed": 0, "noise": 0.0}
@@ -135,10 +177,9 @@ def _draw_tau2(axis: Axes, rows: Sequence[dict[str, Any]]) -> style.Ends:
         axis.plot(epochs, quantiles[2], color=colour, marker="o")
         axis.fill_between(epochs, quantiles[1], quantiles[3], color=colour, alpha=0.15, lw=0)
         ends.append((epochs[-1], quantiles[2][-1], f"batch {run['batch_size']}", colour))
-    axis.set(title=r"VarCon: $\tau_2$ in training, median and quartiles", xlabel="epoch")
+    axis.set(title=r"VarCon: $\tau_2$ in training, median and quartiles")
     if ends:
-        axis.set_xlim(0.5, 1.3 * max(end[0] for end in ends))
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        _epochs(axis, max(end[0] for end in ends), 1.3)
     return ends
 
 
@@ -204,13 +245,28 @@ def draw_bytes(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     ranks = sorted(frame["ranks"].unique())
     figure, axes = style.panels(1, len(ranks), 3.4, sharey=True)
     for axis, count in zip(axes[0], ranks, strict=True):
-        for name, mine in frame[frame["ranks"] == count].groupby("contender", sort=False):
-            axis.plot(mine["C"], mine["MB sent"], **style.line(name))
+        here = dict(list(frame[frame["ranks"] == count].groupby("contender", sort=False)))
+        for names, mine in _alike(here, "MB sent"):
+            label = "; ".join(str(style.line(name)["label"]) for name in names)
+            axis.plot(mine["C"], mine["MB sent"], **style.line(names[0]) | {"label": label})
         style.log_ticks(axis, x=(1_000, 100_000), y=True)
         axis.set(title=f"{count} ranks", xlabel="classes C")
     axes[0, 0].set_ylabel("sent a rank and step, MB\n(model, 256 samples a rank)")
-    style.legend(figure, axes.flat, 2)
+    style.legend(figure, axes.flat, 1)
     return style.save(figure, path)
+
+
+def _alike(lines: Mapping[str, pd.DataFrame], value: str) -> list[tuple[list[str], pd.DataFrame]]:
+    """Lines that the eye could not tell apart, joined under the first one's values."""
+    joined: list[tuple[list[str], pd.DataFrame]] = []
+    for name, mine in lines.items():
+        for names, first in joined:
+            if np.allclose(mine[value].to_numpy(), first[value].to_numpy(), rtol=0.05):
+                names.append(name)
+                break
+        else:
+            joined.append(([name], mine))
+    return joined
 
 
 def draw_quickstart(
@@ -267,9 +323,8 @@ def draw_quickstart(
                 axis.plot(np.arange(1, len(values) + 1), values, **drawn)
                 end = (len(values), values[-1], method, drawn["color"])
                 ends.setdefault(axis, []).append(end)
-        axis.set(title=title, xlabel="epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axis.set_xlim(0.5, 1.9 * max(end[0] for end in ends[axis]))
+        axis.set_title(title)
+        _epochs(axis, max(end[0] for end in ends[axis]), 1.9)
     figure.suptitle(
         "Held-out images of ten of the 100 classes (t-SNE; classes share their left digit)"
     )
