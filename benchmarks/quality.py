@@ -10,11 +10,9 @@ import typer
 from rich.console import Console
 
 from benchmarks.common import options, plots
-from benchmarks.common.cells import Cell, Store, run_cells
-from benchmarks.common.paired import TITLES, best_rates, summary, text
+from benchmarks.common.cells import Cell, Store, tune_and_run
+from benchmarks.common.paired import TITLES, summary, text
 from benchmarks.common.terminal import console, table, written
-
-TUNING_SEED = 1000  # apart from the seeds that are reported
 
 
 def command(
@@ -25,6 +23,7 @@ def command(
     seeds: options.Seeds = 5,
     epochs: options.Epochs = 12,
     noise: Annotated[str, typer.Option(help="shares of wrong training labels")] = "0",
+    budget: options.Budget = 0.0,
     workers: options.Workers = 2,
     root: options.Root = None,
     device: options.Device = "cpu",
@@ -50,6 +49,7 @@ def command(
         workers=workers,
         root=root,
         device=device,
+        budget=budget,
     )
     show(rows, console)
     save(rows, out / f"{data}.csv")
@@ -69,31 +69,17 @@ def sweep(
     workers: int = 1,
     root: Path | None = None,
     device: str = "cpu",
+    budget: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Choose a learning rate for each method, batch size and noise, then run every seed with it.
-
-    The choice is by linear probe plus kNN on the validation split, whose labels are right, from
-    the same grid for all, with a seed of its own; the test split is read only with the rate chosen.
-    """
-    base = [
-        Cell(data, method, size, rate, TUNING_SEED, "validation", epochs, noise)
-        for noise, size, method, rate in itertools.product(
-            noises, batch_sizes, methods, learning_rates
-        )
+    """Every method at every batch size and share of wrong labels, by `tune_and_run`."""
+    bases = [
+        Cell(data, method, size, 0.0, 0, "test", epochs, noise)
+        for noise, size, method in itertools.product(noises, batch_sizes, methods)
     ]
-    tuned = run_cells(
-        base, store, workers=workers, root=root, device=device, title=f"{data}: learning rates"
-    )
-    chosen = best_rates(tuned)
-    final = [
-        Cell(data, method, size, chosen[data, method, size, noise], seed, "test", epochs, noise)
-        for noise, size, seed, method in itertools.product(
-            noises, batch_sizes, range(seeds), methods
-        )
-    ]
-    return run_cells(
-        final, store, workers=workers, root=root, device=device, title=f"{data}: seeds"
-    )
+    return tune_and_run(
+        bases, learning_rates, seeds, store, workers=workers, root=root, device=device,
+        budget=budget, title=data,
+    )  # fmt: skip
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:

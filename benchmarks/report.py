@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks import momentum, speed
+from benchmarks import momentum, robustness, settings, speed
 from benchmarks.common import measure, methods, paired, plots, results
 from benchmarks.common.contenders import OURS
 from benchmarks.common.terminal import progress_bar, written
@@ -39,6 +39,8 @@ def write(folder: Path = results.RESULTS) -> Path:
     sections: dict[str, Callable[[], Iterable[str]]] = {
         "first page": lambda: _first_page(rows, folder),
         "quality": lambda: _quality(rows, folder),
+        "settings": lambda: _swept(folder),
+        "robustness": lambda: _robustness(folder),
         "momentum": lambda: _momentum(folder),
         "evolution": lambda: _evolution(folder),
         "speed": lambda: _speed(folder),
@@ -435,6 +437,68 @@ def _verdicts(table: pd.DataFrame, method: str) -> str:
     return "; ".join(f"{name}: {', '.join(cells)}" for name, cells in groups.items() if cells)
 
 
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _swept(folder: Path) -> Iterator[str]:
+    """Results of `settings`, where there are any."""
+    for vary in settings.SETTINGS:
+        for path in sorted(folder.glob(f"{vary}-*.jsonl")):
+            rows = _lines(path)
+            table = settings.tabulate(rows, vary)
+            best = table.loc[table[table["readout"] == "linear"].groupby("method")["mean"].idxmax()]
+            yield f"## Which {vary}? {rows[0]['data']}\n"
+            yield (
+                f"{_origin(f'settings {vary}', rows[-1]['environment'])} Best linear probe: "
+                + ", ".join(
+                    f"{row['method']} at {row[vary]} ({100 * row['mean']:.1f} %)"
+                    for _, row in best.iterrows()
+                )
+                + ".\n"
+            )
+            yield _picture(
+                plots.draw_settings(table, vary, path.with_suffix(".png")), f"accuracy over {vary}"
+            )
+            values = list(dict.fromkeys(table[vary]))
+            for (size, readout), part in table.groupby(["batch_size", "readout"], sort=False):
+                lines = (
+                    [method, *(paired.text(mine[mine[vary] == value]) for value in values)]
+                    for method, mine in part.groupby("method", sort=False)
+                )
+                yield from _folded(
+                    f"batch {size}: {paired.TITLES[readout]}, %",
+                    _grid(["method", *(f"{vary} {value}" for value in values)], lines),
+                )
+
+
+def _robustness(folder: Path) -> Iterator[str]:
+    """Results of `robustness`, where there are any."""
+    for kind, title in (
+        ("corruption", "Do features survive corrupted images?"),
+        ("transfer", "Do features serve other data?"),
+    ):
+        for path in sorted(folder.glob(f"{kind}-*.jsonl")):
+            rows = _lines(path)
+            table = robustness.tabulate(rows)
+            yield f"## {title} {rows[0]['data']}\n"
+            yield f"{_origin(f'robustness {kind}', rows[-1]['environment'])}\n"
+            if kind == "corruption":
+                picture = plots.draw_corruption(table, path.with_suffix(".png"))
+                yield _picture(picture, "accuracy over severity")
+            parts = list(dict.fromkeys(table["readout"]))
+            lines = (
+                [part, *(paired.text(mine[mine["readout"] == part]) for _, mine in
+                         table.groupby("method", sort=False))]
+                for part in parts
+            )  # fmt: skip
+            yield from _folded(
+                "Linear probe (and kNN where named), %: mean ± 95 % interval (difference from "
+                "SupCon)",
+                _grid(["images", *dict.fromkeys(table["method"])], lines),
+            )
+
+
 def _momentum(folder: Path) -> Iterator[str]:
     path = folder / "momentum.jsonl"
     if not path.exists():
@@ -528,7 +592,7 @@ def _speed(folder: Path) -> Iterator[str]:
     absent = frame.groupby("contender")["median"].agg(lambda values: values.isna().all())
     reasons = frame.groupby("contender")["status"].first()
     names = [
-        f"{name} ({'the same as varcon-loss on a CPU' if 'eager' in name else reasons[name]})"
+        f"{name} ({'the same as varcon-loss on a CPU' if 'eager' in str(name) else reasons[name]})"
         for name, is_absent in absent.items()
         if is_absent
     ]

@@ -4,10 +4,13 @@ A *cell* is one training run with its read-outs. Cells are appended to a file as
 interrupted sweep goes on where it stopped and a crash loses at most the cells under way.
 """
 
+import itertools
 import json
+import math
 import multiprocessing
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from torch import Tensor
 
 from benchmarks.common import results
 from benchmarks.common.data import ImageData, Split, load
+from benchmarks.common.paired import best_rates, setting
+from benchmarks.common.probes import further_scores
 from benchmarks.common.readouts import (
     accuracy,
     centroid_predictions,
@@ -27,6 +32,7 @@ from benchmarks.common.readouts import (
 from benchmarks.common.terminal import progress_bar
 from benchmarks.common.training import Recipe, Run, encode, train
 
+TUNING_SEED = 1000  # apart from the seeds that are reported
 FEW_SHOTS = (1, 5, 10)  # labelled images a class for the few-shot probes
 
 
@@ -44,6 +50,10 @@ class Cell:
     noise: float = 0.0  # share of training labels replaced by another class
     momentum: float | None = None  # of the centroid memory, where not the method's own
     classes: int | None = None  # only the first so many classes
+    temperature: float | None = None  # where not 0.1
+    epsilon: float | None = None  # where not the method's own
+    augmentation: str | None = None  # where not the default strength
+    extra: str | None = None  # further read-outs: corruption, transfer, hierarchy
 
 
 def run_cell(cell: Cell, root: Path | None = None, device: str = "cpu") -> dict[str, Any]:
@@ -54,6 +64,11 @@ def run_cell(cell: Cell, root: Path | None = None, device: str = "cpu") -> dict[
         batch_size=cell.batch_size,
         learning_rate=cell.learning_rate,
         centroid_momentum=cell.momentum,
+        **{
+            key: value
+            for key in ("temperature", "epsilon", "augmentation")
+            if (value := getattr(cell, key)) is not None
+        },
     )
     labels = with_noise(data.train.labels, data.num_classes, cell.noise, cell.seed)
     start = time.perf_counter()
@@ -62,6 +77,8 @@ def run_cell(cell: Cell, root: Path | None = None, device: str = "cpu") -> dict[
     held_out = data.test if cell.split == "test" else data.validation
     row = {**asdict(cell), "seconds": round(seconds, 1), "collapsed": run.collapsed}
     row |= read_out(run, data, held_out, labels, device)
+    if cell.extra is not None and row["linear"] is not None:
+        row["further"] = further_scores(cell.extra, run.encoder, data, device, root)
     row["history"] = [{k: round(v, 4) for k, v in log.items()} for log in run.history]
     quantiles = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
     row["tau2"] = [[round(q, 4) for q in t.quantile(quantiles).tolist()] for t in run.tau2]
@@ -155,8 +172,12 @@ def run_cells(
     root: Path | None = None,
     device: str = "cpu",
     title: str = "quality",
+    deadline: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """The rows of ``cells``, running those that the store lacks, ``workers`` at a time."""
+    """The rows of ``cells``, running those that the store lacks, ``workers`` at a time.
+
+    Ends the program with one line when ``time.monotonic()`` passes the ``deadline``.
+    """
     cells = list(dict.fromkeys(cells))
     todo = [cell for cell in cells if store.find(cell) is None]
     with (
@@ -170,7 +191,14 @@ def run_cells(
         for row in pool.imap_unordered(_run_cell, [(cell, root, device) for cell in todo]):
             store.add(row | {"environment": env})
             note = f"{row['data']} {row['method']} batch {row['batch_size']}"
-            bar.update(task, advance=1, note=f"{note}: linear {row['linear'] or float('nan'):.3f}")
+            score = "not finite" if row["linear"] is None else f"linear {row['linear']:.3f}"
+            bar.update(task, advance=1, note=f"{note}: {score}")
+            if time.monotonic() > deadline and not bar.finished:
+                done = sum(store.find(cell) is not None for cell in cells)
+                sys.exit(
+                    f"stopped by the budget: {done} of {len(cells)} runs of this part are kept in "
+                    f"{store.path}; the same command goes on"
+                )
     return [row for cell in cells if (row := store.find(cell)) is not None]
 
 
@@ -180,3 +208,50 @@ def _run_cell(arguments: tuple[Cell, Path | None, str]) -> dict[str, Any]:
 
 def _one_thread_each(workers: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def tune_and_run(
+    bases: Sequence[Cell],
+    learning_rates: Sequence[float],
+    seeds: int,
+    store: Store,
+    *,
+    workers: int = 1,
+    root: Path | None = None,
+    device: str = "cpu",
+    budget: float = 0.0,
+    title: str,
+) -> list[dict[str, Any]]:
+    """Choose a learning rate for each of ``bases``, then run every seed with it.
+
+    The choice is by linear probe plus kNN on the validation split, whose labels are right, from
+    the same grid for all, with a seed of its own; the test split is read only with the rate chosen.
+
+    Args:
+        bases: their learning rate, seed and split do not count.
+        learning_rates: the grid.
+        seeds: reported runs of each.
+        store: of finished runs.
+        workers: runs at a time.
+        root: of the data.
+        device: where to train.
+        budget: minutes after which to stop; 0 for none.
+        title: of the progress bar.
+    """
+    deadline = time.monotonic() + 60 * budget if budget else math.inf
+    options: dict[str, Any] = {"workers": workers, "root": root, "device": device}
+    tuned = run_cells(
+        [
+            replace(base, learning_rate=rate, seed=TUNING_SEED, split="validation", extra=None)
+            for base, rate in itertools.product(bases, learning_rates)
+        ],
+        store, title=f"{title}: learning rates", deadline=deadline, **options,
+    )  # fmt: skip
+    rates = best_rates(tuned)
+    return run_cells(
+        [
+            replace(base, learning_rate=rates[setting(asdict(base))], seed=seed, split="test")
+            for seed, base in itertools.product(range(seeds), bases)
+        ],
+        store, title=f"{title}: seeds", deadline=deadline, **options,
+    )  # fmt: skip

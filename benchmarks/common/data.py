@@ -1,5 +1,6 @@
 """Labelled images as tensors, split once and for all into train, validation and test."""
 
+import functools
 import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package
+FASHION_NAMES = (
+    "T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
+)  # fmt: skip
 HALVED = ("mnist", "fashion", "idx")  # sets whose images are taken at half their resolution
 SPLIT_SEED = 0  # the same split for every run: seeds vary training, never the test set
 
@@ -34,8 +38,19 @@ class ImageData:
     @property
     def class_names(self) -> list[str]:
         """What a picture calls each class."""
+        if self.name == "fashion":
+            return list(FASHION_NAMES)
         width = 2 if self.name.endswith("-pairs") else 1
         return [f"{k:0{width}d}" for k in range(self.num_classes)]
+
+    @property
+    def groups(self) -> list[int] | None:
+        """A known group of each class: kinds of clothes; the left digit of a pair."""
+        if self.name == "fashion":
+            return [0, 1, 0, 2, 0, 3, 0, 3, 4, 3]  # tops, trousers, dresses, shoes, bags
+        if self.name.endswith("-pairs"):
+            return [k // 10 for k in range(self.num_classes)]
+        return None
 
     @property
     def parts_of_label(self) -> dict[str, int]:
@@ -43,6 +58,7 @@ class ImageData:
         return {"left digit": 10, "right digit": 1} if self.name.endswith("-pairs") else {}
 
 
+@functools.lru_cache(maxsize=2)  # a worker trains on the same images again and again
 def load(name: str, root: Path | None = None) -> ImageData:
     """One of `DATASETS`; ``root`` holds the files of those that come with no package.
 
@@ -169,10 +185,20 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _cifar(name: str, root: Path | None) -> ImageData:
-    from torchvision import datasets
-
     if root is None:
         raise ValueError(f"{name} needs --root, the folder that holds torchvision's {name} files")
+    arrays = [part.numpy() for split in cifar_arrays(name, root) for part in split]
+    return _with_test(name, *arrays, flips=True)
+
+
+def cifar_arrays(name: str, root: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Training and test images ``[N, 3, 32, 32]`` (uint8) and labels, as the authors packed them.
+
+    Raises:
+        ValueError: the files are not there, or not whole, with what to do.
+    """
+    from torchvision import datasets
+
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     try:
         train, test = (kind(str(root), train=part, download=False) for part in (True, False))
@@ -181,10 +207,11 @@ def _cifar(name: str, root: Path | None) -> ImageData:
             f"no complete {name} in {root}: unpack {kind.filename} from the page of its authors "
             f"there, so that {Path(root, kind.base_folder, kind.test_list[0][0])} exists"
         ) from None
-    (train_images, test_images) = (d.data.transpose(0, 3, 1, 2) for d in (train, test))
-    return _with_test(
-        name, train_images, np.array(train.targets), test_images, np.array(test.targets), flips=True
+    first, second = (
+        (torch.from_numpy(part.data.transpose(0, 3, 1, 2).copy()), torch.tensor(part.targets))
+        for part in (train, test)
     )
+    return first, second
 
 
 def _folder(root: Path | None) -> ImageData:

@@ -23,6 +23,7 @@ Seeds = Annotated[int, typer.Option(min=1, help="runs of each method")]
 Epochs = Annotated[int, typer.Option(min=1, help="training epochs of each run")]
 Workers = Annotated[int, typer.Option(min=1, help="runs at a time")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Budget = Annotated[float, typer.Option(min=0, help="minutes after which to stop; 0: never")]
 Dim = Annotated[int, typer.Option(min=1, help="embedding width D")]
 Out = Annotated[Path, typer.Option(help="folder of the result files")]
 

@@ -26,12 +26,23 @@ MAIN = ("linear", "knn", "class mean", *(f"linear, {n} a class" for n in (1, 5, 
 KEYS = ("data", "noise", "batch_size", "method", "seed", "learning_rate", "collapsed")
 
 
-def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, int, float], float]:
-    """The learning rate with the best validation score, by data, method, batch size and noise."""
-    best: dict[tuple[str, str, int, float], tuple[float, float]] = {}
+SETTING = (
+    "data", "method", "batch_size", "noise", "epochs", "momentum", "classes", "temperature",
+    "epsilon", "augmentation",
+)  # fmt: skip
+
+
+def setting(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a run is a run of: all but learning rate, seed and split."""
+    return tuple(row.get(key) for key in SETTING)
+
+
+def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], float]:
+    """The learning rate with the best validation score, by `setting`."""
+    best: dict[tuple[Any, ...], tuple[float, float]] = {}
     for row in rows:
         if row["split"] == "validation":
-            key = _setting(row)
+            key = setting(row)
             best[key] = max(best.get(key, (-2.0, 0.0)), (_score(row), row["learning_rate"]))
     return {key: rate for key, (_, rate) in best.items()}
 
@@ -49,12 +60,8 @@ def reported(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row
         for row in rows
         if row["split"] == "test"
-        and row["learning_rate"] == rates.get(_setting(row), row["learning_rate"])
+        and row["learning_rate"] == rates.get(setting(row), row["learning_rate"])
     ]
-
-
-def _setting(row: dict[str, Any]) -> tuple[str, str, int, float]:
-    return row["data"], row["method"], row["batch_size"], row["noise"]
 
 
 def _score(row: dict[str, Any]) -> float:
@@ -70,44 +77,46 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(values.mean()), float(half)
 
 
-def summary(rows: Sequence[dict[str, Any]], value: str, baseline: str = "SupCon") -> pd.DataFrame:
+def summary(
+    rows: Sequence[dict[str, Any]],
+    value: str,
+    baseline: str = "SupCon",
+    by: Sequence[str] = (),
+) -> pd.DataFrame:
     """Mean, interval, and paired difference from ``baseline`` by method and batch size.
 
-    Collapsed runs are counted and left out of means and differences.
+    Collapsed runs are counted and left out of means and differences. ``by`` names further settings
+    that tell groups of runs apart.
     """
-    frame = pd.DataFrame([{k: row.get(k) for k in (*KEYS, value)} for row in reported(rows)])
+    where = ["data", "noise", "batch_size", *by]
+    columns = dict.fromkeys((*KEYS, *by, value))
+    frame = pd.DataFrame([{key: row.get(key) for key in columns} for row in reported(rows)])
     table = []
-    for (data, noise, size, method), group in frame.groupby(
-        ["data", "noise", "batch_size", "method"], sort=False
-    ):
-        kept = group[~group["collapsed"]].dropna(subset=[value]).set_index("seed")[value]
-        other = frame[
-            (frame["data"] == data)
-            & (frame["noise"] == noise)
-            & (frame["batch_size"] == size)
-            & (frame["method"] == baseline)
-            & ~frame["collapsed"]
-        ].set_index("seed")[value]
-        difference = (kept - other).dropna()
-        mean, half = interval(kept) if len(kept) else (np.nan, np.nan)
-        gain, gain_half = (
-            interval(difference) if len(difference) and method != baseline else (np.nan, np.nan)
-        )
-        table.append(
-            {
-                "data": data,
-                "noise": noise,
-                "batch_size": size,
-                "method": method,
-                "learning_rate": group["learning_rate"].iloc[0],
-                "seeds": len(kept),
-                "collapsed": int(group["collapsed"].sum()),
-                "mean": mean,
-                "half_width": half,
-                "gain": gain,
-                "gain_half_width": gain_half,
-            }
-        )
+    for found, here in frame.groupby(where, sort=False):
+        kept = {
+            method: group[~group["collapsed"]].dropna(subset=[value]).set_index("seed")[value]
+            for method, group in here.groupby("method", sort=False)
+        }
+        for method, values in kept.items():
+            group = here[here["method"] == method]
+            mean, half = interval(values) if len(values) else (np.nan, np.nan)
+            gain, gain_half = np.nan, np.nan
+            if method != baseline and baseline in kept:
+                difference = (values - kept[baseline]).dropna()
+                gain, gain_half = interval(difference) if len(difference) else (gain, gain_half)
+            table.append(
+                {
+                    **dict(zip(where, found, strict=True)),
+                    "method": method,
+                    "learning_rate": group["learning_rate"].iloc[0],
+                    "seeds": len(values),
+                    "collapsed": int(group["collapsed"].sum()),
+                    "mean": mean,
+                    "half_width": half,
+                    "gain": gain,
+                    "gain_half_width": gain_half,
+                }
+            )
     return pd.DataFrame(table)
 
 

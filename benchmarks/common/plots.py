@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
+from scipy.cluster.hierarchy import dendrogram
 
 from benchmarks.common import style
-from benchmarks.common.paired import reported, summary
+from benchmarks.common.paired import TITLES, reported, summary
+from benchmarks.common.probes import CORRUPTIONS, SEVERITIES
 
 HERO = {  # contenders, and what the picture calls them
     "varcon-loss": "varcon-loss",
@@ -329,3 +331,71 @@ def draw_quickstart(
         "Held-out images of ten of the 100 classes (t-SNE; classes share their left digit)"
     )
     return style.save(figure, path, ends)
+
+
+def draw_settings(table: pd.DataFrame, vary: str, path: Path) -> Path:
+    """Accuracy over the values of one setting, a panel a read-out, for the first batch size."""
+    table = table[table["batch_size"] == table["batch_size"].min()]
+    shown = [v for v in ("linear", "knn", "linear, 5 a class") if v in set(table["readout"])]
+    figure, axes = style.panels(1, len(shown), 3.6)
+    settings = list(dict.fromkeys(table[vary]))
+    for axis, value in zip(axes[0], shown, strict=True):
+        here = table[table["readout"] == value]
+        for index, (method, mine) in enumerate(here.groupby("method", sort=False)):
+            at = np.array([settings.index(setting) for setting in mine[vary]])
+            axis.errorbar(
+                at + 0.06 * index, 100 * mine["mean"], 100 * mine["half_width"].fillna(0),
+                capsize=2, **style.line(method),
+            )  # fmt: skip
+        axis.set_xticks(range(len(settings)), [str(setting) for setting in settings])
+        axis.set(title=TITLES[value], xlabel=vary)
+    axes[0, 0].set_ylabel("accuracy, %")
+    first = table.iloc[0]
+    figure.suptitle(
+        f"{first['data']}, batch {first['batch_size']}: mean and 95 % interval over "
+        f"{table['seeds'].max()} seeds"
+    )
+    style.legend(figure, axes.flat, 4)
+    return style.save(figure, path)
+
+
+def draw_corruption(table: pd.DataFrame, path: Path) -> Path:
+    """Accuracy over severity, a panel a corruption; severity 0 is the clean images."""
+    figure, axes = style.panels(2, 3, 5.2, sharex=True, sharey=True)
+    for axis, name in zip(axes.flat, CORRUPTIONS, strict=True):
+        parts = ["linear", *(f"{name}, {severity}" for severity in SEVERITIES)]
+        for method, mine in table.groupby("method", sort=False):
+            by_part = mine.set_index("readout").loc[parts]
+            axis.errorbar(
+                range(len(parts)), 100 * by_part["mean"], 100 * by_part["half_width"].fillna(0),
+                capsize=2, **style.line(method),
+            )  # fmt: skip
+        axis.set_title(name)
+    for axis in axes[1]:
+        axis.set_xlabel("severity")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("linear probe, %")
+    style.legend(figure, axes.flat, 3)
+    return style.save(figure, path)
+
+
+def draw_trees(trees: Mapping[str, Any], names: Sequence[str], path: Path) -> Path:
+    """The tree of class means of each method, one seed."""
+    rows = (len(trees) + 1) // 2
+    height = max(2.2, 0.11 * len(names))
+    figure, axes = style.panels(rows, 2, rows * height + 0.4)
+    for axis in axes.flat[len(trees) :]:
+        axis.remove()
+    for axis, (method, tree) in zip(axes.flat, trees.items(), strict=False):
+        dendrogram(
+            np.array(tree), labels=list(names), orientation="right", ax=axis, color_threshold=0,
+            above_threshold_color=style.line(method)["color"],
+            leaf_font_size=8 if len(names) <= 20 else 4,
+        )  # fmt: skip
+        axis.set_title(method)
+        axis.grid(False)
+    for axis in axes[-1]:
+        if axis.figure is not None:
+            axis.set_xlabel("cosine distance")
+    figure.suptitle("Average-linkage trees of class means, held-out images, one seed")
+    return style.save(figure, path)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from torch import Tensor, nn
 
@@ -21,8 +21,13 @@ def knn_predictions(train: Tensor, labels: Tensor, test: Tensor, k: int = 10) ->
 
 def linear_predictions(train: Tensor, labels: Tensor, test: Tensor) -> np.ndarray:
     """Multinomial logistic regression on standardised features."""
+    return linear_model(train, labels).predict(test.numpy())
+
+
+def linear_model(train: Tensor, labels: Tensor) -> Pipeline:
+    """The fitted probe of `linear_predictions`."""
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
-    return model.fit(train.numpy(), labels.numpy()).predict(test.numpy())
+    return model.fit(train.numpy(), labels.numpy())
 
 
 def centroid_predictions(objective: nn.Module, test: Tensor) -> np.ndarray | None:

@@ -30,6 +30,7 @@ class Recipe:
     temperature: float = 0.1
     epsilon: float | None = None  # the method's own where None
     centroid_momentum: float | None = None  # likewise
+    augmentation: str = "default"  # or weak, strong
     encoder: str = "small-cnn"
     loss_scale: float = 1.0  # the authors' 8-GPU script trains with 1 / 8
 
@@ -78,7 +79,7 @@ def train(
     objective = make_objective(
         method, encoder.out_dim, data.num_classes, dim=recipe.dim, head=recipe.head, **options
     ).to(device)
-    augment = make_augmentation(flips=data.flips)
+    augment = make_augmentation(flips=data.flips, strength=recipe.augmentation)
 
     images = data.train.images.to(device)
     labels = (data.train.labels if labels is None else labels).to(device)
