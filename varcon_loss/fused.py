@@ -31,6 +31,8 @@ def why_not(features: Tensor, dtype: torch.dtype) -> str | None:
     """What keeps the kernels from ``features`` ``[N, D]``, computed in ``dtype``; None: nothing."""
     if not HAS_TRITON:
         return "Triton is not installed"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "inside torch.func transforms tensors have no memory that a kernel could read"
     if features.dtype not in DTYPES or dtype == torch.float64:
         return "features are float64, and the kernels compute in float32"
     if features.shape[1] > LARGEST_DIM:
@@ -78,7 +80,7 @@ def _operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
 
 
 def _fake_norms(features: Tensor, valid: Tensor | None) -> Tensor:
-    return features.new_empty(len(features), dtype=torch.float32)
+    return features.new_empty(features.shape[0], dtype=torch.float32)
 
 
 @_operator("row_norms", _fake_norms)
@@ -110,7 +112,7 @@ class Groups(NamedTuple):
 
 
 def _new_labels(labels: Tensor, ignored: int | None, num_classes: int | None) -> tuple[Tensor, ...]:
-    num_rows = len(labels)
+    num_rows = labels.shape[0]
     size = max(1, num_rows if num_classes is None else min(num_rows, num_classes))
     return (
         torch.empty_like(labels),
@@ -188,10 +190,15 @@ def group_slots(slots: Tensor, valid: Tensor | None, size: int) -> Groups:
     return Groups(order, borders[:-1].contiguous(), borders[1:].contiguous())
 
 
+def sum_by_slot(rows: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> Tensor:
+    """As `varcon_loss.centroids.sum_by_slot`, with no float atomics: the same bits every time."""
+    return class_sums(rows, *group_slots(slots, valid, size), False)[0]
+
+
 def _new_sums(
     features: Tensor, order: Tensor, starts: Tensor, ends: Tensor, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (num_rows, dim), size = features.shape, len(starts)
+    (num_rows, dim), size = features.shape, starts.shape[0]
     return (
         features.new_empty(size, dim, dtype=torch.float32),
         features.new_empty(size, dtype=torch.float32),
@@ -214,7 +221,7 @@ def class_sums(
     """
     from varcon_loss import kernels
 
-    (num_rows, dim), size = features.shape, len(starts)
+    (num_rows, dim), size = features.shape, starts.shape[0]
     sums, counts, unit, norms = _new_sums(features, order, starts, ends, normalize)
     # Large classes are cut into pieces that run side by side.
     pieces = min(64, _power_of_two(num_rows // (32 * size)))

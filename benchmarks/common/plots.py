@@ -43,7 +43,7 @@ def draw_hero(frame: pd.DataFrame, path: Path, num_classes: int = 1000) -> Path:
             else:
                 axis.annotate(
                     name, (x, y), (6, 6), textcoords="offset points", color=drawn["color"],
-                    ha="right", va="bottom",
+                    ha="right" if name == "SupCon" else "center", va="bottom",
                 )  # fmt: skip
         style.log_ticks(axis, x=SIZE_TICKS, y=True)
         axis.set(title=title, xlabel="batch size N")
