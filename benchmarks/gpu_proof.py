@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure, results
-from benchmarks.contenders import CONTENDERS
-from benchmarks.measure import Problem
+from benchmarks.common import measure, results
+from benchmarks.common.contenders import CONTENDERS
+from benchmarks.common.measure import Problem
 
 LIMIT = 460  # seconds a stage
 OURS = "varcon-loss"

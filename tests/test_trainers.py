@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.ranks import run_ranks
+from benchmarks.common.ranks import run_ranks
 from varcon_loss import ProjectionHead, VarConLoss, varcon_terms
 
 DOCS = Path(__file__).parent.parent / "docs" / "trainers.md"
