@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from varcon_loss import VarConLoss, varcon_loss, varcon_terms
+from varcon_loss import VarConLoss, proven, varcon_loss, varcon_terms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -115,8 +115,13 @@ def test_runs_on_the_device_of_its_inputs() -> None:
     torch.testing.assert_close(got.cpu(), expected.cpu())
 
 
-def test_auto_picks_the_kernels() -> None:
+def test_auto_picks_the_kernels_where_they_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = batch(8, 3, 16)
+    monkeypatch.setattr(proven, "PROVEN", ())
+    assert varcon_terms(features, labels).impl == "eager"
+    here = torch.cuda.get_device_capability()
+    proof = proven.Proof(here, torch.float32, (1, 64), "")
+    monkeypatch.setattr(proven, "PROVEN", (proof,))
     assert varcon_terms(features, labels).impl == "triton"
     assert varcon_terms(features.double(), labels).impl == "eager"
 
@@ -125,7 +130,7 @@ def test_auto_picks_the_kernels() -> None:
 def test_many_classes(dtype: torch.dtype) -> None:
     """K = 100,000, and more logits than a 32-bit offset could count."""
     features, labels = batch(65_536, 100_000, 64, dtype)
-    terms = varcon_terms(features, labels, num_classes=100_000)
+    terms = varcon_terms(features, labels, num_classes=100_000, impl="triton")
     terms.reduced.backward()
     assert terms.impl == "triton"
     eager = varcon_terms(features.detach(), labels, num_classes=100_000, impl="eager")

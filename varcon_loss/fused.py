@@ -17,6 +17,7 @@ from torch import Tensor
 
 from varcon_loss.labels import ClassIndex, Labels, read_labels
 from varcon_loss.operators import SweepResult, make_operator
+from varcon_loss.proven import is_proven
 from varcon_loss.readable import values_may_be_read
 from varcon_loss.rows import Rows
 
@@ -25,24 +26,63 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # A block of rows and its gradient stay in registers and shared memory up to this width.
 LARGEST_DIM = 1024
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 in the matrix units
+SMALLEST_SHARED = 99 * 1024  # bytes of shared memory on every device from there on
+# All else fits that; float32 rows wider than this take so much, by precision, as compiled.
+NARROW_FLOAT32 = 512
+WIDE_FLOAT32_BYTES = {"ieee": 129 * 1024, "tf32": 257 * 1024}
+
+
+def runs_by_default(features: Tensor, dtype: torch.dtype) -> bool:
+    """Does ``impl="auto"`` run the kernels? Only where `varcon_loss.proven` has an entry."""
+    if features.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    capability = _device_limits(features.device).capability
+    if not is_proven(capability, features.dtype, features.shape[1]):
+        return False
+    return why_not(features, dtype) is None
 
 
 def why_not(features: Tensor, dtype: torch.dtype) -> str | None:
     """What keeps the kernels from ``features`` ``[N, D]``, computed in ``dtype``; None: nothing."""
+    dim, device = features.shape[1], features.device
     if not HAS_TRITON:
         return "Triton is not installed"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "inside torch.func transforms tensors have no memory that a kernel could read"
     if features.dtype not in DTYPES or dtype == torch.float64:
         return "features are float64, and the kernels compute in float32"
-    if features.shape[1] > LARGEST_DIM:
-        return f"features have width {features.shape[1]}, and the kernels take up to {LARGEST_DIM}"
-    if features.device.type == "cuda":
-        if torch.cuda.get_device_capability(features.device) < OLDEST_CAPABILITY:
-            return f"{features.device} is older than compute capability 8.0"
-    elif not (features.device.type == "cpu" and _interpreted()):
-        return f"features are on {features.device}, and the kernels run on CUDA devices"
+    if dim > LARGEST_DIM:
+        return f"features have width {dim}, and the kernels take up to {LARGEST_DIM}"
+    if device.type == "cpu" and _interpreted():
+        return None
+    if device.type != "cuda":
+        return f"features are on {device}, and the kernels run on CUDA devices"
+    if torch.version.hip is not None:
+        return f"{device} runs under ROCm {torch.version.hip}, and the kernels are for NVIDIA GPUs"
+    capability, shared_bytes = _device_limits(device)
+    if capability < OLDEST_CAPABILITY:
+        return f"{device} has compute capability {capability[0]}.{capability[1]}, older than 8.0"
+    if features.itemsize == 4 and dim > NARROW_FLOAT32:
+        needed = WIDE_FLOAT32_BYTES[float32_precision()]
+        if needed > shared_bytes:
+            return (
+                f"float32 features of width {dim} need {needed // 1024} KiB of shared memory, and "
+                f"{device} has {shared_bytes // 1024} KiB"
+            )
     return None
+
+
+class DeviceLimits(NamedTuple):
+    """What kernels must fit into."""
+
+    capability: tuple[int, int]
+    shared_bytes: int  # of a block of threads
+
+
+def _device_limits(device: torch.device) -> DeviceLimits:
+    properties = torch.cuda.get_device_properties(device)
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", SMALLEST_SHARED)
+    return DeviceLimits((properties.major, properties.minor), shared_bytes)
 
 
 def _interpreted() -> bool:
