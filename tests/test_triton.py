@@ -290,13 +290,16 @@ def test_forward_alone_keeps_no_gradient() -> None:
     torch.testing.assert_close(got, varcon_loss(features, labels, impl="reference"), **FLOAT32)
 
 
-def test_second_derivatives_are_refused() -> None:
-    features, labels = batch(10, 3, 8)
+def test_second_derivatives_are_those_of_the_equations() -> None:
+    features, labels = batch(9, 3, 6, torch.float32)
     features.requires_grad_()
-    loss = varcon_loss(features, labels, impl="triton")
-    (gradient,) = torch.autograd.grad(loss, features, create_graph=True)
-    with pytest.raises(NotImplementedError, match="impl='reference'"):
-        (loss + gradient.square().sum()).backward()
+    found = []
+    for impl in ("triton", "reference"):
+        loss = varcon_loss(features, labels, 0.5, 0.2, impl=impl)
+        (first,) = torch.autograd.grad(loss, features, create_graph=True)
+        found += torch.autograd.grad(first.square().sum(), features)
+    assert found[1].abs().max() > 1e-4
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_classes", [5, None])
@@ -330,8 +333,9 @@ def test_operators_follow_the_rules(dtype: torch.dtype) -> None:
     _, counts, w, _ = fused.class_sums(features, *found.groups, True)
     present, count = counts > 0, found.classes.num_present
     features.requires_grad_()
-    rows = (features, None, norms, found.slots, w, present, count, False, None, valid, None)
-    torch.library.opcheck(operators.fused_sweep.default, (*rows, 0.1, 0.02, True, True))
+    differentiated = (features, norms, w, True, True)  # need_grad, need_terms
+    rest = (None, found.slots, present, count, False, None, valid, None, 0.1, 0.02, None)
+    torch.library.opcheck(operators.fused_sweep.default, (*differentiated, *rest))
 
 
 def test_float64_is_an_error_and_wide_rows_too() -> None:
