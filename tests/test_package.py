@@ -82,7 +82,7 @@ def test_the_tests_run_from_the_unpacked_sdist(unpacked: Path) -> None:
     """With data, the harness, an adapter and doctests; and nothing is taken from this checkout."""
     chosen = [
         "tests/test_golden.py",
-        "tests/test_benchmarks.py::test_results_come_back",
+        "tests/test_benchmarks_speed.py::test_results_come_back",
         "varcon_loss/heads.py",
         "varcon_loss/integrations/metric_learning.py",
     ]
