@@ -179,7 +179,11 @@ varcon_loss.ProjectionHead(4)(x)
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_test_says_how_long_it_takes_and_what_is_skipped() -> None:
     done = subprocess.run(
-        ["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "--dry-run", "test"],  # also where make runs the tests
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     *_, length, skipped, command = done.stdout.splitlines()
     assert "minutes on two" in length
