@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varcon_loss.labels import ClassIndex, Labels, read_labels
+from varcon_loss.classes import Centroids, Classes, ClassIndex
 from varcon_loss.operators import SweepResult, make_operator
+from varcon_loss.options import Options
 from varcon_loss.proven import is_proven
 from varcon_loss.readable import values_may_be_read
-from varcon_loss.rows import Rows
+from varcon_loss.rows import Implementation, Rows
+from varcon_loss.samples import Batch, Samples, read_labels
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -195,29 +197,42 @@ def _sort_labels(
     return values, valid, broken, slots, order, starts, ends, classes, num_present, divisor
 
 
-class SortedLabels(NamedTuple):
-    """Labels read, and the samples of each class found."""
-
-    labels: Labels
-    classes: ClassIndex
-    slots: Tensor  # [N]
-    groups: Groups
+def read(batch: Batch, options: Options, dtype: torch.dtype) -> Samples:
+    """As `varcon_loss.samples.read`; the kernels divide by the lengths themselves."""
+    labels, valid, broken = read_labels(batch, options)
+    norms = row_norms(batch.features, valid) if options.normalize else None
+    return Samples(features=batch.features, labels=labels, valid=valid, broken=broken, norms=norms)
 
 
-def sort_labels(
-    labels: Tensor, num_classes: int | None, ignore_index: int | None, *, name: str = "labels"
-) -> SortedLabels:
-    """`labels.read_labels` and `labels.index_classes` in one sort, and nothing waits for ``K``."""
-    if values_may_be_read(labels):
-        read_labels(labels, num_classes, ignore_index, name=name)  # raises
-    values, valid, broken, slots, order, starts, ends, classes, num_present, divisor = _sort_labels(
-        labels.to(torch.int64), ignore_index, num_classes
+def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool) -> Classes:
+    """As `varcon_loss.classes.summarise`, in one sort, and nothing waits for ``K``.
+
+    Lengths, counts and centroids fall out of the sums.
+    """
+    num_classes, ignore_index = options.num_classes, options.ignore_index
+    if values_may_be_read(batch.labels):
+        read_labels(batch, options)  # raises
+    labels, valid, broken, slots, order, starts, ends, ascending, num_present, num_valid = (
+        _sort_labels(batch.labels.to(torch.int64), ignore_index, num_classes)
     )
-    return SortedLabels(
-        Labels(values, valid, None if num_classes is None else broken, divisor),
-        ClassIndex(len(classes), True, None, classes, num_present=num_present),
-        slots,
-        Groups(order, starts, ends),
+    sums, counts, unit, norms = class_sums(batch.features, order, starts, ends, options.normalize)
+    members = Samples(
+        features=batch.features,
+        labels=labels,
+        valid=valid,
+        broken=None if num_classes is None else broken,
+        num_valid=num_valid,
+        slots=slots,
+        norms=norms if options.normalize else None,
+    )
+    return Classes(
+        index=ClassIndex(
+            size=len(ascending), gaps="last", ascending=ascending, num_present=num_present
+        ),
+        sums=sums,
+        counts=counts,
+        members=members,
+        centroids=Centroids(unit=unit, present=None, num_present=num_present, packed=True),
     )
 
 
@@ -230,8 +245,8 @@ def group_slots(slots: Tensor, valid: Tensor | None, size: int) -> Groups:
     return Groups(order, borders[:-1].contiguous(), borders[1:].contiguous())
 
 
-def sum_by_slot(rows: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> Tensor:
-    """As `varcon_loss.centroids.sum_by_slot`, with no float atomics: the same bits every time."""
+def sum_slots(rows: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> Tensor:
+    """As `varcon_loss.classes.sum_slots`, with no float atomics: the same bits every time."""
     return class_sums(rows, *group_slots(slots, valid, size), False)[0]
 
 
@@ -334,7 +349,10 @@ def sweep(
     """
     from varcon_loss import kernels
 
-    (features, _, norms), slots, (w, present, num_classes, packed), own, valid, broken = rows
+    anchors, centroids = rows.anchors, rows.centroids
+    features, norms, valid, broken = anchors.features, anchors.norms, anchors.valid, anchors.broken
+    w, present, num_present = centroids.unit, centroids.present, centroids.num_present
+    packed, slots, own = centroids.packed, rows.slots, rows.own
     num_rows, dim = features.shape
     loss = w.new_empty(num_rows)
     others = w.new_empty(4, num_rows)
@@ -366,7 +384,7 @@ def sweep(
         kernels.sweep_kernel,
         (-(-num_rows // tiles.rows),),
         features.device,
-        *(features, norms, valid, slots, w, w.to(features.dtype), w.sum(0), present, num_classes),
+        *(features, norms, valid, slots, w, w.to(features.dtype), w.sum(0), present, num_present),
         *(own, broken, loss, others, gradient, scale, num_rows, len(w), dim, *features.stride()),
         *(temperature, epsilon),
         constants,
@@ -374,4 +392,12 @@ def sweep(
     return loss, others, gradient, scale
 
 
-fused_terms = make_operator("varcon_loss::fused_sweep", sweep, fused=True)
+FUSED = Implementation(
+    name="triton",
+    read=read,
+    summarise=summarise,
+    sum_slots=sum_slots,
+    sweep=make_operator("varcon_loss::fused_sweep", sweep, fused=True),
+    why_not=why_not,
+    by_default=runs_by_default,
+)
