@@ -14,10 +14,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from varcon_loss import VarConLoss, VarConTerms, fused, varcon_loss, varcon_terms
 from varcon_loss.centroids import Centroids
-from varcon_loss.eager import eager_terms
 from varcon_loss.labels import index_classes, read_labels
+
+from varcon_loss import VarConLoss, VarConTerms, fused, varcon_loss, varcon_terms
+from varcon_loss.eager import eager_terms
 from varcon_loss.rows import Rows, Samples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -44,7 +44,7 @@ class Centroids(NamedTuple):
 class Classes(NamedTuple):
     """What a set of samples says about its classes."""
 
-    index: ClassIndex
+    lookup: ClassIndex
     sums: Tensor  # [S, D] sum of the unit rows of each class
     counts: Tensor | None  # [S] how many valid rows that is; None: at least one in every slot
     members: Samples | None = None  # the samples themselves, in their slots; None: of all ranks
@@ -61,14 +61,14 @@ class Classes(NamedTuple):
         if self.labels is not None:
             return self.labels
         assert self.members is not None
-        return labels_of_slots(self.members, self.index.size)
+        return labels_of_slots(self.members, self.lookup.size)
 
     def find_centroids(self) -> Centroids:
         """Directions of the sums, unless they were found along with them."""
         if self.centroids is not None:
             return self.centroids
-        counts = None if self.index.gaps == "none" else self.counts
-        return unit_centroids(self.sums, counts, packed=self.index.gaps != "anywhere")
+        counts = None if self.lookup.gaps == "none" else self.counts
+        return unit_centroids(self.sums, counts, packed=self.lookup.gaps != "anywhere")
 
 
 # Sums ``[S, D]`` of rows ``[N, D]`` by their slots ``[N]``; those not valid ``[N]`` are zeros.
@@ -87,7 +87,7 @@ def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool
     if count or index.gaps != "none":
         counts = class_counts(slots, samples.valid, index.size, dtype)
     sums = sum_slots(samples.unit, slots, samples.valid, index.size)
-    return Classes(index=index, sums=sums, counts=counts, members=samples.placed(slots))
+    return Classes(lookup=index, sums=sums, counts=counts, members=samples.placed(slots))
 
 
 def index_classes(samples: Samples, num_classes: int | None) -> tuple[ClassIndex, Tensor]:

@@ -225,8 +225,8 @@ def exchange_classes(
         capacity = plan.capacity
         if agreed.num_classes is None:
             largest = torch.tensor(len(local), device=agreed.device)
-            if classes is not None and classes.index.num_present is not None:
-                largest = classes.index.num_present.clone()  # the slots after them are empty
+            if classes is not None and classes.lookup.num_present is not None:
+                largest = classes.lookup.num_present.clone()  # the slots after them are empty
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=plan.group)
             capacity = max(1, int(largest))
         crowded = agreed.num_classes is not None and len(local) > capacity
@@ -251,7 +251,7 @@ def exchange_classes(
         return merged, total
     poison = torch.where(statuses.sum() > 0, torch.nan, 0.0).to(agreed.dtype)
     spoilt = Classes(
-        index=merged.index,
+        lookup=merged.lookup,
         sums=merged.sums + poison,
         counts=merged.counts,
         labels=merged.labels,
@@ -277,7 +277,7 @@ def _by_all_reduce(
     every = torch.arange(num_classes, device=agreed.device)
     slots = torch.where(counts > 0, every, -1)
     merged = Classes(
-        index=ClassIndex(size=num_classes, gaps="anywhere", table=slots),
+        lookup=ClassIndex(size=num_classes, gaps="anywhere", table=slots),
         sums=sums.contiguous(),
         counts=counts.contiguous(),
         labels=every,
@@ -314,7 +314,7 @@ def _by_all_gather(
     index, slots = index_classes(entries, agreed.num_classes)
     totals = sum_slots(rows, slots, valid, index.size)
     merged = Classes(
-        index=index,
+        lookup=index,
         sums=totals[:, :-1].contiguous(),
         counts=totals[:, -1].contiguous(),
         labels=labels_of_slots(entries.placed(slots), index.size),

@@ -226,7 +226,7 @@ def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool
         norms=norms if options.normalize else None,
     )
     return Classes(
-        index=ClassIndex(
+        lookup=ClassIndex(
             size=len(ascending), gaps="last", ascending=ascending, num_present=num_present
         ),
         sums=sums,

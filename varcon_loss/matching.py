@@ -31,7 +31,7 @@ def match_reference(anchors: Samples, classes: Classes) -> Rows:
     Raises:
         ValueError: one does not, on a CPU in eager mode. Elsewhere it is marked as broken.
     """
-    slots, found = find_slots(anchors.labels, classes.index)
+    slots, found = find_slots(anchors.labels, classes.lookup)
     missing = ~found if anchors.valid is None else ~found & anchors.valid
     if not values_may_be_read(missing):
         broken = missing if anchors.broken is None else missing | anchors.broken
@@ -77,4 +77,4 @@ def _slots(anchors: Samples, classes: Classes) -> Tensor:
     """Where the anchors' classes are: known, unless the classes are those of all ranks."""
     if anchors.slots is not None and classes.members is not None:
         return anchors.slots
-    return find_slots(anchors.labels, classes.index)[0]
+    return find_slots(anchors.labels, classes.lookup)[0]
