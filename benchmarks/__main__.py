@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks.kernel_code import kernel_code
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -347,6 +349,9 @@ def gpu_proof(
     console.print(f"saved: {saved}; copy it to {results.RESULTS} and run report")
     if any(row["status"] != "passed" for row in rows):
         raise typer.Exit(1)
+
+
+app.command(name="kernel-code")(kernel_code)
 
 
 @app.command()

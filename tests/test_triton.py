@@ -7,14 +7,17 @@ only on a GPU.
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from varcon_loss import VarConLoss, VarConTerms, fused, varcon_loss, varcon_terms
+from varcon_loss import VarConLoss, VarConTerms, fused, proven, varcon_loss, varcon_terms
 from varcon_loss.centroids import Centroids
 from varcon_loss.eager import eager_terms
 from varcon_loss.labels import index_classes, read_labels
@@ -189,7 +192,7 @@ def test_small_gradients_survive_float16() -> None:
 
 @pytest.mark.parametrize("ignore_index", [None, -100, 3, 2**63 - 1])
 @pytest.mark.parametrize("num_classes", [None, 6, 10_000])
-@pytest.mark.parametrize("num_rows", [0, 1, 15, 16, 17, 2049])
+@pytest.mark.parametrize("num_rows", [0, 1, 17, 1024, 2049])
 def test_sorted_labels(num_rows: int, num_classes: int | None, ignore_index: int | None) -> None:
     """Slots, members and classes as the torch path finds them; nothing outside is touched."""
     generator = torch.Generator().manual_seed(num_rows)
@@ -217,10 +220,91 @@ def test_sorted_labels(num_rows: int, num_classes: int | None, ignore_index: int
     assert torch.equal(got.classes.classes[: len(present)], present)
     assert torch.equal(got.classes.classes, got.classes.classes.sort().values)
     assert len(got.classes.classes) == max(1, min(num_rows, num_classes or num_rows))
-    order, starts, ends = got.groups
+    order, runs, starts, ends = got.groups
     for slot, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         members = (valid & (got.slots == slot)).nonzero().flatten()
         assert torch.equal(order[start:end], members)
+    assert torch.equal(runs, torch.where(valid, got.slots, -1)[order].int())
+
+
+def test_narrow_keys_sort_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels far out of range do not come back into it, whatever the width of the keys."""
+    labels = torch.randint(300, (1500,), generator=torch.Generator().manual_seed(0))
+    labels[::7] = 2**40 + 5
+    labels[1::7] = -(2**16) + 3
+    labels[2::7] = -100
+    for device_may_not_be_read in (True, False):
+        if not device_may_not_be_read:
+            labels[::7] = labels[1::7] = -100
+        monkeypatch.setattr(
+            fused, "values_may_be_read", lambda tensor, blind=device_may_not_be_read: not blind
+        )
+        results = []
+        for at_once in (4096, 0):
+            monkeypatch.setattr(fused, "SORTED_AT_ONCE", at_once)
+            found = fused.sort_labels(labels.to(DEVICE), 300, -100)
+            order, runs, starts, ends = found.groups
+            kept = runs >= 0  # the others may come in any order
+            results.append((*found.labels, found.slots, found.classes.classes, order[kept]))
+            assert torch.equal((ends - starts).sum(), kept.sum())
+        for narrow, wide in zip(*results, strict=True):
+            assert torch.equal(narrow, wide)
+
+
+@pytest.mark.parametrize("sizes", [(511, 512, 1), (700, 1300, 2, 40), (1, 1024, 1024)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sums_of_large_classes(
+    sizes: tuple[int, ...], normalize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of classes that start and end anywhere in a stretch of the sorted rows."""
+    monkeypatch.setattr(fused, "LONG_CLASS", 64)
+    sizes = tuple(-(-size // 8) for size in sizes)
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    labels[3] = -100
+    features, _ = batch(len(labels), 2, 5)
+    found = fused.sort_labels(labels.to(DEVICE), len(sizes), -100)
+    sums, counts, unit, norms = fused.class_sums(features, *found.groups, normalize)
+    lengths = torch.linalg.vector_norm(features, dim=1)
+    rows = features / lengths[:, None] if normalize else features
+    valid = labels.to(DEVICE) >= 0
+    expected = torch.zeros(len(sums), 5, device=DEVICE)
+    expected.index_add_(0, found.slots[valid], rows[valid])
+    torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(counts, torch.bincount(found.slots[valid], minlength=len(sums)).float())
+    torch.testing.assert_close(
+        unit, torch.nn.functional.normalize(expected, dim=1), rtol=1e-4, atol=1e-4
+    )
+    if normalize:
+        torch.testing.assert_close(norms[valid], lengths[valid])
+
+
+@pytest.mark.parametrize(("num_rows", "num_classes"), [(49, 40), (40, 1)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.02, "epsilon": 0.01},
+        {"leave_one_out": True, "num_classes": 41},
+        {"ignore_index": 0},
+    ],
+    ids=str,
+)
+def test_rows_in_order_of_class(
+    num_rows: int, num_classes: int, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large batches are swept in order of class, where only a few tiles of keys have a mask."""
+    monkeypatch.setattr(fused, "SORTED_FROM", 0)
+    monkeypatch.setitem(fused.TILES[4], 64, fused.Tiles(32, 16, 8, 2))
+    compare(*batch(num_rows, num_classes, 24), **options)
+
+
+def test_memory_and_reference_set_in_order_of_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots with gaps, and slots of rows that take no part."""
+    monkeypatch.setattr(fused, "SORTED_FROM", 0)
+    test_memory()
+    test_reference_set_views_and_strides()
+    test_as_on_a_gpu(3, monkeypatch)
 
 
 def test_a_reference_set_with_nothing_valid_has_no_class_0() -> None:
@@ -344,6 +428,96 @@ def test_float64_is_an_error_and_wide_rows_too() -> None:
     assert varcon_terms(wide, labels).impl == "eager"
 
 
+class Device(NamedTuple):
+    """What torch tells of a CUDA device."""
+
+    major: int
+    minor: int
+    shared_memory_per_block_optin: int
+
+
+A100, L4, H100 = Device(8, 0, 163 * 1024), Device(8, 9, 99 * 1024), Device(9, 0, 227 * 1024)
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
+    """Features ``[64, dim]`` as on a device that need not be there."""
+
+    def make(device: Device, dim: int, dtype: torch.dtype) -> Tensor:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+        with FakeTensorMode():
+            return torch.empty(64, dim, dtype=dtype, device="cuda")
+
+    return make
+
+
+@pytest.mark.parametrize("num_rows", [64, 65_536])
+@pytest.mark.parametrize("dtype", fused.DTYPES)
+@pytest.mark.parametrize("dim", [1, 16, 64, 100, 128, 256, 384, 512, 768, 1024])
+@pytest.mark.parametrize("device", [A100, L4, H100, L4._replace(major=12), H100._replace(major=10)])
+def test_tiles_fit_the_device_or_the_reason_is_told(
+    device: Device, dim: int, dtype: torch.dtype, num_rows: int, on_device: Callable[..., Tensor]
+) -> None:
+    obstacle = fused.why_not(on_device(device, dim, dtype), torch.float32)
+    capability, limit = device[:2], device.shared_memory_per_block_optin
+    tiles = fused.choose_tiles(num_rows, dim, dtype.itemsize, capability)
+    fits = tiles.shared_bytes(dim, dtype.itemsize, capability) <= limit
+    assert fits == (obstacle is None)
+    # Only this does not fit anywhere: rows and keys of 4 KiB each, 16 of either at least.
+    assert fits or (dtype == torch.float32 and dim > 512 and limit == 99 * 1024)
+    if obstacle is not None:
+        assert f"width {dim}" in obstacle
+        assert "99 KiB" in obstacle
+
+
+def test_every_obstacle_is_told(
+    on_device: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fused.why_not(on_device(H100, 8, torch.bfloat16), torch.float32) is None
+    turing = on_device(Device(7, 5, 64 * 1024), 8, torch.float16)
+    assert "7.5" in str(fused.why_not(turing, torch.float32))
+    with FakeTensorMode():
+        elsewhere = torch.empty(4, 8, device="xpu" if DEVICE == "cpu" else "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "CUDA devices" in str(fused.why_not(elsewhere, torch.float32))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "ROCm 7.0" in str(fused.why_not(on_device(H100, 8, torch.bfloat16), torch.float32))
+    monkeypatch.setattr(fused, "HAS_TRITON", False)
+    assert "not installed" in str(fused.why_not(elsewhere, torch.float32))
+
+
+def test_auto_is_eager_but_where_the_kernels_are_proven(
+    on_device: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = on_device(H100, 128, torch.bfloat16)
+    assert not fused.runs_by_default(features, torch.float32)
+    proof = proven.Proof((9, 0), torch.bfloat16, (64, 256), "gpu-proof-h100")
+    monkeypatch.setattr(proven, "PROVEN", (proof,))
+    assert fused.runs_by_default(features, torch.float32)
+    assert not fused.runs_by_default(features, torch.float64)
+    for other in (
+        on_device(H100, 128, torch.float32),
+        on_device(H100, 512, torch.bfloat16),
+        on_device(L4, 128, torch.bfloat16),
+    ):
+        assert not fused.runs_by_default(other, torch.float32)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not fused.runs_by_default(on_device(H100, 128, torch.bfloat16), torch.float32)
+
+
+def test_limits_of_a_device_are_no_break_in_a_compiled_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: H100)
+    torch._dynamo.reset()
+
+    def scaled(x: Tensor) -> Tensor:
+        return x * fused._device_limits(torch.device("cuda", 0)).capability[0]
+
+    compiled = torch.compile(scaled, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 9.0))
+
+
 def test_import_leaves_triton_alone() -> None:
     code = "import sys, varcon_loss.fused; sys.exit('varcon_loss.kernels' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -357,23 +531,6 @@ def test_no_interpreter_no_cpu() -> None:
         "else: raise SystemExit('no error')"
     )
     environment = {"PATH": "/usr/bin:/bin"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
-@pytest.mark.parametrize("everything", [False, True])
-def test_the_compiler_takes_what_the_interpreter_takes(everything: bool) -> None:
-    """For a GPU that need not be there: the compiler has rules that the interpreter lacks."""
-    code = (
-        "import torch\n"
-        "from benchmarks.kernel_code import compile_helpers, compile_smallest, compile_sweep\n"
-        "for dtype in (torch.bfloat16, torch.float16, torch.float32):\n"
-        f"    made = compile_sweep(dtype, 128, 65536, everything={everything})\n"
-        "    assert made.matrix_instructions > 0 and made.shared_bytes <= 232448, made\n"
-        "    assert made.loop_spills in (0, None), made\n"
-        "    compile_helpers(dtype, 128)\n"
-        "    compile_smallest(dtype)\n"
-    )
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 

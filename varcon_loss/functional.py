@@ -399,8 +399,7 @@ def _read(
 def _choose_impl(impl: str, batch: _Batch, dtype: torch.dtype) -> str:
     """What ``"auto"`` stands for here; an error where ``"triton"`` cannot run."""
     if impl == "auto":
-        on_gpu = batch.features.device.type == "cuda"
-        return "triton" if on_gpu and fused.why_not(batch.features, dtype) is None else "eager"
+        return "triton" if fused.runs_by_default(batch.features, dtype) else "eager"
     if impl == "triton":
         obstacle = fused.why_not(batch.features, dtype)
         if obstacle is not None:

@@ -5,7 +5,6 @@ torch.compile does not look into, so one path serves eager mode, compiled graphs
 interpreter, under which the kernels run on CPU tensors (``TRITON_INTERPRET=1``).
 """
 
-import contextlib
 import functools
 import importlib.util
 import os
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from varcon_loss.labels import ClassIndex, Labels, read_labels
 from varcon_loss.operators import SweepResult, make_operator
+from varcon_loss.proven import is_proven
 from varcon_loss.readable import values_may_be_read
 from varcon_loss.rows import Rows
 
@@ -25,22 +25,66 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # A block of rows and its gradient stay in registers and shared memory up to this width.
 LARGEST_DIM = 1024
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 in the matrix units
+SMALLEST_SHARED = 99 * 1024  # bytes a block may have on every device from there on
+SORTED_AT_ONCE = 4096  # up to here torch sorts in one launch, whatever the width of the keys
+LABELS_A_BLOCK = 1024
+LONG_CLASS = 512  # members; the sum of a larger class is shared between programs
+# From this many multiplications of one product on, sorting the rows by class pays: see `sweep`.
+SORTED_FROM = 2**34
+
+
+def runs_by_default(features: Tensor, dtype: torch.dtype) -> bool:
+    """Does ``impl="auto"`` run the kernels? Only where `varcon_loss.proven` has an entry."""
+    if features.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    capability = _device_limits(features.device).capability
+    if not is_proven(capability, features.dtype, features.shape[1]):
+        return False
+    return why_not(features, dtype) is None
 
 
 def why_not(features: Tensor, dtype: torch.dtype) -> str | None:
     """What keeps the kernels from ``features`` ``[N, D]``, computed in ``dtype``; None: nothing."""
+    dim, device = features.shape[1], features.device
     if not HAS_TRITON:
         return "Triton is not installed"
     if features.dtype not in DTYPES or dtype == torch.float64:
         return "features are float64, and the kernels compute in float32"
-    if features.shape[1] > LARGEST_DIM:
-        return f"features have width {features.shape[1]}, and the kernels take up to {LARGEST_DIM}"
-    if features.device.type == "cuda":
-        if torch.cuda.get_device_capability(features.device) < OLDEST_CAPABILITY:
-            return f"{features.device} is older than compute capability 8.0"
-    elif not (features.device.type == "cpu" and _interpreted()):
-        return f"features are on {features.device}, and the kernels run on CUDA devices"
+    if dim > LARGEST_DIM:
+        return f"features have width {dim}, and the kernels take up to {LARGEST_DIM}"
+    if device.type == "cpu" and _interpreted():
+        return None
+    if device.type != "cuda":
+        return f"features are on {device}, and the kernels run on CUDA devices"
+    if torch.version.hip is not None:
+        return f"{device} runs under ROCm {torch.version.hip}, and the kernels are for NVIDIA GPUs"
+    capability, shared_bytes = _device_limits(device)
+    if capability < OLDEST_CAPABILITY:
+        return f"{device} has compute capability {capability[0]}.{capability[1]}, older than 8.0"
+    needed = choose_tiles(len(features), dim, features.itemsize, capability).shared_bytes(
+        dim, features.itemsize, capability
+    )
+    if needed > shared_bytes:
+        return (
+            f"features of width {dim} and {features.itemsize} bytes a number need up to "
+            f"{needed // 1024} KiB of shared memory, and {device} has {shared_bytes // 1024} KiB"
+        )
     return None
+
+
+class DeviceLimits(NamedTuple):
+    """What kernels must fit into."""
+
+    capability: tuple[int, int]
+    shared_bytes: int  # of a block of threads
+
+
+def _device_limits(device: torch.device) -> DeviceLimits:
+    if device.type == "cpu":  # Triton's interpreter
+        return DeviceLimits((9, 0), 227 * 1024)
+    properties = torch.cuda.get_device_properties(device)
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", SMALLEST_SHARED)
+    return DeviceLimits((properties.major, properties.minor), shared_bytes)
 
 
 def _interpreted() -> bool:
@@ -56,9 +100,11 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments
     *tensors, constants = arguments
     if 0 in grid:
         return
-    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         kernel[grid](*tensors, **constants)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](*tensors, **constants)
 
 
 def _operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -105,6 +151,7 @@ class Groups(NamedTuple):
     """Samples sorted by class, and in each class by their place in the batch."""
 
     order: Tensor  # [N] int64 sample numbers
+    runs: Tensor  # [N] int32 slots in that order, -1 where a sample is in no class
     starts: Tensor  # [S] int32, where the samples of a slot start in `order`
     ends: Tensor  # [S] int32, and where they end
 
@@ -118,6 +165,7 @@ def _new_labels(labels: Tensor, ignored: int | None, num_classes: int | None) ->
         labels.new_empty(0 if num_classes is None else num_rows, dtype=torch.bool),
         torch.empty_like(labels),
         torch.empty_like(labels),
+        torch.empty_like(labels, dtype=torch.int32),
         labels.new_empty(size, dtype=torch.int32),
         labels.new_empty(size, dtype=torch.int32),
         labels.new_empty(size),
@@ -126,31 +174,56 @@ def _new_labels(labels: Tensor, ignored: int | None, num_classes: int | None) ->
     )
 
 
+def _sort(labels: Tensor, num_classes: int | None) -> tuple[Tensor, Tensor]:
+    """Stable sort. Known classes by narrow keys, if there are many: a radix sort reads each byte.
+
+    Keys of labels out of range are out of range.
+    """
+    if num_classes is not None and len(labels) > SORTED_AT_ONCE and num_classes < 2**31:
+        labels = labels.clamp(-1, num_classes).to(_smallest_integer(num_classes))
+    return labels.sort(stable=True)
+
+
+def _smallest_integer(largest: int) -> torch.dtype:
+    return torch.int16 if largest < 2**15 else torch.int32
+
+
 @_operator("sort_labels", _new_labels)
 def _sort_labels(
     labels: Tensor, ignore_index: int | None, num_classes: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from varcon_loss import kernels
 
-    ordered, order = labels.sort(stable=True)
+    ordered, order = _sort(labels, num_classes)
     values, valid, broken, slots, _, *per_slot, num_present, divisor = _new_labels(
         labels, ignore_index, num_classes
     )
+    num_rows, num_blocks = len(labels), max(1, -(-len(labels) // LABELS_A_BLOCK))
+    known = (ignore_index or 0, num_classes or 0)
     constants = {
         "HAS_IGNORE": ignore_index is not None,
         "HAS_RANGE": num_classes is not None,
-        "BLOCK": min(2048, max(16, _power_of_two(len(labels)))),
+        "BLOCK": LABELS_A_BLOCK,
     }
+    counts = divisor
+    if num_blocks > 1:
+        counts = labels.new_empty(num_blocks, 3)
+        _launch(
+            kernels.count_segments_kernel,
+            (num_blocks,),
+            labels.device,
+            *(labels, ordered, order, counts, num_rows, *known),
+            constants,
+        )
     _launch(
         kernels.segments_kernel,
-        (1,),
+        (num_blocks,),
         labels.device,
-        *(ordered, order, values, valid, broken, slots, *per_slot, num_present, divisor),
-        *(len(labels), len(per_slot[0]), ignore_index or 0, num_classes or 0),
-        constants,
+        *(labels, ordered, order, counts, values, valid, broken, slots, *per_slot, num_present),
+        *(divisor, num_rows, len(per_slot[1]), num_blocks, *known),
+        constants | {"HAS_COUNTS": num_blocks > 1},
     )
-    starts, ends, classes = per_slot
-    return values, valid, broken, slots, order, starts, ends, classes, num_present, divisor
+    return values, valid, broken, slots, order, *per_slot, num_present, divisor
 
 
 class SortedLabels(NamedTuple):
@@ -168,14 +241,14 @@ def sort_labels(
     """`labels.read_labels` and `labels.index_classes` in one sort, and nothing waits for ``K``."""
     if values_may_be_read(labels):
         read_labels(labels, num_classes, ignore_index, name=name)  # raises
-    values, valid, broken, slots, order, starts, ends, classes, num_present, divisor = _sort_labels(
-        labels.to(torch.int64), ignore_index, num_classes
+    values, valid, broken, slots, order, runs, starts, ends, classes, num_present, divisor = (
+        _sort_labels(labels.to(torch.int64), ignore_index, num_classes)
     )
     return SortedLabels(
         Labels(values, valid, None if num_classes is None else broken, divisor),
         ClassIndex(len(classes), True, None, classes, num_present=num_present),
         slots,
-        Groups(order, starts, ends),
+        Groups(order, runs, starts, ends),
     )
 
 
@@ -185,11 +258,12 @@ def group_slots(slots: Tensor, valid: Tensor | None, size: int) -> Groups:
     ordered, order = keys.to(torch.int32).sort(stable=True)
     borders = torch.arange(size + 1, dtype=torch.int32, device=slots.device)
     borders = torch.searchsorted(ordered, borders, out_int32=True)
-    return Groups(order, borders[:-1].contiguous(), borders[1:].contiguous())
+    runs = ordered if valid is None else ordered.masked_fill(ordered == size, -1)
+    return Groups(order, runs, borders[:-1].contiguous(), borders[1:].contiguous())
 
 
 def _new_sums(
-    features: Tensor, order: Tensor, starts: Tensor, ends: Tensor, normalize: bool
+    features: Tensor, order: Tensor, runs: Tensor, starts: Tensor, ends: Tensor, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (num_rows, dim), size = features.shape, len(starts)
     return (
@@ -202,7 +276,7 @@ def _new_sums(
 
 @_operator("class_sums", _new_sums)
 def class_sums(
-    features: Tensor, order: Tensor, starts: Tensor, ends: Tensor, normalize: bool
+    features: Tensor, order: Tensor, runs: Tensor, starts: Tensor, ends: Tensor, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sum the rows ``[N, D]`` of each class, divided by their lengths if ``normalize``.
 
@@ -214,33 +288,36 @@ def class_sums(
     """
     from varcon_loss import kernels
 
-    (num_rows, dim), size = features.shape, len(starts)
-    sums, counts, unit, norms = _new_sums(features, order, starts, ends, normalize)
-    # Large classes are cut into pieces that run side by side.
-    pieces = min(64, _power_of_two(num_rows // (32 * size)))
-    partial = sums if pieces == 1 else sums.new_empty(size, pieces, dim)
+    num_rows, dim = features.shape
+    sums, counts, unit, norms = _new_sums(features, order, runs, starts, ends, normalize)
     block_d = _power_of_two(dim)
     constants = {
-        "PIECES": pieces,
+        "LONG": LONG_CLASS,
         "BLOCK_N": max(1, 4096 // block_d),
         "BLOCK_D": block_d,
         "NORMALIZE": normalize,
     }
+    pieces = sums
+    if num_rows > LONG_CLASS:
+        # Large classes are cut into pieces that run side by side.
+        stretches = -(-num_rows // LONG_CLASS)
+        pieces = sums.new_empty(stretches, 2, dim)
+        _launch(
+            kernels.class_pieces_kernel,
+            (stretches,),
+            features.device,
+            *(features, order, runs, starts, ends, pieces, norms, num_rows, dim),
+            *features.stride(),
+            constants,
+        )
     _launch(
         kernels.class_sums_kernel,
-        (size, pieces),
+        (len(starts),),
         features.device,
-        *(features, order, starts, ends, partial, unit, counts, norms, dim, *features.stride()),
+        *(features, order, starts, ends, pieces, sums, unit, counts, norms, dim),
+        *features.stride(),
         constants,
     )
-    if pieces > 1:
-        _launch(
-            kernels.join_pieces_kernel,
-            (size,),
-            features.device,
-            *(partial, sums, unit, dim),
-            {"PIECES": pieces, "BLOCK_D": block_d},
-        )
     return sums, counts, unit, norms
 
 
@@ -252,21 +329,52 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
 
+    def shared_bytes(self, dim: int, itemsize: int, capability: tuple[int, int]) -> int:
+        """What a block of threads needs at most: its rows, the prefetched keys, barriers."""
+        width = max(16, _power_of_two(dim))
+        numbers = (self.rows + self.stages * self.keys) * width
+        if capability[0] == 10:  # products read both operands, and weights, from there
+            numbers += self.rows * (width + self.keys)
+        return numbers * itemsize + 1024
 
-def choose_tiles(num_rows: int, dim: int, itemsize: int) -> Tiles:
+
+# By bytes of a number, and width up to which. Two blocks of 4 warps share the registers of
+# a multiprocessor: while one waits for its products, the other computes exponentials.
+# `benchmarks/kernel_code.py` shows what the compiler makes of them: no loop spills registers.
+TILES = {
+    2: {
+        64: Tiles(64, 128, 4, 3),
+        128: Tiles(64, 128, 4, 2),
+        256: Tiles(64, 64, 8, 2),
+        512: Tiles(32, 32, 8, 2),
+        1024: Tiles(16, 16, 8, 2),
+    },
+    4: {
+        64: Tiles(64, 32, 8, 2),
+        128: Tiles(64, 16, 8, 2),
+        256: Tiles(32, 16, 8, 2),
+        512: Tiles(16, 16, 8, 2),
+        1024: Tiles(16, 16, 8, 1),
+    },
+}
+# The same by the major number of the compute capability, where those would spill.
+OTHER_TILES = {
+    (8, 2, 64): Tiles(64, 64, 4, 3),
+    (8, 2, 128): Tiles(64, 64, 4, 2),
+    (12, 2, 64): Tiles(64, 64, 4, 3),
+    (12, 2, 128): Tiles(64, 64, 4, 2),
+    (10, 4, 128): Tiles(32, 16, 8, 2),
+    (12, 4, 128): Tiles(32, 16, 8, 2),
+}
+
+
+def choose_tiles(num_rows: int, dim: int, itemsize: int, capability: tuple[int, int]) -> Tiles:
     """Rows as many as registers allow, fewer where a small batch would leave the GPU idle."""
-    width = max(16, _power_of_two(dim))
-    if itemsize == 2:
-        rows, keys = {16: (128, 128), 32: (128, 128), 64: (128, 64), 128: (128, 64)}.get(
-            width, (max(16, 16384 // width), max(16, 16384 // width))
-        )
-    else:
-        rows, keys = max(16, min(64, 8192 // width)), max(16, min(32, 4096 // width))
-    while rows > 16 and num_rows < 128 * rows:
-        rows //= 2
-    # One block fills a multiprocessor's registers, so its shared memory is free for prefetching.
-    stages = 3 if itemsize == 2 and width <= 128 else 2
-    return Tiles(rows, keys, 8 if rows >= 128 or rows * width >= 16384 else 4, stages)
+    width = max(64, _power_of_two(dim))
+    tiles = OTHER_TILES.get((capability[0], itemsize, width), TILES[itemsize][width])
+    if num_rows < 64 * tiles.rows and tiles.rows > 16:
+        tiles = tiles._replace(rows=tiles.rows // 2)
+    return tiles
 
 
 def float32_precision() -> str:
@@ -288,18 +396,23 @@ def sweep(
     from varcon_loss import kernels
 
     (features, _, norms), slots, (w, present, num_classes, packed), own, valid, broken = rows
-    num_rows, dim = features.shape
+    (num_rows, dim), num_slots = features.shape, len(w)
     loss = w.new_empty(num_rows)
     others = w.new_empty(4, num_rows)
     gradient = features.new_empty((num_rows, dim) if need_grad else 0)
     scale = w.new_empty(num_rows if need_grad else 0)
     w = w.contiguous()
     own = None if own is None else own.contiguous()
-    tiles = choose_tiles(num_rows, dim, features.itemsize)
+    order = None
+    if num_rows * num_slots * dim >= SORTED_FROM:
+        # Rows in order of class: then few keys need a mask, which costs as much as all the rest.
+        slots, order = slots.to(_smallest_integer(num_slots)).sort(stable=True)
+    tiles = choose_tiles(num_rows, dim, features.itemsize, _device_limits(features.device)[0])
     constants = {
         "BLOCK_N": tiles.rows,
         "BLOCK_K": tiles.keys,
         "BLOCK_D": max(16, _power_of_two(dim)),
+        "HAS_ORDER": order is not None,
         "HAS_NORMS": norms is not None,
         "HAS_VALID": valid is not None,
         "HAS_PRESENT": present is not None and not packed,
@@ -319,9 +432,9 @@ def sweep(
         kernels.sweep_kernel,
         (-(-num_rows // tiles.rows),),
         features.device,
-        *(features, norms, valid, slots, w, w.to(features.dtype), w.sum(0), present, num_classes),
-        *(own, broken, loss, others, gradient, scale, num_rows, len(w), dim, *features.stride()),
-        *(temperature, epsilon),
+        *(features, order, norms, valid, slots, w, w.to(features.dtype), w.sum(0), present),
+        *(num_classes, own, broken, loss, others, gradient, scale, num_rows, num_slots, dim),
+        *(*features.stride(), temperature, epsilon),
         constants,
     )
     return loss, others, gradient, scale

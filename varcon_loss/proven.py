@@ -1,0 +1,31 @@
+"""Where the fused kernels have been shown to be right on a device: there ``impl="auto"`` runs them.
+
+An entry is added by hand, from results of ``python -m benchmarks gpu-proof`` that are in the
+repository. Elsewhere on CUDA ``"auto"`` is ``"eager"``, and ``impl="triton"`` is the way to try
+the kernels.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Proof(NamedTuple):
+    """What one results file shows."""
+
+    capability: tuple[int, int]  # CUDA compute capability of the device
+    dtype: torch.dtype  # of the features
+    widths: tuple[int, int]  # smallest and largest D
+    results: str  # name of the file in benchmarks/results/, without .json
+
+    def covers(self, capability: tuple[int, int], dtype: torch.dtype, dim: int) -> bool:
+        smallest, largest = self.widths
+        return (self.capability, self.dtype) == (capability, dtype) and smallest <= dim <= largest
+
+
+PROVEN: tuple[Proof, ...] = ()
+
+
+def is_proven(capability: tuple[int, int], dtype: torch.dtype, dim: int) -> bool:
+    """Does an entry of `PROVEN` cover features ``[N, dim]`` on such a device?"""
+    return any(proof.covers(capability, dtype, dim) for proof in PROVEN)
