@@ -267,11 +267,15 @@ def _count(pattern: str, lines: list[str]) -> int:
 def wanted(
     targets: list[int], modes: list[tuple[str, str]], widths: list[int]
 ) -> Iterator[tuple[int, str, str, int]]:
-    """Target, dtype, precision and width, those that matter most first."""
+    """Target, dtype, precision and width that the kernels take; what matters most comes first."""
     for dtype, precision in modes:
         for dim in widths:
             for target in targets:
-                yield target, dtype, precision, dim
+                capability, itemsize = divmod(target, 10), DTYPES[dtype].itemsize
+                tiles = fused.choose_tiles(LARGE_BATCH, dim, itemsize, capability)
+                needed = tiles.shared_bytes(dim, itemsize, capability)
+                if needed <= SHARED_KIB[target] * 1024:  # else `fused.why_not` refuses
+                    yield target, dtype, precision, dim
 
 
 def kernel_code(

@@ -164,7 +164,6 @@ def _new_labels(labels: Tensor, ignored: int | None, num_classes: int | None) ->
         torch.empty_like(labels, dtype=torch.bool),
         labels.new_empty(0 if num_classes is None else num_rows, dtype=torch.bool),
         torch.empty_like(labels),
-        torch.empty_like(labels),
         torch.empty_like(labels, dtype=torch.int32),
         labels.new_empty(size, dtype=torch.int32),
         labels.new_empty(size, dtype=torch.int32),
@@ -172,6 +171,13 @@ def _new_labels(labels: Tensor, ignored: int | None, num_classes: int | None) ->
         labels.new_empty(()),
         labels.new_empty((), dtype=torch.float32),
     )
+
+
+def _fake_labels(
+    labels: Tensor, ignored: int | None, num_classes: int | None
+) -> tuple[Tensor, ...]:
+    values, valid, broken, slots, *others = _new_labels(labels, ignored, num_classes)
+    return values, valid, broken, slots, torch.empty_like(labels), *others
 
 
 def _sort(labels: Tensor, num_classes: int | None) -> tuple[Tensor, Tensor]:
@@ -188,14 +194,14 @@ def _smallest_integer(largest: int) -> torch.dtype:
     return torch.int16 if largest < 2**15 else torch.int32
 
 
-@_operator("sort_labels", _new_labels)
+@_operator("sort_labels", _fake_labels)
 def _sort_labels(
     labels: Tensor, ignore_index: int | None, num_classes: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from varcon_loss import kernels
 
     ordered, order = _sort(labels, num_classes)
-    values, valid, broken, slots, _, *per_slot, num_present, divisor = _new_labels(
+    values, valid, broken, slots, *per_slot, num_present, divisor = _new_labels(
         labels, ignore_index, num_classes
     )
     num_rows, num_blocks = len(labels), max(1, -(-len(labels) // LABELS_A_BLOCK))
@@ -363,6 +369,7 @@ OTHER_TILES = {
     (8, 2, 128): Tiles(64, 64, 4, 2),
     (12, 2, 64): Tiles(64, 64, 4, 3),
     (12, 2, 128): Tiles(64, 64, 4, 2),
+    (10, 2, 128): Tiles(64, 64, 4, 2),
     (10, 4, 128): Tiles(32, 16, 8, 2),
     (12, 4, 128): Tiles(32, 16, 8, 2),
 }
