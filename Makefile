@@ -7,7 +7,9 @@ quickstart: .venv/bench  ## train on real images, with VarCon, SupCon and cross-
 	$(BIN)/python -m benchmarks quickstart
 
 test: .venv/all  ## the whole test suite
-	$(BIN)/python -m pytest -n 2
+	@echo "Five to ten minutes on two quiet cores. The last lines say which tests were skipped, and why:"
+	@echo "most often for want of an NVIDIA GPU, or of timm's own train.py (TIMM_TRAIN_PY=its path)."
+	$(BIN)/python -m pytest -n 2 -rs
 
 lint: .venv/all  ## style and types
 	$(BIN)/ruff check .

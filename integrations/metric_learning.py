@@ -7,6 +7,9 @@
 one's name added.
 """
 
+import importlib.metadata
+import re
+
 try:
     import pytorch_metric_learning
 except ImportError as error:
@@ -14,12 +17,17 @@ except ImportError as error:
         "varcon_loss.integrations.metric_learning needs pytorch-metric-learning: "
         "pip install 'varcon-loss[metric-learning]'"
     ) from error
-if int(pytorch_metric_learning.__version__.split(".")[0]) != 2:
+try:
+    _version = importlib.metadata.version("pytorch-metric-learning")
+except importlib.metadata.PackageNotFoundError:  # a folder on the path
+    _version = getattr(pytorch_metric_learning, "__version__", "one that names no version")
+if not re.match(r"2\.([2-9]|\d\d)", _version):
     raise ImportError(
         "varcon_loss.integrations.metric_learning supports pytorch-metric-learning >=2.2,<3, found "
-        f"{pytorch_metric_learning.__version__}: pip install 'pytorch-metric-learning>=2.2,<3'"
+        f"{_version}: pip install 'pytorch-metric-learning>=2.2,<3'"
     )
 
+import warnings
 from typing import Any
 
 import torch
@@ -30,14 +38,50 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 import varcon_loss
+from varcon_loss import checks
 
 __all__ = ["CrossBatchMemory", "SelfSupervisedLoss", "VarConLoss"]
 
 _STATISTICS = ("tau2", "confidence", "kl", "nll", "num_classes", "num_anchors")
 
+# What `varcon_loss.VarConLoss` and other losses take and PML has another place for.
+_ELSEWHERE = {
+    "num_classes": "leave it out, any integers serve as labels",
+    "embedding_size": "leave it out, VarCon has no weights of its own",
+    "normalize": "use distance=DotProductSimilarity(normalize_embeddings=False) for raw embeddings",
+    "reduction": "use reducer=MeanReducer() (the default), SumReducer() or DoNothingReducer()",
+    "ignore_index": "leave such samples out of the call",
+    "weight": "use reducer=ClassWeightedReducer(weights), which divides by the number of anchors",
+    "process_group": "use pytorch_metric_learning.utils.distributed.DistributedLossWrapper(loss)",
+    "exchange": "use pytorch_metric_learning.utils.distributed.DistributedLossWrapper(loss)",
+    "feature_dim": "use CrossBatchMemory(loss, embedding_size) of this module",
+    "centroid_momentum": "use CrossBatchMemory(loss, embedding_size) of this module, or "
+    "varcon_loss.VarConLoss outside PML",
+    "contrast_mode": "leave it out, every embedding is an anchor",
+    "base_temperature": "leave it out, VarCon does not rescale the loss",
+}
+
+
+def _names(kind: type) -> list[str]:
+    """PML's wrappers compare bare class names: of ``kind`` and of every class derived from it."""
+    return [kind.__name__, *(name for heir in kind.__subclasses__() for name in _names(heir))]
+
+
+def _refuse_core_loss(wrapper: str, loss: object) -> None:
+    if isinstance(loss, varcon_loss.VarConLoss):
+        raise TypeError(
+            f"{wrapper} wraps PML's kind of loss, got varcon_loss.VarConLoss: "
+            "from varcon_loss.integrations.metric_learning import VarConLoss"
+        )
+
 
 class VarConLoss(pml_losses.BaseMetricLossFunction):
     """VarCon (arXiv 2506.07413, Eq. 7) for pytorch-metric-learning.
+
+    PML's own ``CrossBatchMemory`` and ``SelfSupervisedLoss`` accept a fixed list of class names and
+    say "not supported for VarConLoss". Import both from here::
+
+        from varcon_loss.integrations.metric_learning import CrossBatchMemory, SelfSupervisedLoss
 
     Args:
         temperature: ``tau1 > 0``.
@@ -51,19 +95,26 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
 
     Called as ``loss(embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None)``:
 
-    - ``ref_emb``, ``ref_labels``: what the centroids are made of; ``embeddings`` are the anchors
-      alone then. Anchors whose label the reference lacks are dropped.
-    - ``indices_tuple``: weighs anchors by how often a miner chose them. Centroids are of all
-      samples whatever a miner says.
+    - ``embeddings`` ``[N, D]``, ``labels`` ``[N]``, integers.
+    - ``ref_emb`` ``[M, D]``, ``ref_labels`` ``[M]``: what the centroids are made of;
+      ``embeddings`` are the anchors alone then. Anchors whose label the reference lacks are
+      dropped. No gradient flows through centroids, so ``ref_emb`` gets none: where it requires
+      one, as a second tower does, a ``UserWarning`` says so.
+    - ``indices_tuple``: weighs anchors by how often a miner chose them; those never chosen count 0,
+      so that the loss is 0 if none was. Centroids are of all samples whatever a miner says.
 
     Half-precision embeddings are computed in float32. With ``collect_stats`` the means of ``tau2``,
     ``confidence``, ``kl`` and ``nll``, and ``num_classes`` and ``num_anchors``, are attributes.
+    The distance records its norms if it was made with ``collect_stats``, though it is never called.
 
     There is no centroid memory here: PML's losses keep no state and its wrappers copy and re-run
     them freely. `CrossBatchMemory` serves the same purpose.
 
     Raises:
-        ValueError: another distance; ``leave_one_out`` with a reference set; no labels.
+        TypeError: an option of `varcon_loss.VarConLoss` that PML has another place for; embeddings
+            or labels of another dtype.
+        ValueError: another distance; ``leave_one_out`` with a reference set; no labels; other
+            shapes.
 
     Example:
         >>> import torch
@@ -77,12 +128,18 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
         self,
         temperature: float = 0.1,
         epsilon: float = 0.02,
+        *,
         leave_one_out: bool = False,
         impl: str = "auto",
         **kwargs: Any,
     ) -> None:
+        misplaced = [f"{name}: {_ELSEWHERE[name]}" for name in kwargs if name in _ELSEWHERE]
+        if misplaced:
+            raise TypeError(
+                "pytorch-metric-learning's VarConLoss does not take " + "; ".join(misplaced)
+            )
         super().__init__(**kwargs)
-        varcon_loss.VarConLoss(temperature, epsilon, leave_one_out=leave_one_out, impl=impl)
+        core = varcon_loss.VarConLoss(temperature, epsilon, leave_one_out=leave_one_out, impl=impl)
         if type(self.distance) not in (CosineSimilarity, DotProductSimilarity) or (
             self.distance.power != 1
         ):
@@ -90,10 +147,10 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
                 "VarConLoss compares embeddings with centroids by cosine or dot product: distance "
                 f"must be CosineSimilarity() or DotProductSimilarity(), got {self.distance}"
             )
-        self.temperature = temperature
-        self.epsilon = epsilon
-        self.leave_one_out = leave_one_out
-        self.impl = impl
+        self.temperature = core.temperature
+        self.epsilon = core.epsilon
+        self.leave_one_out = core.leave_one_out
+        self.impl = core.impl
         self.add_to_recordable_attributes(list_of_names=["temperature", "epsilon"], is_stat=False)
         self.add_to_recordable_attributes(list_of_names=list(_STATISTICS), is_stat=True)
 
@@ -114,15 +171,20 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
                 "leave_one_out has no meaning with ref_emb or a memory, which hold more than the "
                 "anchors: use leave_one_out=False"
             )
+        _check_inputs(embeddings, labels, ref_emb, ref_labels)
         if len(embeddings) == 0 or len(ref_emb) == 0:
             return self.zero_losses()
+        if indices_tuple is not None and all(len(indices) == 0 for indices in indices_tuple):
+            return self.zero_losses()
+        self._record_norms(embeddings, ref_emb)
         rows = torch.arange(len(labels), device=labels.device)
-        options: dict[str, Tensor] = {}
+        options: dict[str, Any] = {}
         if using_ref:
-            found = torch.isin(labels, ref_labels)
+            found = torch.isin(labels.long(), ref_labels.long())  # torch.isin takes no uint16
             if not bool(found.all()):
                 rows = rows[found]
-            options = {"ref_features": ref_emb, "ref_labels": ref_labels}
+            _warn_of_lost_gradient(embeddings, ref_emb)
+            options = {"ref_features": ref_emb.detach(), "ref_labels": ref_labels}
         if len(rows) == 0:
             return self.zero_losses()
         everyone = len(rows) == len(labels)
@@ -151,12 +213,20 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
             self._record(terms, len(rows))
         return {"loss": {"losses": losses, "indices": rows, "reduction_type": "element"}}
 
+    def _record_norms(self, query: Tensor, ref: Tensor) -> None:
+        """What the distance would record if it were called; VarCon needs no matrix of it."""
+        distance = self.distance
+        if distance.collect_stats:
+            with torch.no_grad():
+                norms = distance.maybe_normalize(query), distance.maybe_normalize(ref)
+            distance.set_default_stats(query, ref, *norms)
+
     def _record(self, terms: varcon_loss.VarConTerms, num_anchors: int) -> None:
         for name in ("tau2", "confidence", "kl", "nll"):
             setattr(self, name, float(getattr(terms, name)[terms.valid].mean()))
         self.num_classes, self.num_anchors = int(terms.num_classes), num_anchors
 
-    def get_default_distance(self) -> CosineSimilarity:
+    def get_default_distance(self) -> Any:
         """The core's own normalisation."""
         return CosineSimilarity()
 
@@ -164,9 +234,50 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
         """The paper's mean; anchors that a miner gave no weight count as 0."""
         return MeanReducer()
 
+    def extra_repr(self) -> str:
+        """What was chosen, where it differs from the defaults."""
+        shown = f"temperature={self.temperature}, epsilon={self.epsilon}"
+        if self.leave_one_out:
+            shown += ", leave_one_out=True"
+        return shown if self.impl == "auto" else f"{shown}, impl={self.impl!r}"
+
+
+def _check_inputs(embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> None:
+    """Under the names that PML gives them."""
+    checks.check_samples(embeddings, labels, features_name="embeddings")
+    checks.check_samples(ref_emb, ref_labels, features_name="ref_emb", labels_name="ref_labels")
+    for name, rows in (("embeddings", embeddings), ("ref_emb", ref_emb)):
+        if rows.ndim != 2:
+            raise ValueError(
+                f"{name} must have shape [N, D], got {list(rows.shape)}: for V views of each "
+                "sample use embeddings.flatten(0, 1) and labels.repeat_interleave(V)"
+            )
+    if embeddings.shape[1] != ref_emb.shape[1] or embeddings.device != ref_emb.device:
+        raise ValueError(
+            f"ref_emb must have the width and device of embeddings, {embeddings.shape[1]} on "
+            f"{embeddings.device}, got {ref_emb.shape[1]} on {ref_emb.device}"
+        )
+
+
+def _warn_of_lost_gradient(embeddings: Tensor, ref_emb: Tensor) -> None:
+    if not (ref_emb.requires_grad and torch.is_grad_enabled()):
+        return
+    # A reference that begins with the batch, as in DistributedLossWrapper(efficient=True), is no
+    # second tower: its samples learn as anchors.
+    if ref_emb.dtype == embeddings.dtype and torch.equal(ref_emb[: len(embeddings)], embeddings):
+        return
+    warnings.warn(
+        "VarConLoss gives ref_emb no gradient: it makes the centroids, through which none flows, "
+        "so that a second tower does not learn here (it does with SupConLoss). To train both "
+        "towers use SelfSupervisedLoss(loss, symmetric=True), or one batch of both, "
+        "loss(torch.cat([emb, ref_emb]), torch.cat([labels, ref_labels])). If the reference is "
+        "meant to stay fixed, pass ref_emb.detach()",
+        stacklevel=2,
+    )
+
 
 class CrossBatchMemory(pml_losses.CrossBatchMemory):
-    """PML's ``CrossBatchMemory``, which accepts `VarConLoss` too.
+    """PML's ``CrossBatchMemory``, which accepts `VarConLoss` and what derives from it, too.
 
     With `VarConLoss`, and neither miner nor ``indices_tuple``, the list of all pairs of batch and
     memory is not made: VarCon needs none. Every other loss is treated exactly as by PML.
@@ -176,6 +287,7 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
     """
 
     def __init__(self, loss: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        _refuse_core_loss("CrossBatchMemory", loss)
         super().__init__(loss, *args, **kwargs)
         if isinstance(loss, VarConLoss) and loss.leave_one_out:
             raise ValueError(
@@ -186,7 +298,7 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
     @staticmethod
     def supported_losses() -> list[str]:
         """Names of the losses that may be wrapped."""
-        return [*pml_losses.CrossBatchMemory.supported_losses(), VarConLoss.__name__]
+        return [*pml_losses.CrossBatchMemory.supported_losses(), *_names(VarConLoss)]
 
     def create_indices_tuple(
         self,
@@ -206,9 +318,17 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
 
 
 class SelfSupervisedLoss(pml_losses.SelfSupervisedLoss):
-    """PML's ``SelfSupervisedLoss``, which accepts `VarConLoss` too."""
+    """PML's ``SelfSupervisedLoss``, which accepts `VarConLoss` and what derives from it, too.
+
+    With ``symmetric=True``, the default, both towers are anchors and learn. With
+    ``symmetric=False`` only the first does: the second makes the centroids, which have no gradient.
+    """
+
+    def __init__(self, loss: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        _refuse_core_loss("SelfSupervisedLoss", loss)
+        super().__init__(loss, *args, **kwargs)
 
     @staticmethod
     def supported_losses() -> list[str]:
         """Names of the losses that may be wrapped."""
-        return [*pml_losses.SelfSupervisedLoss.supported_losses(), VarConLoss.__name__]
+        return [*pml_losses.SelfSupervisedLoss.supported_losses(), *_names(VarConLoss)]

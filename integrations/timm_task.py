@@ -6,68 +6,25 @@ the plain timm model (and the projection, where it trains).
 """
 
 import logging
+import math
 from typing import Any
 
 import torch
 from timm.models import group_parameters
 from timm.task import ClassificationTask
-from timm.utils import unwrap_model
+from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from varcon_loss import ProjectionHead, VarConLoss
+from varcon_loss.integrations.timm_classifier import (
+    classifier_layers,
+    detach_classifier,
+    embedding_width,
+)
 
 _logger = logging.getLogger(__name__)
 
 METRICS = ("varcon_loss", "probe_loss", "kl", "nll", "confidence", "tau2")
-
-
-def _detach_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
-
-
-def classifier_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that turn features into logits: what an online probe may train.
-
-    Raises:
-        ValueError: the model has no classifier (``num_classes=0``).
-    """
-    found = model.get_classifier()  # type: ignore[operator]
-    layers = list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
-    # Some models answer with their whole head; volo classifies patches with a layer of its own.
-    layers = [getattr(layer, "fc", layer) for layer in layers]
-    auxiliary = getattr(model, "aux_head", None)
-    if isinstance(auxiliary, nn.Module):
-        layers.append(auxiliary)
-    parents = {id(child): parent for parent in model.modules() for child in parent.children()}
-    result = []
-    for layer in layers:
-        parent = parents.get(id(layer))
-        # A layer that normalises and classifies in one: its norm belongs to the probe.
-        result.append(parent if type(parent).__name__.endswith("NormLinear") else layer)
-    if any(isinstance(layer, nn.Identity) or layer is None for layer in result):
-        raise ValueError(
-            "the model has no classifier, which VarConTask trains as its online probe: create it "
-            "with num_classes >= 1"
-        )
-    return result
-
-
-def embedding_width(model: nn.Module) -> int:
-    """Width of ``forward_head(..., pre_logits=True)``."""
-    widths = {_input_width(layer) for layer in classifier_layers(model)} - {None}
-    if len(widths) == 1:
-        return int(widths.pop())  # type: ignore[arg-type]
-    # Classifiers of several branches (crossvit) see a part each; or nothing tells.
-    hidden = None if widths else getattr(model, "head_hidden_size", None)
-    return int(hidden or model.num_features)  # type: ignore[arg-type]
-
-
-def _input_width(layer: nn.Module) -> int | None:
-    for module in layer.modules():
-        width = getattr(module, "in_features", None) or getattr(module, "in_channels", None)
-        if width:
-            return int(width)
-    return None
 
 
 class VarConTrainableModule(nn.Module):
@@ -118,12 +75,16 @@ class VarConTask(ClassificationTask):
         head: `varcon_loss.ProjectionHead` kind: ``"mlp-bn"``, ``"mlp"`` or ``"linear"``.
         probe_weight: weight of the probe's loss; it trains nothing but the classifier.
         leave_one_out: as in `varcon_loss.VarConLoss`.
-        global_centroids: centroids over all ranks (``process_group="world"``).
+        global_centroids: centroids over all ranks (``process_group="world"``). A memory implies
+            it: ranks that remember different centroids would drift apart, and one rank's is saved.
         centroid_momentum: remember centroids, as in `varcon_loss.VarConLoss`.
-        log_interval: log the means of `METRICS` every so many training steps; 0: never.
+        log_interval: after the first and then every so many training steps, log the means of
+            `METRICS` since the last line; 0: never.
 
     The result of a step holds ``loss``, ``output`` (the probe's logits) and the detached 0-d
     `METRICS`. Batches may hold several views of an image, as long as labels repeat with them.
+    Whether a step learns (moves the memory, exchanges centroids) follows the trainable module's
+    training mode, and gradients being enabled; other steps are local and count in no mean.
 
     Raises:
         ValueError: a model without classifier; whatever `varcon_loss.VarConLoss` refuses.
@@ -154,12 +115,12 @@ class VarConTask(ClassificationTask):
         super().__init__(
             model, criterion=criterion, device=device, dtype=dtype, verbose=verbose, **extra
         )
-        layers = classifier_layers(model)
         projection: nn.Module = ProjectionHead(embedding_width(model), dim, head)
         if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
             projection = nn.SyncBatchNorm.convert_sync_batchnorm(projection)
-        for layer in layers:
-            layer.register_forward_pre_hook(_detach_input)
+        detach_classifier(model)
+        if not (math.isfinite(probe_weight) and probe_weight >= 0):
+            raise ValueError(f"probe_weight must be finite and at least 0, got {probe_weight}")
         parameter = next(model.parameters())
         projection.to(device=parameter.device, dtype=parameter.dtype)
         self.trainable_module = VarConTrainableModule(model, projection)
@@ -169,13 +130,22 @@ class VarConTask(ClassificationTask):
             num_classes=int(model.num_classes),  # type: ignore[arg-type]
             feature_dim=dim,
             leave_one_out=leave_one_out,
-            process_group="world" if global_centroids else None,
+            process_group="world" if global_centroids or centroid_momentum is not None else None,
             centroid_momentum=centroid_momentum,
         ).to(parameter.device)
         self.probe_weight = probe_weight
         self.log_interval = log_interval
-        self._sums: dict[str, Tensor] = {}
-        self._steps = 0
+        self.options: dict[str, Any] = {
+            "temperature": float(temperature),
+            "epsilon": float(epsilon),
+            "dim": int(dim),
+            "head": str(head),
+            "probe_weight": float(probe_weight),
+            "leave_one_out": bool(leave_one_out),
+            "centroid_momentum": None if centroid_momentum is None else float(centroid_momentum),
+        }
+        self._since_line = _Means()
+        self._since_pop = _Means()
         if verbose:
             _logger.info(f"VarConTask: {self.contrast}, head {head} to {dim}")
 
@@ -195,8 +165,9 @@ class VarConTask(ClassificationTask):
         plain = self.get_eval_model()
         options = {"backend": backend, "mode": mode, **compile_kwargs}
         self.trainable_module = torch.compile(self.trainable_module, **options)
-        self.eval_model = torch.compile(plain, **options)
-        return self.eval_model
+        evaluated: Any = torch.compile(plain, **options)
+        self.eval_model = evaluated
+        return evaluated
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> Any:
         """The plain timm model, from inside EMA, DDP and compiled wrappers."""
@@ -211,9 +182,12 @@ class VarConTask(ClassificationTask):
         return inner.model if isinstance(inner, VarConTrainableModule) else inner
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """The projection, and the loss's memory where it has one."""
+        """The projection, the options, and the loss's memory where it has one."""
         module = self.get_trainable_module(ema=ema) if module is None else module
-        state = {"projection": unwrap_model(module).projection.state_dict()}
+        state = {
+            "projection": unwrap_model(module).projection.state_dict(),
+            "options": dict(self.options),
+        }
         if self.contrast.centroid_momentum is not None:
             state["contrast"] = self.contrast.state_dict()
         return state
@@ -225,14 +199,44 @@ class VarConTask(ClassificationTask):
         module: nn.Module | None = None,
         ema: bool = False,
     ) -> None:
-        """The counterpart of `get_task_state`; a checkpoint without task state changes nothing."""
+        """The counterpart of `get_task_state`; a checkpoint without task state changes nothing.
+
+        Raises:
+            ValueError: the state is of a task with other options, where its tensors do not fit.
+        """
         if not state:
-            _logger.warning("VarConTask: the checkpoint has no projection; it starts afresh")
+            _logger.warning(
+                "VarConTask: the checkpoint has no projection, which starts afresh; its optimizer "
+                "cannot be resumed either (train.py: --no-resume-opt)"
+            )
             return
+        misfits = self.misfits(state)
+        if misfits:
+            raise ValueError(f"the state of a VarConTask with other options: {_changes(misfits)}")
+        changed = self._changed(state)
+        if changed and not ema:
+            _logger.warning(f"VarConTask: resumed with other options: {_changes(changed)}")
         module = self.get_trainable_module(ema=ema) if module is None else module
         unwrap_model(module).projection.load_state_dict(state["projection"], strict=strict)
         if "contrast" in state and not ema:
             self.contrast.load_state_dict(state["contrast"], strict=strict)
+
+    def misfits(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Options that keep this task from loading ``state``: name -> (the state's, this task's).
+
+        Others, such as the temperature, may change between a checkpoint and the run that resumes.
+        """
+        return {
+            name: (was, now)
+            for name, (was, now) in self._changed(state).items()
+            if name in ("dim", "head") or (name == "centroid_momentum" and None in (was, now))
+        }
+
+    def _changed(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        recorded = state.get("options", {})
+        both = [name for name in self.options if name in recorded]
+        pairs = {name: (recorded[name], self.options[name]) for name in both}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """All that trains; without the classifier where ``exclude_head``."""
@@ -256,6 +260,7 @@ class VarConTask(ClassificationTask):
                 f"{target.dtype} {list(target.shape)}: switch mixup, cutmix and multi-label off"
             )
         projections, logits = self.trainable_module(input)
+        self.contrast.train(unwrap_model(self.trainable_module).training)
         terms = self.contrast.terms(projections, target)
         branches = logits if isinstance(logits, (tuple, list)) else (logits,)
         probe_loss = torch.stack([self.criterion(x, target) for x in branches]).mean()
@@ -267,20 +272,45 @@ class VarConTask(ClassificationTask):
             "confidence": terms.confidence.mean(),
             "tau2": terms.tau2.mean(),
         }
-        self._log(metrics)
+        if self.contrast.training and torch.is_grad_enabled():
+            self._log(metrics)
         loss = terms.reduced + self.probe_weight * probe_loss
         return {"loss": loss, "output": branches[0], **metrics}
 
     def _log(self, metrics: dict[str, Tensor]) -> None:
-        for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, value.new_zeros(())) + value
-        self._steps += 1
-        if self.verbose and self.log_interval and (self._steps - 1) % self.log_interval == 0:
-            shown = "  ".join(f"{name}: {float(value):.4g}" for name, value in metrics.items())
+        self._since_line.add(metrics)
+        self._since_pop.add(metrics)
+        if (
+            self.verbose
+            and self.log_interval
+            and (self._since_pop.steps - 1) % self.log_interval == 0
+        ):
+            means = self._since_line.pop()
+            shown = "  ".join(f"{name}: {value:.4g}" for name, value in means.items())
             _logger.info(f"VarCon: {shown}")
 
     def pop_means(self) -> dict[str, float]:
-        """Means of `METRICS` over the steps since the last call."""
-        means = {name: float(total) / max(1, self._steps) for name, total in self._sums.items()}
-        self._sums, self._steps = {}, 0
+        """Means of `METRICS` over the training steps since the last call."""
+        return self._since_pop.pop()
+
+
+def _changes(pairs: dict[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{name} was {was}, is {now}" for name, (was, now) in pairs.items())
+
+
+class _Means:
+    """Running means of 0-d tensors, which leave their device when they are asked for."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor | int] = {}
+        self.steps = 0
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.steps += 1
+
+    def pop(self) -> dict[str, float]:
+        means = {name: float(total) / self.steps for name, total in self.sums.items()}
+        self.sums, self.steps = {}, 0
         return means

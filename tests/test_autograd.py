@@ -1,11 +1,14 @@
 """How the loss behaves as a differentiable function."""
 
+import weakref
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import MakeBatch
-from varcon_loss import varcon_loss, varcon_terms
+from varcon_loss import VarConLoss, varcon_loss, varcon_terms
 
 
 class CountProducts(TorchDispatchMode):
@@ -48,28 +51,183 @@ def test_two_backwards_agree(impl: str, make_batch: MakeBatch) -> None:
     torch.testing.assert_close(scaled, 3 * kept)
 
 
-def test_differentiating_twice_is_right_or_refused(make_batch: MakeBatch) -> None:
-    features, labels = make_batch(8, 3, 4)
+TWICE = {
+    "defaults": {},
+    "reference set": {"ref": True},
+    "as they are": {"normalize": False, "ref": True},
+    "leave-one-out, weighted": {
+        "leave_one_out": True, "weight": torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64),
+    },
+    "sum": {"reduction": "sum"},
+}  # fmt: skip
+
+
+@pytest.fixture(params=TWICE, name="loss_twice")
+def _loss_twice(request: pytest.FixtureRequest, make_batch: MakeBatch):
+    """``loss(features, impl)`` under various options, and features with an ignored row."""
+    features, labels = make_batch(9, 3, 4)
+    labels[2] = -100
+    options = {"temperature": 0.5, "epsilon": 0.2} | TWICE[request.param]
+    ref, ref_labels = make_batch(9, 3, 4, seed=1)
+    with_reference = options.pop("ref", False)
+
+    def loss(x: torch.Tensor, impl: str) -> torch.Tensor:
+        more = {"ref_features": ref.detach().to(x.dtype), "ref_labels": ref_labels}
+        return varcon_loss(x, labels, impl=impl, **options, **(more if with_reference else {}))
+
+    return loss, features
+
+
+@pytest.mark.parametrize("fast", ["eager", "triton"])
+def test_second_derivatives_are_right(loss_twice, fast: str) -> None:
+    """However they are asked for, the ways beside ``.backward()`` too."""
+    loss, features = loss_twice
+    close = {}
+    if fast == "triton":
+        pytest.importorskip("triton")
+        features, close = features.detach().float().requires_grad_(), {"rtol": 1e-4, "atol": 1e-5}
+
+    def ways(impl: str) -> list[torch.Tensor]:
+        x, v = features.detach(), torch.linspace(-1, 1, features.numel()).view_as(features)
+        v = v.to(x.dtype)
+        net = torch.nn.Linear(4, 4).to(x.dtype)
+        with torch.no_grad():
+            for i, parameter in enumerate(net.parameters()):
+                parameter.copy_(torch.linspace(-i, 1, parameter.numel()).view_as(parameter))
+        value = loss(net(x), impl)
+        first = torch.autograd.grad(value, list(net.parameters()), create_graph=True)
+        through_network = torch.autograd.grad(
+            sum(g.square().sum() for g in first) + value, list(net.parameters())
+        )
+        penalised = loss(features, impl)
+        (first,) = torch.autograd.grad(penalised, features, create_graph=True)
+        features.grad = None
+        (penalised + first.square().sum()).backward()
+        found = [
+            torch.autograd.functional.hvp(lambda z: loss(z, impl), x, v)[1],
+            torch.autograd.functional.hessian(lambda z: loss(z, impl), x),
+            *through_network,
+            features.grad.clone(),
+        ]
+        if fast != "triton":
+            found.append(torch.func.jacrev(torch.func.jacrev(lambda z: loss(z, impl)))(x))
+            found.append(torch.func.grad(lambda z: (torch.func.grad(loss)(z, impl) * v).sum())(x))
+        return found
+
+    for got, expected in zip(ways(fast), ways("reference"), strict=True):
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(got, expected, **close)
+
+
+def test_finite_differences_of_the_gradient(impl: str, make_batch: MakeBatch) -> None:
+    features, labels = make_batch(6, 3, 4)
     ref_features, ref_labels = make_batch(9, 3, 4, seed=1)
 
-    def gradient(impl: str) -> torch.Tensor:
-        loss = varcon_loss(
-            features, labels, impl=impl,
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return varcon_loss(
+            x, labels, 0.5, 0.2, impl=impl, reduction="none",
             ref_features=ref_features.detach(), ref_labels=ref_labels,
         )  # fmt: skip
-        return torch.autograd.grad(loss, features, create_graph=True)[0]
 
-    # A gradient penalty: without the refusal it would vanish without a word.
-    penalised = varcon_loss(features, labels) + gradient("eager").square().sum()
-    with pytest.raises(NotImplementedError, match="use impl='reference'"):
-        penalised.backward()
-    assert torch.autograd.gradgradcheck(
-        lambda x: varcon_loss(
-            x, labels, 0.5, 0.2, impl="reference",
-            ref_features=ref_features.detach(), ref_labels=ref_labels,
-        ),
-        features.detach().requires_grad_(),
-    )  # fmt: skip
+    assert torch.autograd.gradgradcheck(loss, features)
+
+    def third(x: torch.Tensor) -> torch.Tensor:
+        (first,) = torch.autograd.grad(loss(x).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+        return second.square().sum()
+
+    assert torch.autograd.gradcheck(third, features)
+
+
+def test_second_derivative_after_features_changed(make_batch: MakeBatch) -> None:
+    features, labels = make_batch()
+    hidden = features * 1
+    loss = varcon_loss(hidden, labels)
+    with torch.no_grad():
+        hidden.zero_()
+    with pytest.raises(RuntimeError, match="changed in place since"):
+        torch.autograd.grad(loss, features, create_graph=True)
+
+
+def test_second_derivative_after_the_memory_moved(make_batch: MakeBatch) -> None:
+    features, labels = make_batch(dtype=torch.float32)
+    criterion = VarConLoss(num_classes=5, feature_dim=16, centroid_momentum=0.9)
+    criterion(features, labels)
+    (first,) = torch.autograd.grad(criterion(features, labels), features, create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), features)[0].abs().max() > 0
+    loss = criterion(features, labels)
+    expected = torch.autograd.grad(loss, features, retain_graph=True)[0]
+    criterion(features, labels.flip(0))
+    assert torch.equal(torch.autograd.grad(loss, features, retain_graph=True)[0], expected)
+    with pytest.raises(RuntimeError, match="centroid memory"):
+        torch.autograd.grad(loss, features, create_graph=True)
+
+
+def test_nothing_outlives_the_features(make_batch: MakeBatch) -> None:
+    """A script that keeps its losses must not keep its embeddings with them."""
+    features, labels = make_batch()
+    hidden = features * 1
+    gone = weakref.ref(hidden)
+    storage = weakref.ref(hidden.untyped_storage())
+    loss = varcon_loss(hidden, labels)
+    loss.backward()
+    del hidden
+    assert gone() is None
+    assert storage() is None
+    assert loss.grad_fn is not None
+
+
+def test_under_saved_tensor_hooks_and_checkpointing(impl: str, make_batch: MakeBatch) -> None:
+    features, labels = make_batch()
+    expected = torch.autograd.grad(varcon_loss(features, labels, impl=impl), features)[0]
+    with torch.autograd.graph.save_on_cpu():
+        loss = varcon_loss(features, labels, impl=impl)
+    torch.testing.assert_close(torch.autograd.grad(loss, features)[0], expected)
+    loss = torch.utils.checkpoint.checkpoint(
+        lambda x: varcon_loss(x * 1, labels, impl=impl), features, use_reentrant=False
+    )
+    torch.testing.assert_close(torch.autograd.grad(loss, features)[0], expected)
+
+
+def test_func_transforms(impl: str, make_batch: MakeBatch) -> None:
+    features, labels = make_batch()
+    x = features.detach()
+
+    def each(z: torch.Tensor) -> torch.Tensor:
+        return varcon_loss(z, labels, impl=impl, reduction="none")
+
+    expected = torch.autograd.functional.jacobian(each, x)
+    torch.testing.assert_close(torch.func.jacrev(each)(x), expected)
+    value, pull = torch.func.vjp(each, x)
+    torch.testing.assert_close(value, each(x))
+    torch.testing.assert_close(pull(torch.ones_like(value))[0], expected.sum(0))
+    gradient = torch.func.grad(lambda z: varcon_terms(z, labels, impl=impl).reduced)(x)
+    torch.testing.assert_close(gradient, expected.mean(0))
+
+
+def test_transforms_that_cannot_be_say_so(make_batch: MakeBatch) -> None:
+    features, labels = make_batch()
+    x = features.detach()
+
+    def loss(z: torch.Tensor) -> torch.Tensor:
+        return varcon_loss(z, labels)
+
+    forward_mode = [
+        lambda: torch.func.jvp(loss, (x,), (x,)),
+        lambda: torch.func.jacfwd(loss)(x),
+        lambda: torch.func.hessian(loss)(x),
+    ]
+    for transform in forward_mode:
+        with pytest.raises(NotImplementedError, match=r"use reverse mode .*jacrev"):
+            transform()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="use reverse mode"):
+        loss(forward_ad.make_dual(x, x))
+    with pytest.raises(ValueError, match=r"cannot run here: .*torch.func"):
+        torch.func.grad(lambda z: varcon_loss(z, labels, impl="triton"))(x.float())
+    stacked = torch.stack([x, x])
+    for mapped in (loss, torch.func.grad(loss)):
+        with pytest.raises(NotImplementedError, match="call it once for each batch"):
+            torch.func.vmap(mapped)(stacked)
 
 
 def test_saved_features_are_not_needed_by_backward(make_batch: MakeBatch) -> None:
@@ -111,3 +269,16 @@ def test_upstream_gradients(reduction: str, impl: str, make_batch: MakeBatch) ->
     each = each / len(labels) if reduction == "mean" else each
     (expected,) = torch.autograd.grad(terms.loss, features, each)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"feature_dim": 16, "centroid_momentum": 0.9}])
+def test_labels_and_references_made_in_inference_mode(options: dict, impl: str, make_batch) -> None:
+    """As a teacher makes them."""
+    features, labels = make_batch(dtype=torch.float32)
+    with torch.inference_mode():
+        taught, reference = labels + 0, make_batch(dtype=torch.float32, seed=1)[0] + 0
+    VarConLoss(num_classes=5, impl=impl, **options)(features, taught).backward()
+    if not options:
+        criterion = VarConLoss(normalize=False, impl=impl)
+        criterion(features, taught, ref_features=reference, ref_labels=taught).backward()
+    assert features.grad is not None

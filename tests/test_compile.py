@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.conftest import MakeBatch
 from varcon_loss import VarConLoss, varcon_terms
@@ -85,6 +86,12 @@ def test_labels_out_of_range_give_nan_where_values_cannot_be_read(
         assert gradient.isfinite().all()
         assert (gradient[3] == 0).all()
 
+        # Without an ignored label -100 is out of range as any other.
+        odd[4] = -100
+        terms = compiled(features, odd, num_classes=5, ignore_index=None, impl=impl)
+        assert terms.loss.isnan().nonzero().flatten().tolist() == [3, 4]
+        assert terms.valid.logical_not().nonzero().flatten().tolist() == [3, 4]
+
     terms = compiled(
         features, labels, num_classes=5, impl=impl,
         ref_features=features.detach()[labels < 4], ref_labels=labels[labels < 4],
@@ -97,9 +104,11 @@ def test_empty_and_ignored_batches_compile(impl: str, make_batch: MakeBatch) -> 
         VarConLoss(num_classes=5, impl=impl), fullgraph=True, backend="aot_eager"
     )
     features, labels = make_batch(24, 5)
-    loss = compiled(features, torch.full_like(labels, -100))
-    assert loss.item() == 0
-    assert (torch.autograd.grad(loss, features)[0] == 0).all()
+    for x, y in ((features, torch.full_like(labels, -100)), (features[:0], labels[:0])):
+        anchors = x.detach().requires_grad_()
+        loss = compiled(anchors, y)
+        assert loss.item() == 0
+        assert (torch.autograd.grad(loss, anchors)[0] == 0).all()
 
 
 def test_the_operator_is_registered_soundly(make_batch: MakeBatch) -> None:
@@ -110,20 +119,118 @@ def test_the_operator_is_registered_soundly(make_batch: MakeBatch) -> None:
     present = torch.tensor([True, True, True, False])
     w[3] = 0
     for own in (None, torch.nn.functional.normalize(torch.randn_like(z), dim=1)):
-        centroids = (w, present, torch.tensor(3), True)
-        rows = (features, z, norms, labels, *centroids, own, None, None)
+        rows = (z, labels, present, torch.tensor(3), True, own, None, None)
         for need_terms in (True, False):
-            arguments = (*rows, 0.1, 0.02, True, need_terms)
-            torch.library.opcheck(torch.ops.varcon_loss.sweep.default, arguments)
+            for temperatures in (None, torch.tensor([0.1, 0.02], dtype=torch.float64)):
+                arguments = (features, norms, w, True, need_terms, *rows, 0.1, 0.02, temperatures)
+                torch.library.opcheck(torch.ops.varcon_loss.sweep.default, arguments)
 
 
-def test_the_operator_refuses_to_be_differentiated_twice(make_batch: MakeBatch) -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_loss_refuses_to_be_differentiated_twice(
+    backend: str, impl: str, make_batch: MakeBatch
+) -> None:
     """A saved gradient has no history: without a guard the answer would be silent zeros."""
     features, labels = make_batch(12, 3, 8)
-    z = features.detach()
-    w = torch.randn(3, 8, dtype=z.dtype)
-    rows = (features, z, None, labels, w, None, torch.tensor(3), True, None, None, None)
-    loss = torch.ops.varcon_loss.sweep(*rows, 1.0, 0.1, True, False)[0]
-    (gradient,) = torch.autograd.grad(loss.sum(), features, create_graph=True)
-    with pytest.raises(NotImplementedError, match="use impl='reference'"):
-        (loss.sum() + gradient.square().sum()).backward()
+    criterion = VarConLoss(num_classes=3, impl=impl)
+    compiled = torch.compile(criterion, backend=backend, fullgraph=True)
+
+    def penalty(loss: torch.Tensor) -> torch.Tensor:
+        (first,) = torch.autograd.grad(loss, features, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), features)[0]
+
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"differentiated twice|double"):
+        penalty(compiled(features, labels))
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"differentiated twice|double"):
+        torch.autograd.functional.hvp(
+            lambda x: compiled(x, labels), features.detach(), torch.ones_like(features)
+        )
+
+
+BATCHES = (24, 25, 57, 100)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_classes": 30},
+        {"leave_one_out": True, "reduction": "none"},
+        {"feature_dim": 16, "centroid_momentum": 0.9},
+        {"weight": torch.ones(7), "reduction": "sum"},
+        {"impl": "reference"},
+        {"impl": "triton"},
+        {"impl": "triton", "feature_dim": 16, "centroid_momentum": 0.9},
+    ],
+    ids=lambda o: "-".join(map(str, o)) or "defaults",
+)
+def test_batch_sizes_are_compiled_once(options: dict, training: bool, make_batch) -> None:
+    """One graph for the first size, one for all others."""
+    if options.get("impl") == "triton":
+        pytest.importorskip("triton")
+    counter = CompileCounterWithBackend("aot_eager")
+    criterion = VarConLoss(**{"num_classes": 7} | options).train(training)
+    compiled = torch.compile(criterion, backend=counter, fullgraph=True)
+    for num_rows in BATCHES:
+        features, labels = make_batch(num_rows, 5, dtype=torch.float32)
+        loss = compiled(features if training else features.detach(), labels)
+        if training:
+            loss.sum().backward()
+    assert counter.frame_count <= 2
+
+
+def test_reference_sets_of_any_size_are_compiled_once(make_batch: MakeBatch) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(VarConLoss(num_classes=5), backend=counter, fullgraph=True)
+    for num_rows in BATCHES:
+        features, labels = make_batch(24, 5)
+        ref, ref_labels = make_batch(num_rows, 5, seed=1)
+        compiled(features, labels, ref_features=ref.detach(), ref_labels=ref_labels).backward()
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("options", [{}, {"feature_dim": 16, "centroid_momentum": 0.9}])
+def test_export_with_any_batch_size(options: dict, impl: str, make_batch: MakeBatch) -> None:
+    criterion = VarConLoss(num_classes=7, impl=impl, **options)
+    criterion(*make_batch(24, 5, dtype=torch.float32))
+    criterion.eval()
+    features, labels = make_batch(24, 5, dtype=torch.float32)
+    batch = torch.export.Dim("batch", min=2, max=4096)
+    exported = torch.export.export(
+        criterion, (features.detach(), labels),
+        dynamic_shapes={"features": {0: batch}, "labels": {0: batch}}, strict=True,
+    ).module()  # fmt: skip
+    for num_rows in (24, 31, 200):
+        features, labels = make_batch(num_rows, 5, dtype=torch.float32)
+        torch.testing.assert_close(
+            exported(features.detach(), labels), criterion(features.detach(), labels)
+        )
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_temperature_schedule(backend: str, impl: str, make_batch: MakeBatch) -> None:
+    counter = CompileCounterWithBackend(backend)
+    criterion = VarConLoss(num_classes=7, impl=impl)
+    compiled = torch.compile(criterion, backend=counter, fullgraph=True)
+    features, labels = make_batch()
+    for step in range(12):
+        criterion.temperature, criterion.epsilon = 0.1 + 0.01 * step, 0.02 + 0.001 * step
+        expected, got = criterion(features, labels), compiled(features, labels)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(got, features), torch.autograd.grad(expected, features)
+        )
+    assert counter.frame_count <= 3
+
+
+def test_a_temperature_schedule_of_the_function(make_batch: MakeBatch) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(varcon_terms, backend=counter, fullgraph=True)
+    features, labels = make_batch()
+    for step in range(12):
+        options = {"temperature": 0.1 + 0.01 * step, "num_classes": 5}
+        torch.testing.assert_close(
+            compiled(features, labels, **options).loss, varcon_terms(features, labels, **options)[0]
+        )
+    assert counter.frame_count <= 3

@@ -4,17 +4,19 @@ import copy
 import itertools
 import pickle
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.ranks import run_ranks
-from varcon_loss import VarConLoss, varcon_terms
+from varcon_loss import VarConLoss, varcon_loss, varcon_terms
 
 NUM_CLASSES, DIM, WIDTH = 7, 6, 9
 
@@ -133,6 +135,24 @@ def test_equals_one_process_on_the_concatenated_batch(
             )
 
 
+def nothing_on_rank(rank: int, world_size: int) -> list[float]:
+    losses = []
+    memory = {"num_classes": NUM_CLASSES, "feature_dim": DIM, "centroid_momentum": 0.9}
+    for options in (*OPTIONS.values(), memory):
+        criterion = VarConLoss(process_group="world", **options)
+        for _ in range(2):  # the handshake, then what it was remembered for
+            features = torch.randn(0, DIM, dtype=torch.float64, requires_grad=True)
+            loss = criterion(features, torch.empty(0, dtype=torch.int64))
+            loss.backward()
+            losses.append(loss.item())
+    return losses
+
+
+def test_first_steps_without_a_sample_on_any_rank(tmp_path: Path) -> None:
+    for losses in run_ranks(nothing_on_rank, 2, tmp_path):
+        assert losses == [0] * len(losses)
+
+
 class CountCollectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -190,8 +210,9 @@ def memory_on_rank(rank: int, world_size: int) -> dict:
             inputs, labels = shares("unequal" if step % 2 else "equal", world_size)[rank]
             features = (encoder()(inputs) * (step + 1)).float()
             losses.append(criterion(features, labels).detach())
-        criterion.eval()
-        losses.append(criterion(features, labels).detach())
+        # Evaluation is each rank's own: a plain mean over its samples, which are not equally many.
+        local = criterion.eval()(features, labels).detach()
+        losses.append(local * len(labels) * world_size / 12)
         results[title] = (criterion.centroids, torch.stack(losses))
     return results
 
@@ -240,12 +261,14 @@ def test_a_reference_set_spread_over_ranks(tmp_path: Path) -> None:
 def errors_on_rank(rank: int, world_size: int) -> dict[str, str]:
     """What each rank raises; the time shows that nobody waited for a timeout."""
     messages = {}
+    criteria: dict[str, VarConLoss] = {}
     x, y = torch.randn(4, DIM), torch.tensor([0, 1, 2, 0])
 
     def attempt(title: str, features, labels, **options) -> None:
         start = time.monotonic()
         try:
-            VarConLoss(process_group="world", **options)(features, labels)
+            made = VarConLoss(process_group="world", **options)
+            criteria.setdefault(repr(options), made)(features, labels)
             messages[title] = "nothing"
         except Exception as error:
             messages[title] = f"{type(error).__name__}: {error}"
@@ -340,8 +363,11 @@ def test_fsdp2(tmp_path: Path) -> None:
 def subgroups_on_rank(rank: int, world_size: int) -> tuple:
     groups = [dist.new_group([0, 1]), dist.new_group([2])]
     group = groups[rank // 2]
-    criterion = VarConLoss(process_group=group, num_classes=NUM_CLASSES)
     inputs, labels = shares("equal", world_size)[rank]
+    losses = []
+    for options in ({}, {"num_classes": NUM_CLASSES}, OPTIONS["known, gathered"]):
+        criterion = VarConLoss(process_group=group, **options)
+        losses.append(criterion(encoder()(inputs), labels).detach())
     twin = copy.deepcopy(criterion)
     assert twin.process_group is group
     with pytest.raises(TypeError, match=r"cannot be pickled.*process_group='world'"):
@@ -350,7 +376,7 @@ def subgroups_on_rank(rank: int, world_size: int) -> tuple:
         with pytest.raises(ValueError, match=r"not a member of process_group"):
             VarConLoss(process_group=groups[0])(encoder()(inputs), labels)
     world = pickle.loads(pickle.dumps(VarConLoss(process_group="world")))
-    return criterion(encoder()(inputs), labels).detach(), world.process_group
+    return torch.stack(losses), world.process_group
 
 
 def test_subgroups_pickling_and_copies(tmp_path: Path) -> None:
@@ -359,8 +385,8 @@ def test_subgroups_pickling_and_copies(tmp_path: Path) -> None:
     for members in ([0, 1], [2]):
         inputs, labels = (torch.cat(c) for c in zip(*(parts[r] for r in members), strict=True))
         expected = varcon_terms(encoder()(inputs), labels).reduced.detach()
-        mean = torch.stack([ranks[r][0] for r in members]).mean()
-        torch.testing.assert_close(mean, expected)
+        mean = torch.stack([ranks[r][0] for r in members]).mean(0)
+        torch.testing.assert_close(mean, expected.expand(3))
     assert all(group == "world" for _, group in ranks)
 
 
@@ -412,3 +438,174 @@ def test_a_memory_inside_the_wrapped_model(tmp_path: Path) -> None:
     for results in ranks:
         for centroids in results:
             torch.testing.assert_close(centroids, single.centroids, rtol=1e-5, atol=1e-6)
+
+
+def several_criteria_on_rank(rank: int, world_size: int) -> list[str]:
+    """Coarse and fine labels, two dtypes, two widths: whichever fails, all ranks hear of it."""
+    torch.manual_seed(rank)
+    options = [
+        {"num_classes": 3},
+        {"num_classes": 40, "exchange": "all-gather"},
+        {"num_classes": 3},
+        {"num_classes": 3},
+        {},
+    ]
+    sets = [
+        torch.randn(4, DIM), torch.randn(4, DIM), torch.randn(4, DIM).double(),
+        torch.randn(4, DIM + 2), torch.randn(4, DIM),
+    ]  # fmt: skip
+    labels = torch.tensor([0, 1, 2, 0])
+    criteria = [VarConLoss(process_group="world", **o) for o in options]
+
+    def function(features: Tensor, labels: Tensor) -> Tensor:
+        return varcon_loss(features, labels, num_classes=7, process_group="world")
+
+    messages = []
+
+    def step(failing: int | None, bad: Tensor | None, of_function: bool = False) -> None:
+        """One step over all criteria, of which one may get something that it cannot take."""
+        try:
+            for index, (criterion, features) in enumerate(zip(criteria, sets, strict=True)):
+                wrong = index == failing and rank == 1 and not of_function
+                criterion(features, bad if wrong else labels)
+                wrong = index == failing and rank == 1 and of_function
+                function(features, bad if wrong else labels)
+            messages.append("fine")
+        except (RuntimeError, ValueError, TypeError) as error:
+            messages.append(f"{type(error).__name__}: {error}"[:60])
+
+    step(2, labels + 90)  # in the very first step, before its plan is made
+    for failing in range(len(criteria)):
+        for bad in (labels.float(), labels[:2], None):
+            step(failing, bad)
+            step(None, None)
+            step(failing, bad, of_function=True)
+    step(None, None)
+    return messages
+
+
+def test_several_criteria_on_one_group(tmp_path: Path) -> None:
+    first, second = run_ranks(several_criteria_on_rank, 2, tmp_path)
+    assert first[-1] == second[-1] == "fine"
+    assert len(first) == 1 + 5 * 3 * 3 + 1
+    for a, b in zip(first, second, strict=True):
+        assert (a == "fine") == (b == "fine")
+        if a != "fine":
+            assert a.startswith("RuntimeError: VarCon's exchange failed on rank 1")
+            assert b.startswith(("ValueError: labels", "TypeError: labels"))
+    assert first.count("fine") == 1 + 5 * 3
+
+
+def forgotten_memory_on_rank(rank: int, world_size: int) -> list[str]:
+    """A memory for each rank alone, inside and outside a wrapped model."""
+    torch.manual_seed(0)
+    labels = torch.arange(8) % 4 + 4 * rank  # no class is on both
+    inputs = torch.randn(8, WIDTH)
+    options = {"num_classes": 8, "feature_dim": DIM, "centroid_momentum": 0.9}
+
+    class Model(nn.Module):
+        def __init__(self, **more) -> None:
+            super().__init__()
+            self.net, self.criterion = encoder().float(), VarConLoss(**options, **more)
+
+        def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+            return self.criterion(self.net(inputs), labels)
+
+    results = []
+    for make in (
+        lambda: DistributedDataParallel(Model(), broadcast_buffers=False),
+        lambda: DistributedDataParallel(Model(process_group="world")),
+        lambda: Model(),
+        # Last, since rank 1 leaves rank 0 alone then.
+        lambda: DistributedDataParallel(Model()),
+    ):
+        model = make()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                for _ in range(3):
+                    model(inputs, labels).backward()
+                seen = int(getattr(model, "module", model).criterion.centroid_seen.sum())
+                results.append(f"{seen} classes, {len(caught)} warnings")
+                state = {k: v.clone() for k, v in model.state_dict().items()}
+                model.load_state_dict(state)  # resuming is no overwriting
+                model(inputs, labels).backward()
+            except RuntimeError as error:
+                results.append(str(error))
+        assert all("process_group='world'" in str(w.message) for w in caught)
+    return results
+
+
+def test_a_memory_that_the_wrapper_overwrites_is_noticed(tmp_path: Path) -> None:
+    for rank, results in enumerate(run_ranks(forgotten_memory_on_rank, 2, tmp_path)):
+        kept, shared, alone, overwritten = results
+        assert kept == alone == "4 classes, 1 warnings"
+        assert shared == "8 classes, 0 warnings"
+        if rank == 1:  # rank 0's own is what all get
+            assert overwritten.startswith("the centroid memory was written to between two")
+            assert "process_group='world'" in overwritten
+
+
+def evaluation_on_rank(rank: int, world_size: int) -> list:
+    """Training together, validation on rank 0 alone; a sanity check with a small batch before."""
+    torch.manual_seed(rank)
+    criterion = VarConLoss(process_group="world", num_classes=50, exchange="all-gather")
+    net = encoder().float()
+    inputs, labels = torch.randn(12, WIDTH), torch.arange(12) * 4 % 50
+    results = []
+    criterion.eval()
+    results.append(criterion(net(inputs[:2]), labels[:2]).item())
+    criterion.train()
+    for _ in range(2):
+        criterion(net(inputs), labels).backward()
+        if rank == 0:
+            with CountCollectives() as count, torch.no_grad():
+                in_training_mode = criterion(net(inputs[:5]), labels[:5])
+            criterion.eval()
+            terms = criterion.terms(net(inputs[:5]), labels[:5])
+            criterion.train()
+            alone = varcon_terms(net(inputs[:5]), labels[:5], num_classes=50)
+            assert count.calls == []
+            torch.testing.assert_close(terms.reduced, alone.reduced)
+            torch.testing.assert_close(in_training_mode, alone.reduced)
+            assert terms.num_classes == alone.num_classes
+    results.append(int(criterion.terms(net(inputs), labels).num_classes))
+    return results
+
+
+def test_one_rank_alone_may_validate(tmp_path: Path) -> None:
+    for results in run_ranks(evaluation_on_rank, 2, tmp_path):
+        assert results[1] == 12
+
+
+def test_join_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="Give every rank the same number of training"):
+        Join([VarConLoss(process_group="world")])
+
+
+def sums_on_rank(rank: int, world_size: int) -> dict[str, list[str]]:
+    """Which kernels are launched where ranks gather class sums, by implementation."""
+    from varcon_loss import fused
+
+    launched: list[str] = []
+    plain = fused._launch
+
+    def launch(kernel, *arguments):
+        launched.append(kernel.fn.__name__)
+        return plain(kernel, *arguments)
+
+    fused._launch = launch
+    results = {}
+    for impl in ("reference", "eager", "triton"):
+        launched.clear()
+        criterion = VarConLoss(process_group="world", exchange="all-gather", impl=impl)
+        criterion(torch.randn(8, DIM), torch.arange(8) % 3)
+        results[impl] = list(launched)
+    return results
+
+
+def test_a_named_implementation_runs_no_other(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    for launched in run_ranks(sums_on_rank, 2, tmp_path):
+        assert launched["reference"] == launched["eager"] == []
+        assert launched["triton"].count("class_sums_kernel") == 2  # its own, then those of all

@@ -150,3 +150,22 @@ def test_a_uint8_label_is_not_the_negative_number_it_looks_like(impl: str) -> No
     features = torch.randn(4, 3)
     labels = torch.tensor([156, 156, 1, 1], dtype=torch.uint8)  # -100 as int8
     assert varcon_terms(features, labels, impl=impl).valid.all()
+
+
+def test_float32_sums_of_very_many_rows() -> None:
+    """Nearly equal rows of two classes: adding them one by one would be off by 3e-3."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(2, 4, generator=generator)
+    labels = torch.arange(300_000) % 2
+    features = directions[labels] + 0.01 * torch.randn(len(labels), 4, generator=generator)
+    terms = varcon_terms(features, labels, epsilon=0.05)
+    exact = varcon_terms(features.double(), labels, epsilon=0.05)
+    torch.testing.assert_close(terms.reduced, exact.reduced.float(), rtol=2e-5, atol=0)
+    torch.testing.assert_close(terms.confidence, exact.confidence.float(), rtol=2e-5, atol=0)
+
+
+def test_counts_beyond_what_float32_counts() -> None:
+    from varcon_loss.centroids import class_counts
+
+    slots = torch.zeros(2**24 + 2, dtype=torch.int64)
+    assert class_counts(slots, None, 1, torch.float32) == 2**24 + 2

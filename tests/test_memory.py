@@ -1,13 +1,16 @@
 """The centroid memory: what it holds, when it moves, and what it survives."""
 
 import copy
+import inspect
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import MakeBatch
 from varcon_loss import VarConLoss
@@ -62,9 +65,15 @@ def test_without_momentum_nothing_changes(impl: str, make_batch: MakeBatch) -> N
     same = VarConLoss(num_classes=8, feature_dim=16, centroid_momentum=None, impl=impl)
     assert torch.equal(plain(features, labels), same(features, labels))
     assert list(same.state_dict()) == []
-    for use in (lambda: same.centroids, same.reset_memory, lambda: same.predict(features)):
+    for use in (same.reset_memory, lambda: same.predict(features)):
         with pytest.raises(RuntimeError, match="this loss remembers no centroids"):
             use()
+    with pytest.raises(AttributeError, match="this loss remembers no centroids"):
+        _ = same.centroids
+    assert not hasattr(same, "centroids")
+    assert dict(inspect.getmembers(same))["temperature"] == 0.1
+    with pytest.raises(AttributeError, match="no attribute 'centroid'"):
+        _ = same.centroid
 
 
 def test_read_but_not_written_in_eval_or_without_gradients(
@@ -91,9 +100,128 @@ def test_read_but_not_written_in_eval_or_without_gradients(
 def test_eval_before_any_training(impl: str, make_batch: MakeBatch) -> None:
     """As trainers do for a sanity check."""
     features, labels = make_batch()
-    loss = make(impl).eval()(features, labels)
+    criterion = make(impl).eval()
+    with pytest.warns(UserWarning, match="the centroid memory is empty"):
+        loss = criterion(features, labels)
     assert loss.item() == 0
     assert (torch.autograd.grad(loss, features)[0] == 0).all()
+    with pytest.warns(UserWarning, match="the centroid memory is empty"):
+        label, confidence = criterion.predict(features)
+    assert (label == -1).all()
+    assert confidence.isnan().all()
+
+
+def test_a_filled_memory_is_quiet(impl: str, make_batch: MakeBatch) -> None:
+    features, labels = make_batch()
+    criterion = make(impl)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(features, labels)
+        criterion.eval()(features, labels)
+        criterion.predict(features)
+        for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+            twin(features, labels)
+        loaded = make(impl).eval()
+        loaded.load_state_dict(criterion.state_dict())
+        loaded(features, labels)
+    criterion.reset_parameters()
+    with pytest.warns(UserWarning, match="memory is empty"):
+        criterion(features, labels)
+
+
+def test_an_empty_memory_is_known_without_looking() -> None:
+    """As on a GPU, where looking would synchronise: tensors without values, looking raises."""
+    criterion = make("eager").to("meta")
+    features, labels = torch.zeros(4, 16, device="meta"), torch.zeros(4, device="meta").long()
+    with pytest.warns(UserWarning, match="memory is empty"):
+        criterion.eval()(features, labels)
+    criterion.train()(features, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion.eval()(features, labels)
+        copy.deepcopy(criterion)(features, labels)
+
+
+def test_made_again_after_a_meta_device(make_batch: MakeBatch) -> None:
+    with torch.device("meta"):
+        criterion = make("eager")
+    criterion.to_empty(device="cpu")
+    criterion.centroid_memory.fill_(7)
+    criterion.centroid_seen.fill_(3)  # what uninitialised memory may hold
+    criterion.reset_parameters()
+    assert not criterion.centroid_memory.any()
+    assert not criterion.centroid_seen.any()
+    VarConLoss().reset_parameters()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_memory_is_float32_whatever_happens(dtype: torch.dtype, make_batch) -> None:
+    features, labels = make_batch(dtype=torch.float32)
+
+    def make_slow() -> VarConLoss:
+        return VarConLoss(num_classes=8, feature_dim=16, centroid_momentum=0.999)
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        by_default = make_slow()
+    finally:
+        torch.set_default_dtype(before)
+    filled = make_slow()
+    filled(features, labels)
+    state = {name: value.to(dtype) for name, value in filled.state_dict().items()}
+    assigned, copied, cast, put = (make_slow() for _ in range(4))
+    assigned.load_state_dict(state, assign=True)
+    copied.load_state_dict(state)
+    cast.to(dtype)
+    put.centroid_memory = put.centroid_memory.to(dtype)
+    for criterion in (by_default, assigned, copied, cast, put, filled.to(dtype)):
+        for _ in range(3):
+            criterion(features, labels)
+        held = criterion.centroid_memory.clone()
+        assert held.dtype == criterion.centroid_seen.dtype == torch.float32
+        criterion(features.detach().flip(0), labels)
+        step = (criterion.get_buffer("centroid_memory") - held).abs().max()
+        assert 1e-6 < step < 1e-2  # bfloat16 would stand still at this momentum
+
+
+def test_the_cost_follows_the_classes_seen(impl: str, make_batch: MakeBatch) -> None:
+    """1,000,000 classes, of which 5 were seen: as with 5."""
+    features, labels = make_batch(dtype=torch.float32)
+    far = labels * 199_999 + 17
+    big = VarConLoss(num_classes=1_000_000, feature_dim=16, centroid_momentum=0.9, impl=impl)
+    small = VarConLoss(num_classes=5, feature_dim=16, centroid_momentum=0.9, impl=impl)
+    for _ in range(2):
+        with LargestMatrix() as largest:
+            loss = big(features, far)
+            (gradient,) = torch.autograd.grad(loss, features)
+            label, confidence = big.predict(features.detach())
+        assert largest.numel < 2_000_000
+        expected = small(features, labels)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, features)[0])
+        want = small.predict(features.detach())
+        assert torch.equal(label, want.label * 199_999 + 17)
+        torch.testing.assert_close(confidence, want.confidence)
+    unknown = far.clone()
+    unknown[::2] += 1
+    terms = big.eval().terms(features, unknown)
+    assert terms.valid.tolist() == [False, True] * 12
+    assert terms.num_classes == 5
+
+
+class LargestMatrix(TorchDispatchMode):
+    """The largest new matrix that an operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            is_new = all(x is not a for a in args)  # written in place
+            if is_new and isinstance(x, Tensor) and x.ndim > 1 and not x._is_view():
+                self.numel = max(self.numel, x.numel())
+        return result
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -126,6 +254,21 @@ def test_members_that_cancel_leave_the_memory_alone(impl: str) -> None:
     for sign in (1.0, -1.0):  # the blend of a centroid with its opposite has no direction
         half(sign * opposite[:1].detach().requires_grad_(), labels[:1])
     assert half.centroids.tolist() == [[1, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("num_rows", [0, 6])
+def test_a_batch_without_samples_leaves_the_memory_alone(num_rows: int, impl: str) -> None:
+    """Of an empty and an ignored batch, before and after there is something to remember."""
+    criterion = make(impl, num_classes=3, feature_dim=4)
+    nothing = torch.randn(num_rows, 4, requires_grad=True), torch.full((num_rows,), -100)
+    for known, labels in enumerate(([], [1], [0, 2])):
+        if labels:
+            criterion(torch.randn(len(labels), 4, requires_grad=True), torch.tensor(labels))
+        before = criterion.centroids.clone()
+        terms = criterion.terms(*nothing)
+        assert terms.reduced == 0
+        assert terms.num_classes == (0, 1, 3)[known]
+        assert torch.equal(criterion.centroids, before)
 
 
 def test_state(impl: str, make_batch: MakeBatch) -> None:
@@ -220,7 +363,16 @@ def test_predict(make_batch: MakeBatch) -> None:
     assert torch.equal(label, p.argmax(1))
     own = criterion.terms(features, labels).confidence
     torch.testing.assert_close(own[label == labels], confidence[label == labels])
-    assert make().predict(features).confidence.isnan().all()
+    with pytest.warns(UserWarning, match="memory is empty"):
+        assert make().predict(features).confidence.isnan().all()
+    views = criterion.predict(features.view(20, 3, 16))
+    assert torch.equal(views.label, label.view(20, 3))
+    assert torch.equal(views.confidence, confidence.view(20, 3))
+    odd = features.detach().clone()
+    odd[7] = torch.nan
+    assert criterion.predict(odd).label[7] == -1
+    with pytest.raises(ValueError, match=r"features must have shape \[N, D\]"):
+        criterion.predict(features[0])
 
 
 @pytest.mark.parametrize(

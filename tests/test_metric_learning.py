@@ -1,9 +1,11 @@
 """VarCon inside pytorch-metric-learning: everything that a built-in loss can do."""
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ pytest.importorskip("pytorch_metric_learning")
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 from pytorch_metric_learning.utils import distributed as pml_distributed
 
+import varcon_loss as core_package
 from benchmarks.ranks import run_ranks
 from tests import oracle
 from tests.conftest import IMPLEMENTATIONS, MakeBatch
@@ -39,7 +42,7 @@ def test_values_and_gradients(impl: str, leave_one_out: bool, make_batch: MakeBa
     torch.testing.assert_close(loss, core)
     torch.testing.assert_close(grad(loss, x), grad(core, x))
     rows = oracle.row_terms(x.tolist(), y.tolist(), 0.2, 0.05, leave_one_out=leave_one_out)
-    assert float(loss) == pytest.approx(sum(r["loss"] for r in rows if r) / len(rows), rel=1e-10)
+    assert loss.item() == pytest.approx(sum(r["loss"] for r in rows if r) / len(rows), rel=1e-10)
 
 
 def test_the_minus_hundredth_class_is_a_class(make_batch: MakeBatch) -> None:
@@ -68,6 +71,7 @@ def test_dtypes(dtype: torch.dtype, make_batch: MakeBatch) -> None:
 def test_reference_set(make_batch: MakeBatch) -> None:
     x, y = make_batch(12, 6)
     ref_emb, ref_labels = make_batch(20, 4, seed=1)
+    ref_emb = ref_emb.detach()
     loss = VarConLoss()(x, y, ref_emb=ref_emb, ref_labels=ref_labels)
     known = y < 4  # the reference lacks classes 4 and 5: their anchors are dropped
     expected = varcon_loss(x[known], y[known], ref_features=ref_emb, ref_labels=ref_labels)
@@ -78,6 +82,87 @@ def test_reference_set(make_batch: MakeBatch) -> None:
     )
     with pytest.raises(ValueError, match="leave_one_out has no meaning with ref_emb"):
         VarConLoss(leave_one_out=True)(x, y, ref_emb=ref_emb, ref_labels=ref_labels)
+
+
+class TestSecondTower:
+    """No gradient flows through centroids: said once, in PML's terms, where one was asked for."""
+
+    @pytest.mark.parametrize("way", ["self-supervised", "ref_emb"])
+    def test_it_is_said_once(self, way: str, make_batch: MakeBatch) -> None:
+        image_tower, text_tower = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
+        images, texts = torch.randn(2, 10, 6)
+        each = torch.arange(10)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")  # as in a script: one line for a whole training
+            for _ in range(3):
+                if way == "ref_emb":
+                    loss = VarConLoss()(
+                        image_tower(images), each, ref_emb=text_tower(texts), ref_labels=each
+                    )
+                else:
+                    one_way = SelfSupervisedLoss(VarConLoss(), symmetric=False)
+                    loss = one_way(image_tower(images), text_tower(texts))
+                loss.backward()
+        (only,) = caught
+        assert only.category is UserWarning
+        for part in ("ref_emb no gradient", "second tower", "symmetric=True", "ref_emb.detach()"):
+            assert part in str(only.message)
+        assert image_tower.weight.grad is not None
+        assert text_tower.weight.grad is None
+
+    def test_both_ways_out_train_both_towers(self) -> None:
+        towers = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
+        images, texts = torch.randn(2, 10, 6)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            SelfSupervisedLoss(VarConLoss())(towers[0](images), towers[1](texts)).backward()
+            first = [tower.weight.grad.clone() for tower in towers]
+            for tower in towers:
+                tower.zero_grad()
+            both = torch.cat([towers[0](images), towers[1](texts)])
+            VarConLoss()(both, torch.arange(10).repeat(2)).backward()
+        for tower, grad_by_wrapper in zip(towers, first, strict=True):
+            assert grad_by_wrapper.abs().sum() > 0
+            torch.testing.assert_close(tower.weight.grad, grad_by_wrapper)
+
+    def test_where_nothing_is_lost_nothing_is_said(self, make_batch: MakeBatch) -> None:
+        x, y = make_batch()
+        other, labels = make_batch(seed=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            VarConLoss()(x, y, ref_emb=other.detach(), ref_labels=labels)
+            with torch.no_grad():
+                VarConLoss()(x, y, ref_emb=other, ref_labels=labels)
+            # DistributedLossWrapper(efficient=True): the batch, then what other ranks sent.
+            pool = torch.cat([x, other.detach()])
+            VarConLoss()(x, y, ref_emb=pool, ref_labels=torch.cat([y, labels]))
+            CrossBatchMemory(VarConLoss(), 16, memory_size=40)(x, y)
+        with pytest.warns(UserWarning, match="no gradient"):
+            VarConLoss()(x, y, ref_emb=other.float(), ref_labels=labels)
+
+
+def test_shapes_and_dtypes_are_refused_in_the_terms_of_pml(make_batch: MakeBatch) -> None:
+    x, y = make_batch(8, 2, dim=4)
+    each = torch.arange(8)
+    views = x.view(4, 2, 4)
+    cases = [
+        (ValueError, r"embeddings must have shape \[N, D\], got \[4, 2, 4\]", (views, y[:4])),
+        (ValueError, "ref_emb must have shape", (x, y, None, views, y[:4])),
+        (ValueError, "ref_emb must have the width", (x, y, None, x[:, :3], y)),
+        (ValueError, "ref_labels beside ref_emb", (x, y, None, x.detach())),
+        (TypeError, "labels must be integers", (x, y.double())),
+        (TypeError, "ref_labels must be integers", (x, y, None, x.detach(), y > 0)),
+        (TypeError, "ref_emb must be float16", (x, y, None, x.detach().long(), y)),
+    ]
+    for kind, match, arguments in cases:
+        with pytest.raises(kind, match=match):
+            VarConLoss()(*arguments)
+    for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.int16, torch.int32):
+        # A batch and a memory may differ in the dtype of labels.
+        loss = VarConLoss()(x, y, ref_emb=x.detach(), ref_labels=y.to(dtype))
+        torch.testing.assert_close(loss, VarConLoss()(x, y))
+    flat = VarConLoss()(views.flatten(0, 1), each[:4].repeat_interleave(2))
+    torch.testing.assert_close(flat, varcon_loss(views, each[:4]))
 
 
 def test_degenerate_batches() -> None:
@@ -145,12 +230,13 @@ def test_reducers(reducer: torch.nn.Module, make_batch: MakeBatch) -> None:
 def test_miners_weigh_anchors(miner: torch.nn.Module, make_batch: MakeBatch) -> None:
     x, y = make_batch(dtype=torch.float32)
     ref_emb, ref_labels = make_batch(30, 5, dtype=torch.float32, seed=1)
+    ref_emb = ref_emb.detach()
     each = varcon_loss(x, y, reduction="none")
     chosen = miner(x, y)
     counts = torch.zeros(24)
     for index in torch.cat(chosen):
         counts[index] += 1
-    weights = counts / counts.max() if counts.max() > 0 else torch.ones(24)
+    weights = counts / counts.max().clamp(min=1)
     torch.testing.assert_close(VarConLoss()(x, y, chosen), (each * weights).mean())
 
     if isinstance(miner, miners.HDCMiner):
@@ -161,9 +247,37 @@ def test_miners_weigh_anchors(miner: torch.nn.Module, make_batch: MakeBatch) -> 
     anchors = torch.cat([chosen[0]] if len(chosen) == 3 else [chosen[0], chosen[2]])
     for index in anchors:
         counts[index] += 1
-    weights = counts / counts.max() if counts.max() > 0 else torch.ones(24)
+    weights = counts / counts.max().clamp(min=1)
     loss = VarConLoss()(x, y, chosen, ref_emb, ref_labels)
     torch.testing.assert_close(loss, (each * weights).mean())
+
+
+@pytest.mark.parametrize("columns", [3, 4], ids=["triplets", "pairs"])
+def test_a_miner_that_chose_nobody(columns: int, make_batch: MakeBatch) -> None:
+    """As PML's pair losses: 0, with a graph; not the loss of everybody."""
+    x, y = make_batch()
+    nobody = tuple(torch.empty(0, dtype=torch.int64) for _ in range(columns))
+    cases = {
+        "batch": (VarConLoss(), {}),
+        "reference": (VarConLoss(), {"ref_emb": x.detach().clone(), "ref_labels": y}),
+        "leave one out": (VarConLoss(leave_one_out=True), {}),
+        "pair loss": (losses.SupConLoss(), {}),
+    }
+    for name, (loss_func, options) in cases.items():
+        value = loss_func(x, y, nobody, **options)
+        assert value.item() == 0, name
+        assert (grad(value, x) == 0).all(), name
+    one = torch.tensor([3])
+    some = (one, *nobody[1:]) if columns == 4 else (one, one, one)
+    each = varcon_loss(x, y, reduction="none")
+    torch.testing.assert_close(VarConLoss()(x, y, some), each[3] / 24)
+
+    class ChoosesNobody(miners.BaseMiner):
+        def mine(self, *_: object) -> tuple[torch.Tensor, ...]:
+            return nobody
+
+    mined = CrossBatchMemory(VarConLoss(), 16, memory_size=40, miner=ChoosesNobody())
+    assert mined(x, y).item() == 0
 
 
 def test_regularisers_and_multiple_losses(make_batch: MakeBatch) -> None:
@@ -198,7 +312,7 @@ def test_statistics_pickles_and_copies(make_batch: MakeBatch) -> None:
     value = loss_func(x, y)
     assert loss_func.num_classes == 5
     assert loss_func.num_anchors == 24
-    assert loss_func.kl + loss_func.nll == pytest.approx(float(value))
+    assert loss_func.kl + loss_func.nll == pytest.approx(value.item())
     assert 0.08 <= loss_func.tau2 <= 0.12
     assert 0 < loss_func.confidence <= 1
     for twin in (pickle.loads(pickle.dumps(loss_func)), copy.deepcopy(loss_func)):
@@ -207,13 +321,125 @@ def test_statistics_pickles_and_copies(make_batch: MakeBatch) -> None:
         VarConLoss(temperature=0.1, epsilon=0.2)
 
 
+class TestStatisticsOfTheDistance:
+    NAMES = (
+        "initial_avg_query_norm",
+        "initial_avg_ref_norm",
+        "final_avg_query_norm",
+        "final_avg_ref_norm",
+    )
+
+    @pytest.mark.parametrize(
+        "make", [losses.SupConLoss, VarConLoss], ids=["built-in", "this package"]
+    )
+    @pytest.mark.parametrize("normalize", [True, False])
+    @pytest.mark.parametrize("reference", [False, True])
+    def test_are_those_of_a_built_in_loss(
+        self, make: type, normalize: bool, reference: bool, make_batch: MakeBatch
+    ) -> None:
+        distance = distances.DotProductSimilarity(
+            normalize_embeddings=normalize, collect_stats=True
+        )
+        x, y = make_batch()
+        ref_emb, ref_labels = make_batch(20, 5, seed=1)
+        options = {"ref_emb": ref_emb.detach(), "ref_labels": ref_labels} if reference else {}
+        make(distance=distance)(x, y, **options)
+        query, ref = (rows.norm(dim=1).mean().item() for rows in (x, ref_emb if reference else x))
+        expected = [query, ref, 1.0, 1.0] if normalize else [query, ref, query, ref]
+        recorded = [getattr(distance, name) for name in self.NAMES]
+        assert recorded == pytest.approx(expected)
+
+    def test_only_where_asked_for(self, make_batch: MakeBatch) -> None:
+        x, y = make_batch()
+        for loss_func in (VarConLoss(), VarConLoss(collect_stats=True), losses.SupConLoss()):
+            loss_func(x, y)
+            assert not [name for name in self.NAMES if hasattr(loss_func.distance, name)]
+
+
+class TestOptions:
+    def test_every_option_of_the_core_is_taken_or_has_another_place(self) -> None:
+        taken = inspect.signature(VarConLoss).parameters
+        for name, option in inspect.signature(core_package.VarConLoss).parameters.items():
+            if option.kind is option.VAR_KEYWORD:
+                continue
+            if name in taken:
+                assert option.default == taken[name].default
+                continue
+            with pytest.raises(TypeError, match=rf"does not take {name}: (use|leave) "):
+                VarConLoss(**{name: option.default})
+
+    def test_all_are_named_at_once(self) -> None:
+        with pytest.raises(TypeError) as error:
+            VarConLoss(num_classes=10, centroid_momentum=0.9, process_group="world")
+        for part in ("num_classes: leave", "CrossBatchMemory(loss", "DistributedLossWrapper(loss)"):
+            assert part in str(error.value)
+
+    def test_the_places_exist_and_do_the_same(self, make_batch: MakeBatch) -> None:
+        x, y = make_batch(dtype=torch.float32)
+        weight = torch.tensor([0.5, 1.0, 2.0, 0.0, 1.0])
+        torch.testing.assert_close(
+            VarConLoss(reducer=reducers.ClassWeightedReducer(weight))(x, y) * 24,
+            varcon_loss(x, y, weight=weight, reduction="sum"),
+        )
+        assert callable(pml_distributed.DistributedLossWrapper)
+
+    def test_repr(self) -> None:
+        assert "temperature=0.2, epsilon=0.05\n" in repr(VarConLoss(0.2, 0.05))
+        text = repr(CrossBatchMemory(VarConLoss(impl="reference"), 16))
+        assert "temperature=0.1, epsilon=0.02, impl='reference'\n" in text
+        assert "leave_one_out=True" in repr(VarConLoss(leave_one_out=True))
+
+
+class TestWrappersByName:
+    """PML's wrappers compare class names: what they and ours say to which loss."""
+
+    WRAPPERS = (
+        ("CrossBatchMemory", CrossBatchMemory, {"embedding_size": 16}),
+        ("SelfSupervisedLoss", SelfSupervisedLoss, {}),
+    )
+
+    @pytest.mark.parametrize(("name", "ours", "options"), WRAPPERS)
+    def test_pmls_own_refuse_and_the_docstring_names_the_import(
+        self, name: str, ours: type, options: dict
+    ) -> None:
+        stock = getattr(losses, name)
+        with pytest.raises(Exception, match=f"{name} not supported for VarConLoss"):
+            stock(VarConLoss(), **options)
+        advice = "from varcon_loss.integrations.metric_learning import"
+        line = next(line for line in VarConLoss.__doc__.splitlines() if advice in line)
+        found: dict = {}
+        exec(line.strip(), found)
+        assert isinstance(found[name](VarConLoss(), **options), stock)
+
+    @pytest.mark.parametrize(("name", "ours", "options"), WRAPPERS)
+    def test_the_loss_of_the_core_is_not_mistaken(
+        self, name: str, ours: type, options: dict
+    ) -> None:
+        with pytest.raises(TypeError, match=rf"{name} wraps .* got varcon_loss\.VarConLoss"):
+            ours(core_package.VarConLoss(), **options)
+
+    def test_derived_classes(self, make_batch: MakeBatch) -> None:
+        class Mine(VarConLoss):
+            pass
+
+        class MineToo(Mine):
+            pass
+
+        x, y = make_batch()
+        for kind in (Mine, MineToo):
+            torch.testing.assert_close(CrossBatchMemory(kind(), 16)(x, y), VarConLoss()(x, y))
+            assert SelfSupervisedLoss(kind())(x, x).isfinite()
+
+
 def test_self_supervised(make_batch: MakeBatch) -> None:
     a, b = make_batch(10, 2)[0], make_batch(10, 2, seed=1)[0]
     expected = varcon_loss(torch.cat([a, b]), torch.arange(10).repeat(2))
     torch.testing.assert_close(SelfSupervisedLoss(VarConLoss())(a, b), expected)
-    one_way = SelfSupervisedLoss(VarConLoss(), symmetric=False)(a, b)
+    one_way = SelfSupervisedLoss(VarConLoss(), symmetric=False)(a, b.detach())
     each = torch.arange(10)
-    torch.testing.assert_close(one_way, varcon_loss(a, each, ref_features=b, ref_labels=each))
+    torch.testing.assert_close(
+        one_way, varcon_loss(a, each, ref_features=b.detach(), ref_labels=each)
+    )
     assert SelfSupervisedLoss(losses.NTXentLoss())(a, b).isfinite()
 
 
@@ -302,7 +528,9 @@ def on_rank(rank: int, world_size: int) -> dict:
         if title == "memory":
             loss = CrossBatchMemory(loss, 4, memory_size=24)
         wrapper = pml_distributed.DistributedLossWrapper(loss, efficient=title == "efficient")
-        value = wrapper(model(x), y, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "VarConLoss gives ref_emb no gradient")
+            value = wrapper(model(x), y, **options)
         value.backward()
         results[title] = value.detach(), model.module.weight.grad.clone()
     dist.barrier()
@@ -329,25 +557,53 @@ def test_two_processes(tmp_path: Path) -> None:
             torch.testing.assert_close(r[title][1], scale * model.weight.grad, msg=title)
 
 
-def test_what_importing_says_where_the_host_is_missing_or_too_new() -> None:
-    def run(version: str | None) -> str:
-        script = f"""
-import sys, types
-version = {version!r}
-if version is None:
-    sys.modules["pytorch_metric_learning"] = None
-else:
-    fake = types.ModuleType("pytorch_metric_learning"); fake.__version__ = version
-    sys.modules["pytorch_metric_learning"] = fake
-try:
-    import varcon_loss.integrations.metric_learning
-except ImportError as error:
-    print(error)
-"""
-        done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=True
-        )
-        return done.stdout
+def test_what_importing_says_where_the_host_is_missing_or_another(tmp_path: Path) -> None:
+    """The installation is asked: PML 3 has no ``__version__``."""
 
-    assert "pip install 'varcon-loss[metric-learning]'" in run(None)
-    assert "supports pytorch-metric-learning >=2.2,<3, found 3.0.1" in run("3.0.1")
+    def install(version: str) -> str:
+        """A PML that is no more than a name and an installed version."""
+        folder = tmp_path / version
+        (folder / "pytorch_metric_learning").mkdir(parents=True)
+        (folder / "pytorch_metric_learning" / "__init__.py").touch()
+        info = folder / f"pytorch_metric_learning-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: pytorch-metric-learning\nVersion: {version}\n"
+        )
+        return str(folder)
+
+    versions = ("3.0.0", "3.1.0rc1", "2.1.2", "1.7.3", "22.0")
+    script = f"""
+import importlib.metadata, sys, types
+
+def attempt():
+    try:
+        import varcon_loss.integrations.metric_learning
+    except ImportError as error:
+        print(error)
+
+sys.modules["pytorch_metric_learning"] = None
+attempt()
+for folder in {[install(version) for version in versions]!r}:
+    del sys.modules["pytorch_metric_learning"]
+    sys.path.insert(0, folder)
+    attempt()
+
+# Bundled into an application, with no record of what is installed.
+def version(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = version
+attempt()
+sys.modules["pytorch_metric_learning"].__version__ = "3.5"
+attempt()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    missing, *wrong = done.stdout.splitlines()
+    assert missing.endswith("pip install 'varcon-loss[metric-learning]'")
+    assert wrong == [
+        "varcon_loss.integrations.metric_learning supports pytorch-metric-learning >=2.2,<3, "
+        f"found {version}: pip install 'pytorch-metric-learning>=2.2,<3'"
+        for version in (*versions, "one that names no version", "3.5")
+    ]

@@ -4,6 +4,8 @@ import copy
 import pickle
 import subprocess
 import sys
+import warnings
+from fractions import Fraction
 
 import pytest
 import torch
@@ -96,3 +98,73 @@ def test_the_default_head_starts_spread_out() -> None:
 
     assert mean_cosine("mlp-bn") < 0.3
     assert mean_cosine("mlp") > 0.7
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c, x: c(x), "labels is None: VarCon is a supervised loss"),
+        (lambda c, x: c.terms(x), "labels is None: VarCon is a supervised loss"),
+        (lambda c, x: varcon_loss.varcon_loss(x), "labels is None: VarCon is a supervised loss"),
+        (lambda c, x: varcon_terms(x), "labels is None: VarCon is a supervised loss"),
+        (lambda c, x: c(x, mask=x @ x.T), "'mask': samples are compared with classes, .* labels="),
+        (lambda c, x: c.terms(x, mask=x @ x.T), "'mask': samples are compared with classes"),
+        (lambda c, x: c(x, None, target=x), "no argument 'target': it takes ref_features, ref_lab"),
+        (lambda c, x: c(x, None, ref_label=x), "'ref_label': did you mean ref_labels"),
+        (lambda c, x: VarConLoss(contrast_mode="one"), "'contrast_mode': every view is an anchor"),
+        (
+            lambda c, x: VarConLoss(base_temperature=0.07),
+            "'base_temperature': the loss is not resc",
+        ),
+        (lambda c, x: VarConLoss(temprature=0.07), "'temprature': did you mean temperature"),
+        (lambda c, x: VarConLoss(momentum=0.9), "'momentum': did you mean centroid_momentum"),
+    ],
+)
+def test_what_supcon_scripts_pass(call, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(VarConLoss(), torch.randn(4, 3))
+
+
+def test_numbers_of_numpy(make_batch: MakeBatch) -> None:
+    np = pytest.importorskip("numpy")
+    features, labels = make_batch(dtype=torch.float32)
+    plain = {"temperature": 0.25, "epsilon": 0.0625, "num_classes": 8, "ignore_index": -1}
+    memory = {"feature_dim": 16, "centroid_momentum": 0.75}
+    kinds = [np.float64, np.float32, np.int64, np.int32, np.int16, np.float16]
+    others = {
+        name: kind(value)
+        for (name, value), kind in zip((plain | memory).items(), kinds, strict=True)
+    }
+    expected, got = VarConLoss(**plain, **memory), VarConLoss(**others)
+    for name in others:
+        assert type(getattr(got, name)) is type((plain | memory)[name])
+    compiled = torch.compile(got, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(features, labels), expected(features, labels))
+    assert torch.equal(
+        varcon_loss.varcon_loss(
+            features, labels, np.float32(0.25), np.float64(0.0625), num_classes=np.uint8(8)
+        ),
+        varcon_loss.varcon_loss(features, labels, 0.25, 0.0625, num_classes=8),
+    )
+    got.temperature = np.float64(0.5)  # a schedule
+    expected.temperature = Fraction(1, 2)
+    torch.testing.assert_close(compiled(features, labels), expected(features, labels))
+    with pytest.raises(TypeError, match="temperature must be a number, got str"):
+        got.temperature = "0.1"
+    with pytest.raises(TypeError, match="num_classes must be an int or None, got float64"):
+        VarConLoss(num_classes=np.float64(8))
+
+
+def test_a_reference_set_gets_no_gradient_and_says_so(make_batch: MakeBatch) -> None:
+    images, labels = make_batch()
+    texts = make_batch(seed=1)[0]
+    criterion = VarConLoss()
+    with pytest.warns(UserWarning, match=r"ref_features require a gradient and get none"):
+        loss = criterion(images, labels, ref_features=texts, ref_labels=labels)
+    loss.backward()
+    assert texts.grad is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(images, labels, ref_features=texts.detach(), ref_labels=labels)
+        with torch.no_grad():
+            criterion(images, labels, ref_features=texts, ref_labels=labels)

@@ -1,8 +1,11 @@
-"""The wheel holds the whole package, and nothing that belongs to the checkout alone."""
+"""What is published: the wheel holds the package alone, the sdist all that its tests need."""
 
+import os
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -10,44 +13,121 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SOURCES = ("varcon_loss", "benchmarks", "docs", "tests")
+LOOSE = ("pyproject.toml", "MANIFEST.in", "Makefile", "LICENSE")
+PROSE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+
+
+def files_under(folder: str) -> set[str]:
+    """Paths from the root of what is written by hand; through links, as setuptools goes."""
+    return {
+        str(Path(parent, name).relative_to(ROOT))
+        for parent, _, names in os.walk(ROOT / folder, followlinks=True)
+        for name in names
+        if not name.endswith(".pyc")
+    }
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The sdist, and the wheel that was made from it."""
+    source, out = (tmp_path_factory.mktemp(name) for name in ("source", "dist"))
     # From a copy, so that a stale build/ of the checkout can add nothing.
-    source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "varcon_loss", "integrations"):
-        subprocess.run(["cp", "-a", str(ROOT / name), str(source)], check=True)
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), "."],
-        check=True,
-        cwd=source,
-        capture_output=True,
-    )
-    (path,) = out.glob("*.whl")
-    return path
+    for name in (*LOOSE, *PROSE):
+        shutil.copy(ROOT / name, source)
+    for name in (*SOURCES, "integrations"):
+        if (ROOT / name).exists():  # an sdist has integrations/ only inside the package
+            shutil.copytree(ROOT / name, source / name, symlinks=True)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), "."]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
 
 
-def test_the_wheel_holds_every_source_file_and_no_more(wheel: Path) -> None:
-    packaged = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {f"varcon_loss/{p.name}" for p in (ROOT / "varcon_loss").glob("*.py")}
-    expected |= {f"varcon_loss/integrations/{p.name}" for p in (ROOT / "integrations").glob("*.py")}
-    assert packaged == expected | {"varcon_loss/py.typed"}
-    assert not [p for p in (ROOT / "integrations").iterdir() if p.is_dir() and p.name[0] != "_"]
+@pytest.fixture(scope="module")
+def unpacked(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(built[0]) as archive:
+        archive.extractall(folder, filter="data")
+    (root,) = folder.iterdir()
+    return root
 
 
-def test_an_installed_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
+def test_the_wheel_holds_every_source_file_and_no_more(built: tuple[Path, Path]) -> None:
+    names = zipfile.ZipFile(built[1]).namelist()
+    packaged = {name for name in names if ".dist-info/" not in name}
+    assert packaged == files_under("varcon_loss")
+    for name in (  # one of each folder, should the link or a walk go wrong
+        "varcon_loss/module.py",
+        "varcon_loss/py.typed",
+        "varcon_loss/integrations/metric_learning.py",
+    ):
+        assert name in packaged
+    if (ROOT / "integrations").exists():
+        modules = {path.name for path in (ROOT / "integrations").glob("*.py")}
+        assert {f"varcon_loss/integrations/{name}" for name in modules} <= packaged
+    for folder in {str(Path(name).parent) for name in packaged}:
+        assert f"{folder}/__init__.py" in packaged
+
+
+def test_the_sdist_holds_what_its_tests_need(unpacked: Path) -> None:
+    held = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    made = {name for name in held if name.startswith("varcon_loss.egg-info/")}
+    written = {*LOOSE, *PROSE}.union(*(files_under(folder) for folder in SOURCES))
+    assert held - made == written | {"PKG-INFO", "setup.cfg"}
+
+
+def test_the_tests_run_from_the_unpacked_sdist(unpacked: Path) -> None:
+    """With data, the harness, an adapter and doctests; and nothing is taken from this checkout."""
+    chosen = [
+        "tests/test_golden.py",
+        "tests/test_benchmarks.py::test_results_come_back",
+        "varcon_loss/heads.py",
+        "varcon_loss/integrations/metric_learning.py",
+    ]
+    script = f"""
+import sys, pytest
+code = pytest.main(["-q", "-x", *{chosen!r}])
+here = {str(unpacked)!r}
+for name, module in list(sys.modules.items()):
+    if name.partition(".")[0] in ("varcon_loss", "benchmarks", "tests"):
+        assert module.__file__.startswith(here), module.__file__
+sys.exit(code)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=unpacked, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_an_index_would_take_both(built: tuple[Path, Path]) -> None:
+    pytest.importorskip("twine")
+    done = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", *map(str, built)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASSED") == 2
+
+
+def test_an_installed_wheel_works_elsewhere(built: tuple[Path, Path], tmp_path: Path) -> None:
     """In a new environment that borrows only third-party packages from this one."""
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     site = tmp_path / "env" / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}"
     site = site / "site-packages"
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(built[1]) as archive:
         archive.extractall(site)
     # Appended to sys.path without its .pth files: the editable install stays out.
     (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    modules = [p.stem for p in (ROOT / "integrations").glob("*.py") if p.stem != "__init__"]
+    folder = ROOT / "varcon_loss" / "integrations"
+    modules = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
+    assert modules
     script = f"""
 import importlib, torch, varcon_loss
 assert varcon_loss.__file__.startswith({str(site)!r}), varcon_loss.__file__
@@ -62,4 +142,47 @@ for name in ("integrations", "benchmarks", "tests"):
         continue
     raise AssertionError(name + " is importable")
 """
-    subprocess.run([str(python), "-c", script], check=True, cwd=tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([str(python), "-c", script], check=True, cwd=tmp_path, env=environment)
+
+
+def test_without_numpy_nothing_is_missing_and_nothing_is_said() -> None:
+    """Torch itself says "Failed to initialize NumPy" where it is imported; we add no warning."""
+    script = """
+import sys, warnings
+sys.modules["numpy"] = None
+with warnings.catch_warnings(record=True):
+    warnings.simplefilter("always")
+    import torch
+    torch.tensor([1.0])
+warnings.simplefilter("error")
+import varcon_loss
+x, y = torch.randn(8, 4, requires_grad=True), torch.arange(8) % 3
+for options in (
+    {},
+    {"impl": "reference", "leave_one_out": True},
+    {"num_classes": 3, "weight": torch.ones(3)},
+    {"num_classes": 3, "feature_dim": 4, "centroid_momentum": 0.9},
+):
+    criterion = varcon_loss.VarConLoss(**options)
+    criterion(x, y).backward()
+    criterion.terms(x, y)
+    repr(criterion)
+criterion.predict(x)
+varcon_loss.ProjectionHead(4)(x)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_test_says_how_long_it_takes_and_what_is_skipped() -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    *_, length, skipped, command = done.stdout.splitlines()
+    assert "minutes on two" in length
+    assert "NVIDIA GPU" in skipped
+    assert "TIMM_TRAIN_PY" in skipped
+    assert command.endswith("pytest -n 2 -rs")

@@ -1,11 +1,18 @@
 """VarCon as a timm task, and timm's train.py with one word in front."""
 
+import argparse
 import copy
 import csv
+import logging
 import os
+import pickle
+import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +22,11 @@ import yaml
 timm = pytest.importorskip("timm")
 from timm.optim import create_optimizer_v2
 
-from varcon_loss.integrations.timm_task import METRICS, VarConTask, embedding_width
+import varcon_loss
+from varcon_loss.integrations import timm_flags, timm_train
+from varcon_loss.integrations.timm_checkpoint import read_checkpoint
+from varcon_loss.integrations.timm_classifier import embedding_width
+from varcon_loss.integrations.timm_task import METRICS, VarConTask
 
 SCRIPT = Path(__file__).parent / "data" / "mini_train.py"
 
@@ -101,6 +112,60 @@ def test_a_step(task: VarConTask) -> None:
     assert means["tau2"] == pytest.approx(float(result["tau2"]))
     with pytest.raises(ValueError, match="VarCon needs one class index an image"):
         task(x, torch.rand(8, 4))
+
+
+def test_log_lines_are_means_since_the_last(
+    task: VarConTask, caplog: pytest.LogCaptureFixture
+) -> None:
+    task.verbose, task.log_interval = True, 3
+    caplog.set_level(logging.INFO)
+    values = [float(task(*batch())["varcon_loss"]) for _ in range(8)]
+    task.eval()
+    task.trainable_module.eval()
+    task(*batch())  # evaluation counts in no mean
+    with torch.no_grad():
+        task.trainable_module.train()
+        task(*batch())
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("VarCon: ")]
+    shown = [float(value) for value in re.findall(r"varcon_loss: (\S+)", " ".join(lines))]
+    expected = [np.mean(values[:1]), np.mean(values[1:4]), np.mean(values[4:7])]
+    assert shown == pytest.approx(expected, rel=1e-3)
+    assert task.pop_means()["varcon_loss"] == pytest.approx(np.mean(values), rel=1e-5)
+
+
+def test_the_loss_follows_the_mode_of_what_trains() -> None:
+    model = timm.create_model("resnet10t", num_classes=4)
+    task = VarConTask(model, dim=16, centroid_momentum=0.9, verbose=False)
+    assert task.contrast.process_group == "world"  # a memory is one over all ranks
+    task.trainable_module.eval()
+    task(*batch())
+    assert not task.contrast.centroid_seen.any()
+    task.eval()
+    task.trainable_module.train()  # what train.py calls
+    task(*batch())
+    assert task.contrast.centroid_seen.all()
+
+
+def test_state_of_other_options_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    def make(**options: object) -> VarConTask:
+        model = timm.create_model("resnet10t", num_classes=4)
+        return VarConTask(model, verbose=False, **{"dim": 16, **options})
+
+    state = make().get_task_state()
+    for options, message in (
+        ({"dim": 8}, "dim was 16, is 8"),
+        ({"head": "linear"}, "head was mlp-bn, is linear"),
+        ({"centroid_momentum": 0.9}, "centroid_momentum was None, is 0.9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**options).load_task_state(state)
+    with pytest.raises(ValueError, match=r"dim was 8, is 16; centroid_momentum was 0.9, is None"):
+        make().load_task_state(make(dim=8, centroid_momentum=0.9).get_task_state())
+    make(temperature=0.2).load_task_state(state)
+    assert "temperature was 0.1, is 0.2" in caplog.text
+    make(temperature=np.float64(0.2)).load_task_state(state)
+    with pytest.raises(ValueError, match="probe_weight must be finite"):
+        make(probe_weight=float("nan"))
 
 
 def test_learns(task: VarConTask) -> None:
@@ -217,6 +282,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launch(
     *arguments: object, cwd: Path, launcher: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess:
+    """As a user runs it; seconds to start, so most tests use `varcon_timm`."""
     command = launcher or (sys.executable,)
     return subprocess.run(
         [*command, "-m", "varcon_loss.integrations.timm_train", *map(str, arguments)],
@@ -224,7 +290,48 @@ def launch(
     )  # fmt: skip
 
 
-def test_the_launcher_trains_records_and_repeats(images: Path, tmp_path: Path) -> None:
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def refusal(self) -> str:
+        """The one line that it ended with."""
+        assert self.code == 2, self
+        assert len(self.err.strip().splitlines()) == 1, self.err
+        assert self.err.startswith("varcon-timm: "), self.err
+        assert not re.search("^batch", self.out, re.MULTILINE)  # nothing was trained
+        return self.err
+
+
+@pytest.fixture
+def varcon_timm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """The launcher in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Done:
+        capsys.readouterr()
+        try:
+            timm_train.main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        said = capsys.readouterr()
+        return Done(code, said.out, said.err)
+
+    return run
+
+
+def recorded(folder: str) -> dict:
+    return yaml.safe_load((Path(folder) / "args.yaml").read_text())
+
+
+def test_the_launcher_trains_records_and_repeats(
+    images: Path, tmp_path: Path, varcon_timm: Callable[..., Done]
+) -> None:
     done = launch(
         SCRIPT, images, "--num-classes", 3, "--loss", "varcon", "--varcon-dim", 32, "--model-ema",
         "--varcon-temperature", 0.2, cwd=tmp_path,
@@ -232,119 +339,471 @@ def test_the_launcher_trains_records_and_repeats(images: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert "batch 16 VarConTask" in done.stdout  # two views of 8
     assert "a step of batch size 8 sees 2 x 8 images" in done.stdout
-    recorded = yaml.safe_load((tmp_path / "out/args.yaml").read_text())
-    assert recorded["loss"] == "varcon"
-    assert recorded["varcon_dim"] == 32
+    first = recorded(tmp_path / "out")
+    assert first["loss"] == "varcon"
+    assert first["varcon_dim"] == 32
     with (tmp_path / "out/summary.csv").open() as file:
         row = next(csv.DictReader(file))
     assert 0 < float(row["train_tau2"]) < 0.25
     checkpoint = torch.load(tmp_path / "out/last.pth.tar", weights_only=False)
     assert vars(checkpoint["args"])["varcon_temperature"] == 0.2
 
-    again = launch(SCRIPT, images, "-c", "out/args.yaml", "--output", "again", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert "VarConTask" in again.stdout
-    repeated = yaml.safe_load((tmp_path / "again/args.yaml").read_text())
-    assert {k: v for k, v in repeated.items() if k != "output"} == {
-        k: v for k, v in recorded.items() if k != "output"
-    }
-    resumed = launch(
-        SCRIPT, images, "-c", "out/args.yaml", "--output", "more", "--resume", "out/last.pth.tar",
-        cwd=tmp_path,
+    again = varcon_timm(SCRIPT, images, "-c", "out/args.yaml", "--output", "again")
+    assert "VarConTask" in again.out, again
+    assert recorded("again") | {"output": "out"} == first
+
+
+def test_resuming(images: Path, varcon_timm: Callable[..., Done]) -> None:
+    common = (SCRIPT, images, "--num-classes", 3, "--loss", "varcon", "--output")
+    assert varcon_timm(*common, "out", "--varcon-dim", 32).code == 0
+    resume = ("--resume", "out/last.pth.tar")
+    assert varcon_timm(*common, "more", "--varcon-dim", 32, *resume).code == 0
+    said = varcon_timm(*common, "x", "--varcon-centroid-momentum", 0.9, *resume).refusal
+    assert "--varcon-dim was 32, is 128" in said
+    assert "--varcon-centroid-momentum was off, is 0.9" in said
+    assert "--initial-checkpoint" in said
+
+
+def test_two_views_share_no_random_choice(images: Path) -> None:
+    from timm.data import create_dataset, create_loader
+
+    from varcon_loss.integrations.timm_launch import TwoViews
+
+    dataset = TwoViews(create_dataset("", root=str(images), split="train"), num_splits=2)
+    loader = create_loader(
+        dataset, (3, 32, 32), 8, is_training=True, num_aug_splits=2, color_jitter=0.0,
+        num_workers=1, device=torch.device("cpu"), persistent_workers=False,
     )  # fmt: skip
-    assert resumed.returncode == 0, resumed.stderr
+    for x, y in loader:
+        assert torch.equal(y[:8], y[8:])
+        assert not (x[:8] == x[8:]).flatten(1).all(1).any()
 
 
-def test_the_probe_reads_out_a_checkpoint(images: Path, tmp_path: Path) -> None:
-    done = launch(
-        SCRIPT, images, "--num-classes", 3, "--loss", "varcon", "--epochs", 2, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    options = (
-        "--img-size",
-        32,
-        "--workers",
-        1,
-        "--epochs",
-        20,
-        "--neighbours",
-        3,
-        "--device",
-        "cpu",
-    )
-    done = launch(
-        "probe", "out/last.pth.tar", images, "--model", "resnet10t", *options, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    words = done.stdout.split()
-    top1, top5, knn = (float(words[words.index(w) + 1]) for w in ("top-1", "top-5", "kNN"))
-    assert top5 == 100.0  # three classes
-    assert top1 > 50  # brightness tells them apart
-    assert knn > 50
-    wrong = launch(
-        "probe", "out/last.pth.tar", images, "--model", "resnet18", *options, cwd=tmp_path
-    )
-    assert "the checkpoint is not a resnet18" in wrong.stderr
+def test_what_a_step_sees_over_ranks(
+    images: Path, varcon_timm: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
+    options = (SCRIPT, images, "--num-classes", 3, "--loss", "varcon", "--epochs", 0)
+    done = varcon_timm(*options)
+    assert "a step of batch size 8 sees 2 x 8 images on each of 2 ranks" in done.out
+    assert "centroids of its own images" in done.out
+    assert "implies" not in done.out
+    done = varcon_timm(*options, "--varcon-centroid-momentum", 0.9)
+    assert "over 2 ranks implies --varcon-global-centroids" in done.out
+    assert "centroids of all ranks' images" in done.out
+    assert recorded("out")["varcon_global_centroids"] is True
+    monkeypatch.setenv("RANK", "1")
+    assert varcon_timm(*options).out == ""
 
 
-def test_without_varcon_the_launcher_is_not_there(images: Path, tmp_path: Path) -> None:
-    done = launch(SCRIPT, images, "--num-classes", 3, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "batch 8 ClassificationTask" in done.stdout
-    assert not any("varcon" in k for k in yaml.safe_load((tmp_path / "out/args.yaml").read_text()))
+def test_log_lines_obey_the_scripts_interval(
+    images: Path, varcon_timm: Callable[..., Done], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    options = ("--loss", "varcon", "--batch-size", 2, "--num-classes", 3, "--epochs", 1)
+    for flags, lines in (
+        (("--log-interval", 5), 3),  # steps 1, 6, 11 of 12
+        (("--log-interval", 2, "--grad-accum-steps", 2), 3),  # steps 1, 5, 9
+    ):
+        caplog.clear()
+        assert varcon_timm(SCRIPT, images, *options, *flags).code == 0
+        said = [r.getMessage() for r in caplog.records]
+        assert sum(line.startswith("VarCon: ") for line in said) == lines
+
+
+def test_configs(images: Path, varcon_timm: Callable[..., Done]) -> None:
+    config = Path("config.yaml")
+    config.write_text("loss: varcon\nvarcon_dim: 8\nvarcon_leave_one_out: true\nnum_classes: 3\n")
+    flags = ("--varcon-views", 1, "--no-varcon-leave-one-out")
+    assert "batch 8 VarConTask" in varcon_timm(SCRIPT, images, f"-c{config}", *flags).out
+    kept = recorded("out")
+    assert (kept["varcon_dim"], kept["varcon_leave_one_out"], kept["varcon_views"]) == (8, False, 1)
+    # Two views of a recorded run are the launcher's doing, not the user's.
+    assert varcon_timm(SCRIPT, images, "--conf", config).code == 0
+    record = ("--config", "out/args.yaml", "--output", "more")
+    assert recorded("out")["aug_splits"] == 2
+    assert "batch 8 VarConTask" in varcon_timm(SCRIPT, images, *record, "--varcon-views", 1).out
+    # An explicit other loss wins, in one view and without a key of ours.
+    own = with_own_loss()
+    assert "batch 8 ClassificationTask" in varcon_timm(own, images, *record, "--loss", "ce").out
+    assert not any("varcon" in f"{k} {v}" for k, v in recorded("more").items())
+
+    for text, message in (
+        ("loss: varcon\nvarcon_tempreature: 0.2\n", "did you mean --varcon-temperature?"),
+        ("loss: varcon\nvarcon_head: big\n", "--varcon-head: invalid choice: 'big'"),
+        ("loss: varcon\nvarcon_views: 3\n", "--varcon-views: invalid choice: 3"),
+        ("loss: varcon\nvarcon_dim: [1]\n", "--varcon-dim: invalid int value"),
+        ("loss: Varcon\n", "--loss Varcon: did you mean --loss varcon?"),
+        ("varcon_dim: 8\n", "config.yaml has varcon_dim but not loss: varcon"),
+        ("- loss\n", "holds no 'name: value' lines"),
+        ("loss: [\n", "cannot read the config config.yaml"),
+    ):
+        config.write_text(text)
+        assert message in varcon_timm(SCRIPT, images, "-c", config).refusal
+    assert "cannot read the config nowhere" in varcon_timm(SCRIPT, "-c", "nowhere").refusal
+
+
+def with_own_loss(name: str = "own_loss.py") -> Path:
+    """A script that has --loss, and checks its -c file against its arguments, as timm 1.0.31."""
+    text = SCRIPT.read_text()
+    for old, new in (
+        (
+            'parser.add_argument("--gp")',
+            'parser.add_argument("--gp")\n'
+            'parser.add_argument("--loss", default=None, choices=("ce", "bce"))',
+        ),
+        (
+            "            parser.set_defaults(**yaml.safe_load(file))",
+            "            config = yaml.safe_load(file)\n"
+            "        known = {a.dest: a for a in parser._actions}\n"
+            "        for key, value in config.items():\n"
+            "            choices = known[key].choices  # KeyError: no such argument\n"
+            "            if choices and value not in (None, *choices):\n"
+            '                parser.error(f"{key}: invalid choice {value}")\n'
+            "        parser.set_defaults(**config)",
+        ),
+        (
+            "    device = torch.device",
+            '    assert args.loss in (None, "ce"), args.loss\n'
+            '    args.loss = args.loss or "ce"\n'
+            "    device = torch.device",
+        ),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    Path(name).write_text(text)
+    return Path(name)
+
+
+def test_a_script_with_a_loss_of_its_own(
+    images: Path, varcon_timm: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = with_own_loss()
+    done = varcon_timm(script, images, "--num-classes", 3, "--loss", "varcon")
+    assert "batch 16 VarConTask" in done.out, done
+    assert recorded("out")["loss"] == "varcon"
+    # The checkpoint holds a plain Namespace, and resumes.
+    args = read_checkpoint("out/last.pth.tar").args
+    assert (args["loss"], args["varcon_views"]) == ("varcon", 2)
+    again = ("-c", "out/args.yaml", "--resume", "out/last.pth.tar", "--output", "again")
+    assert "batch 16 VarConTask" in varcon_timm(script, images, *again).out
+    assert recorded("again")["loss"] == "varcon"
+    # Without the launcher the script refuses what was recorded, where it looks at its keys ...
+    careless = Path("careless.py")
+    text = script.read_text()
+    careless.write_text(re.sub("        known = .*?(?=        parser.set)", "", text, flags=re.S))
+    for path, error in ((script, SystemExit), (careless, AssertionError)):  # ... and where not
+        monkeypatch.setattr(sys, "argv", [str(path), str(images), "-c", "out/args.yaml"])
+        with pytest.raises(error, match=r"2|varcon"):
+            runpy.run_path(str(path), run_name="__main__")
+
+
+def test_the_task_stays_a_class(images: Path, varcon_timm: Callable[..., Done]) -> None:
+    script = Path("derives.py")
+    script.write_text(
+        SCRIPT.read_text()
+        .replace(
+            "def main():",
+            "class Derived(ClassificationTask):\n"
+            "    def forward(self, input, target):\n"
+            "        return super().forward(input, target)\n\n\n"
+            "def main():",
+        )
+        .replace("task = ClassificationTask(", "task = Derived(")
+        .replace(
+            "    optimizer =",
+            "    assert isinstance(task, ClassificationTask), type(task)\n"
+            "    assert isinstance(dataset, AugMixDataset), type(dataset)\n"
+            "    assert isinstance(dataset, torch.utils.data.Dataset), type(dataset)\n"
+            "    optimizer =",
+        )
+    )
+    done = varcon_timm(script, images, "--num-classes", 3, "--loss", "varcon")
+    assert "batch 16 Derived" in done.out, done
+    assert timm.task.ClassificationTask is VarConTask.__bases__[0]  # as it was before
+
+
+def test_without_varcon_the_launcher_is_not_there(
+    images: Path, varcon_timm: Callable[..., Done]
+) -> None:
+    done = varcon_timm(SCRIPT, images, "--num-classes", 3)
+    assert "batch 8 ClassificationTask" in done.out, done
+    assert not any("varcon" in k for k in recorded("out"))
+
+
+UNSUITABLE = {
+    "--mixup 0.2": "--mixup 0.2 (VarCon needs one class an image, use --mixup 0)",
+    "--cutmix 1.0": "--cutmix 1.0 (VarCon needs one class an image, use --cutmix 0)",
+    "--jsd-loss": "--jsd-loss (VarCon replaces it, drop it)",
+    "--bce-loss": "--bce-loss (",
+    "--kd-model-name resnet18": "--kd-model-name resnet18 (distillation",
+    "--naflex-loader": "--naflex-loader (",
+    "--torchscript": "--torchscript (",
+    "--num-classes 0": "--num-classes 0 (the probe needs a classifier",
+    "--aug-splits 3": "--aug-splits 3 (--varcon-views makes the views",
+    "--no-aug": "--no-aug (two views would be identical",
+    "--no-prefetcher": "--no-prefetcher (drop it or use --varcon-views 1)",
+    "--train-img-sizes 32 48": "--train-img-sizes 32 48 (",
+    "--dataset WDS/x": "--dataset WDS/x (it is iterable",
+}
+
+
+def test_unsuitable_flags_are_listed_together(
+    images: Path, varcon_timm: Callable[..., Done]
+) -> None:
+    arguments = [word for flag in UNSUITABLE for word in flag.split()]
+    said = varcon_timm(SCRIPT, images, "--loss", "varcon", *arguments).refusal
+    for expected in UNSUITABLE.values():
+        assert expected in said
+    for flag, expected in UNSUITABLE.items():
+        alone = varcon_timm(SCRIPT, images, "--loss", "varcon", *flag.split()).refusal
+        assert expected in alone
+        assert ";" not in alone
+    with_one_view = ("--no-aug", "--no-prefetcher", "--num-classes", 3, "--varcon-views", 1)
+    assert varcon_timm(SCRIPT, images, "--loss", "varcon", *with_one_view).code == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mixup", "0.2"], "--mixup cannot be combined with --loss varcon.*--mixup 0"),
-        (["--cutmix", "1.0"], "--cutmix cannot be combined"),
-        (["--jsd-loss"], "drop --jsd-loss"),
-        (["--bce-loss"], "drop --bce-loss"),
-        (["--kd-model-name", "resnet18"], "drop --kd-model-name"),
-        (["--naflex-loader"], "drop --naflex-loader"),
-        (["--torchscript"], "drop --torchscript"),
-        (["--num-classes", "0"], "--num-classes 0 leaves no classifier"),
-        (["--aug-splits", "3"], "--varcon-views makes the views"),
-        (["--no-aug"], "drop --no-aug or use --varcon-views 1"),
-        (["--no-prefetcher"], "drop --no-prefetcher"),
-        (["--train-img-sizes", "32"], "drop --train-img-sizes"),
-        (["--dataset", "wds/x"], "--dataset wds/x is iterable"),
-        (["--varcon-epsilon", "0.5"], "epsilon must be smaller than temperature"),
-        (["--varcon-nonsense", "1"], "unknown flag --varcon-nonsense"),
+        ("--loss Varcon", "--loss Varcon: did you mean --loss varcon?"),
+        ("--loss=varcom", "--loss varcom: did you mean --loss varcon?"),
+        ("--loss VarConLoss", "did you mean --loss varcon?"),
+        ("--loss supcon", "no --loss of its own"),
+        ("--los varcon", "unknown flag --los: did you mean --loss varcon?"),
+        ("--Loss=VarCon", "unknown flag --Loss: did you mean --loss varcon?"),
+        ("--varcon-dim 8", "--varcon-dim without --loss varcon"),
+        ("--varcon-dim=8 --varcon-leave-one-out",
+         "--varcon-dim, --varcon-leave-one-out without --loss varcon"),
+        ("--loss varcon --varcon-temprature 0.2", "did you mean --varcon-temperature?"),
+        ("--loss varcon --varcon_dim=8", "unknown flag --varcon_dim: did you mean --varcon-dim?"),
+        ("--loss varcon --vacron-dim 8", "unknown flag --vacron-dim: did you mean --varcon-dim?"),
+        ("--loss varcon --varcon-nonsense 1 --Varcon-head linear",
+         "--varcon-nonsense: see varcon-timm --help; unknown flag --Varcon-head: did you mean"),
+        ("--loss varcon --varcon-dim x", "argument --varcon-dim: invalid int value: 'x'"),
+        ("--loss varcon --varcon-head big", "argument --varcon-head: invalid choice: 'big'"),
+        ("--loss varcon --varcon-dim 0", "feature_dim must be"),
+        ("--loss varcon --varcon-epsilon 0.5", "epsilon must be smaller than temperature"),
+        ("--loss varcon --varcon-probe-weight nan --num-classes 3", "probe_weight must be finite"),
+        ("--loss", "argument --loss: expected one argument"),
     ],
-    ids=lambda v: v[0] if isinstance(v, list) else "",
-)
-def test_refusals_come_before_training(
-    arguments: list[str], message: str, images: Path, tmp_path: Path
+)  # fmt: skip
+def test_slips_end_in_one_line(
+    arguments: str, message: str, images: Path, varcon_timm: Callable[..., Done]
 ) -> None:
-    import re
-
-    done = launch(SCRIPT, images, "--loss", "varcon", *arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert re.search(message, done.stderr), done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "batch" not in done.stdout
+    assert message in varcon_timm(SCRIPT, images, *arguments.split()).refusal
 
 
-def test_unsuitable_scripts(tmp_path: Path) -> None:
-    legacy = tmp_path / "legacy_train.py"
-    legacy.write_text("print('trained with cross-entropy')\n")
-    done = launch(legacy, "--loss", "varcon", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "builds no timm task" in done.stderr
-    old = tmp_path / "train.py"
-    old.write_text("from timm.task import ClassificationTask\n")
-    assert "projection head untrained" in launch(old, "--loss", "varcon", cwd=tmp_path).stderr
-    never = tmp_path / "never.py"
-    never.write_text("from timm.task import ClassificationTask  # get_trainable_module\n")
-    done = launch(never, "--loss", "varcon", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "nothing was trained with VarCon" in done.stderr
-    assert "no such script" in launch("nowhere.py", cwd=tmp_path).stderr
-    helped = launch("--help", cwd=tmp_path)
-    assert helped.returncode == 0
-    assert "--varcon-global-centroids" in helped.stdout
+def test_no_flag_of_a_script_looks_like_a_slip() -> None:
+    own = set(timm_flags.flag_parser()._option_string_actions) - {"--loss"}
+    for script in (SCRIPT, Path(os.environ.get("TIMM_TRAIN_PY", SCRIPT))):
+        names = re.findall(r"""['"](--[a-z][\w-]+)['"]""", script.read_text())
+        assert len(names) > 20
+        assert timm_flags._misspelt(names, own, "") == []
+
+
+def test_commands_in_the_documents_exist() -> None:
+    own = set(timm_flags.flag_parser()._option_string_actions)
+    root = Path(__file__).parent.parent
+    text = "".join(path.read_text() for path in (root / "README.md", *root.glob("docs/*.md")))
+    assert set(re.findall(r"--varcon-[a-z-]+[a-z]", text)) <= own
+    if "TIMM_TRAIN_PY" not in os.environ:
+        return
+    script = Path(os.environ["TIMM_TRAIN_PY"]).read_text()
+    commands = re.findall(r"^.*timm_train (?:.*\\\n)*.*$", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        flags = set(re.findall(r" (--[a-z][a-z-]+)", command.partition("train.py")[2])) - own
+        assert flags <= set(re.findall(r"--[a-z][a-z-]+", script)), command
+
+
+def test_unsuitable_scripts(tmp_path: Path, varcon_timm: Callable[..., Done]) -> None:
+    script = tmp_path / "train.py"
+
+    def run(text: str, *arguments: str) -> str:
+        script.write_text(text)
+        return varcon_timm(script, *(arguments or ("--loss", "varcon"))).refusal
+
+    assert "builds no timm task" in run("print('batch by cross-entropy')\n")
+    imports = "from timm.task import ClassificationTask"
+    assert "projection head untrained" in run(f"{imports}\n")
+    never = f"{imports}  # get_trainable_module\n"
+    assert "nothing was trained with VarCon" in run(never)
+    parses = "import argparse\np = argparse.ArgumentParser()\np.add_argument('--model')\n"
+    ends = "p.add_argument('--opt')\np.parse_args()\nraise SystemExit(0)\n"
+    assert "nothing was trained with VarCon" in run(never + parses + ends)
+    assert "before it parses its arguments" in run(f"{never}ClassificationTask(None)\n")
+    script.write_text(never + parses + "p.parse_args()\n")
+    assert varcon_timm(script, "--loss", "varcon", "--help").code == 0
+
+
+def test_where_train_py_is_and_versions(tmp_path: Path, varcon_timm: Callable[..., Done]) -> None:
+    place = "github.com/huggingface/pytorch-image-models"
+    said = varcon_timm("train.py", "--loss", "varcon").refusal
+    assert "no such script: train.py" in said
+    assert f"{place}, at tag v{timm.__version__}" in said
+    assert "the script comes first" in varcon_timm("--model", "resnet50").refusal
+    assert "did you mean varcon-timm probe" in varcon_timm("prob", "x", "y").refusal
+    (tmp_path / "train.py").touch()
+    assert f"did you mean {tmp_path}/train.py?" in varcon_timm(tmp_path).refusal
+    helped = varcon_timm("--help")
+    assert helped.code == 0
+    assert "--varcon-global-centroids" in helped.out
+    assert place in "".join(helped.out.split("\n"))
+    assert varcon_timm("--version").out == (
+        f"varcon-loss {varcon_loss.__version__}, timm {timm.__version__}, "
+        f"torch {torch.__version__.partition('+')[0]}\n"
+    )
+
+
+PROBE = ("--workers", 1, "--epochs", 20, "--neighbours", 3, "--device", "cpu")
+
+
+def scores(out: str) -> list[float]:
+    words = out.split()
+    return [float(words[words.index(name) + 1]) for name in ("top-1", "top-5", "kNN")]
+
+
+def test_the_probe_reads_out_what_was_trained(
+    images: Path, varcon_timm: Callable[..., Done]
+) -> None:
+    size = ("--img-size", 40, "--crop-pct", 1.0, "--interpolation", "bilinear", "--gp", "avgmax")
+    pixels = ("--mean", 0.4, 0.5, 0.6, "--std", 0.3)
+    done = varcon_timm(
+        SCRIPT, images, "--num-classes", 3, "--loss", "varcon", "--epochs", 2, "--model-ema",
+        *size, *pixels,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    done = varcon_timm("probe", "out/last.pth.tar", images, *PROBE)
+    assert done.code == 0, done.err
+    assert "model resnet10t: state_dict_ema of out/last.pth.tar" in done.out
+    assert "images of 3x40x40, crop 1 bilinear, mean 0.4 0.5 0.6, std 0.3 0.3 0.3\n" in done.out
+    assert f"data {images} (folders): 24 of train, 24 of validation" in done.out
+    top1, top5, knn = scores(done.out)
+    assert top5 == 100.0  # three classes
+    assert top1 > 50  # brightness tells them apart
+    assert knn > 50
+    other = varcon_timm("probe", "out/last.pth.tar", images, *PROBE, "--img-size", 32)
+    assert "images of 3x32x32, crop 1 bilinear" in other.out
+
+    # A file of weights alone says nothing; what was recorded, said again, gives the same.
+    state = read_checkpoint("out/last.pth.tar").state
+    torch.save(state, "weights.pth")
+    assert "names no model: give --model" in varcon_timm("probe", "weights.pth", images).refusal
+    done = varcon_timm("probe", "weights.pth", images, "--model", "resnet10t", *PROBE)
+    assert "the model's own, none recorded" in done.out
+
+
+def test_the_probe_computes_the_features_of_training(
+    images: Path, varcon_timm: Callable[..., Done]
+) -> None:
+    from varcon_loss.integrations.timm_checkpoint import rebuild
+
+    flags = ("--num-classes", 3, "--loss", "varcon", "--gp", "avgmax", "--img-size", 40)
+    assert varcon_timm(SCRIPT, images, *flags).code == 0
+    trained = timm.create_model("resnet10t", num_classes=3, global_pool="avgmax",
+                                checkpoint_path="out/last.pth.tar").eval()  # fmt: skip
+    rebuilt = rebuild(read_checkpoint("out/last.pth.tar"), None).eval()
+    x = torch.randn(2, 3, 40, 40)
+    a, b = (m.forward_head(m.forward_features(x), pre_logits=True) for m in (trained, rebuilt))
+    assert torch.equal(a, b)
+
+
+def test_the_probe_of_one_channel(images: Path, varcon_timm: Callable[..., Done]) -> None:
+    state = timm.create_model("resnet10t", num_classes=3, in_chans=1).state_dict()
+    args = argparse.Namespace(model="resnet10t", num_classes=3, in_chans=1, img_size=32)
+    torch.save({"state_dict": state, "args": args}, "grey.pth")
+    done = varcon_timm("probe", "grey.pth", images, *PROBE)
+    assert done.code == 0, done.err
+    assert "images of 1x32x32" in done.out
+
+
+def test_probe_refusals(images: Path, varcon_timm: Callable[..., Done], tmp_path: Path) -> None:
+    done = varcon_timm(SCRIPT, images, "--num-classes", 3, "--loss", "varcon")
+    assert done.code == 0
+    last, file = "out/last.pth.tar", Path("notes.txt")
+    file.write_text("hello")
+    torch.save([1], "list.pth")
+    one_split = tmp_path / "one"
+    one_split.mkdir()
+    (one_split / "train").symlink_to(images / "train")
+    fewer = tmp_path / "fewer"
+    (fewer / "validation").mkdir(parents=True)
+    (fewer / "train").symlink_to(images / "train")
+    (fewer / "validation/1").symlink_to(images / "validation/1")
+    (tmp_path / "empty/train").mkdir(parents=True)
+    for arguments, message in (
+        (("nowhere.pth", images), "no such checkpoint: nowhere.pth"),
+        (("out", images), "out is a folder: give a checkpoint, such as out/model_best.pth.tar"),
+        ((images, last), f"the checkpoint comes first: varcon-timm probe {last} {images}"),
+        ((file, images), "notes.txt is no checkpoint"),
+        (("list.pth", images), "is no checkpoint: it holds a list"),
+        ((last, "nowhere"), "no such data set: nowhere"),
+        ((last, images / "train"), "no folder for the split train"),
+        ((last, one_split), "no folder for the split validation"),
+        ((last, "empty"), "cannot read the train images of empty: Found 0 images"),
+        ((last, fewer), "have different classes"),
+        ((last, images, "--val-split", "train"), "split are the same: train"),
+        ((last, images, "--model", "resnet18"), "is not a resnet18"),
+        ((last, images, "--model", "resnt10"), "cannot make the model resnt10"),
+        ((last, images, "--mean", 0.5, 0.5), "one number, or one for each channel"),
+        ((last,), "the following arguments are required: data"),
+    ):
+        assert message in varcon_timm("probe", *arguments).refusal
+
+
+class Malicious:
+    """A pickle that writes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_no_code_of_a_checkpoint_is_run(
+    images: Path, tmp_path: Path, varcon_timm: Callable[..., Done]
+) -> None:
+    mark = tmp_path / "mark"
+    state = timm.create_model("resnet10t", num_classes=3).state_dict()
+    args = argparse.Namespace(model="resnet10t", num_classes=3, img_size=32)
+    content = {"state_dict": state, "args": args, "extra": Malicious(mark)}
+    torch.save(content, "evil.pth")
+    said = varcon_timm("probe", "evil.pth", images).refusal
+    assert "--unsafe-load" in said
+    assert "touch" in said or "pathlib" in said
+    Path("plain.pkl").write_bytes(pickle.dumps(Malicious(mark)))
+    assert "plain.pkl" in varcon_timm("probe", "plain.pkl", images).refusal
+    assert not mark.exists()
+    done = varcon_timm("probe", "evil.pth", images, "--unsafe-load", *PROBE)
+    assert done.code == 0, done.err
+    assert "images of 3x32x32" in done.out
+    assert mark.exists()
+
+
+def remember_over_ranks(rank: int, world_size: int) -> tuple[torch.Tensor | None, ...]:
+    """Each rank sees classes of its own; DDP broadcasts buffers as train.py lets it."""
+    torch.manual_seed(0)
+    task = VarConTask(
+        timm.create_model("resnet10t", num_classes=2 * world_size),
+        dim=8,
+        centroid_momentum=0.9,
+        verbose=False,
+    )
+    task.prepare_distributed(device_ids=[torch.device("cpu")], broadcast_buffers=True)
+    x, _ = batch(4)
+    for _ in range(3):
+        task(x, torch.tensor([0, 1, 0, 1]) + 2 * rank)["loss"].backward()
+    return task.contrast.centroid_seen, task.contrast.centroid_memory
+
+
+def test_ranks_remember_the_same(tmp_path: Path) -> None:
+    from benchmarks.ranks import run_ranks
+
+    (seen, memory), (_, other) = run_ranks(remember_over_ranks, 2, tmp_path)
+    assert seen.all()
+    assert torch.equal(memory, other)
 
 
 @pytest.mark.skipif("TIMM_TRAIN_PY" not in os.environ, reason="TIMM_TRAIN_PY: path of a train.py")
@@ -367,15 +826,30 @@ def test_the_real_train_py(images: Path, tmp_path: Path) -> None:
     ):
         done = launch(script, *common, *extra, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    done = launch(script, *common, "--mixup", 0.1, cwd=tmp_path)
+    done = launch(script, *common, "--mixup", 0.1, "--no-aug", cwd=tmp_path)
     assert done.returncode == 2
-    done = launch(script, images, "-c", "out/a/args.yaml", "--experiment", "e", cwd=tmp_path)
+    assert "--mixup 0.1 (" in done.stderr
+    assert "--no-aug (" in done.stderr
+    done = launch(script, *common, "--varcon-dim", 8, "--resume", last, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "varcon-timm: cannot resume with other flags: --varcon-dim was 128, is 8" in done.stderr
+    again = ("-c", "out/a/args.yaml", "--experiment", "e", "--log-interval", 1)
+    done = launch(script, images, *again, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "train_varcon_loss" in (tmp_path / "out/e/summary.csv").read_text()
+    assert done.stderr.count("Train: ") == done.stderr.count("VarCon: ") == 3
+    # The recipe of the documents, over two ranks, and a memory.
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
-    done = launch(
-        script, *common, "--varcon-global-centroids", "--experiment", "f", cwd=tmp_path,
-        launcher=torchrun,
+    recipe = (
+        "--varcon-centroid-momentum", 0.99, "--opt", "momentum", "--weight-decay", 8e-4, "--sched",
+        "cosine", "--amp", "--amp-dtype", "bfloat16", "--scale", 0.2, 1.0, "--color-jitter", 0.4,
+        "--color-jitter-prob", 0.8, "--grayscale-prob", 0.2, "--experiment", "f",
     )  # fmt: skip
+    done = launch(script, *common, *recipe, cwd=tmp_path, launcher=torchrun)
     assert done.returncode == 0, done.stderr
+    assert "implies --varcon-global-centroids" in done.stdout
     assert "train_varcon_loss" in (tmp_path / "out/f/summary.csv").read_text()
+    probe = ("probe", tmp_path / "out/f/last.pth.tar", images, *PROBE)
+    done = launch(*probe, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "images of 3x32x32" in done.stdout

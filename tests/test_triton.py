@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -374,13 +374,30 @@ def test_forward_alone_keeps_no_gradient() -> None:
     torch.testing.assert_close(got, varcon_loss(features, labels, impl="reference"), **FLOAT32)
 
 
-def test_second_derivatives_are_refused() -> None:
-    features, labels = batch(10, 3, 8)
-    features.requires_grad_()
-    loss = varcon_loss(features, labels, impl="triton")
-    (gradient,) = torch.autograd.grad(loss, features, create_graph=True)
-    with pytest.raises(NotImplementedError, match="impl='reference'"):
-        (loss + gradient.square().sum()).backward()
+@pytest.mark.parametrize("in_order", [False, True])
+def test_second_derivatives(in_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the reference's equations, from what the kernels keep: rows in the order of the batch.
+
+    Lengths of rows that take no part are whatever was in memory.
+    """
+    monkeypatch.setattr(fused, "SORTED_FROM", 0 if in_order else 2**62)
+    make_sums = fused.class_sums
+
+    def with_unset_norms(*arguments: Any) -> tuple[Tensor, ...]:
+        *others, norms = make_sums(*arguments)
+        norms[::4] = 0.0
+        return *others, norms
+
+    monkeypatch.setattr(fused, "class_sums", with_unset_norms)
+    features, labels = batch(13, 4, 8)
+    labels[::4] = -100
+    found = []
+    for impl in ("reference", "triton"):
+        anchors = features.clone().requires_grad_()
+        loss = varcon_loss(anchors, labels, 0.5, 0.1, ignore_index=-100, impl=impl)
+        (gradient,) = torch.autograd.grad(loss, anchors, create_graph=True)
+        found.append(torch.autograd.grad(loss + gradient.square().sum(), anchors)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=2e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("num_classes", [5, None])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import oracle
 from tests.conftest import IMPLEMENTATIONS, MakeBatch
@@ -233,6 +234,27 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, make_batch: MakeBat
         assert features.grad is not None
         results.append((terms.loss.detach(), terms.tau2, features.grad.clone()))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-15)
+
+
+class LargestWritten(TorchDispatchMode):
+    """Elements of the largest tensor that an operator wrote."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and func.overloadpacket is not torch.ops.aten.new_empty:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("num_rows", [1400, 5000])
+def test_no_matrix_of_samples_by_classes_is_made(num_rows: int) -> None:
+    """What is written at a time stays in a CPU's caches: 4 MiB of float32."""
+    features = torch.randn(num_rows, 16, requires_grad=True)
+    with LargestWritten() as largest:
+        varcon_loss(features, torch.arange(num_rows) % 1000, impl="eager").backward()
+    assert largest.elements <= 2**20
 
 
 def test_large_logits_without_normalisation(impl: str) -> None:

@@ -1,7 +1,10 @@
 """What a caller may pass: every check that needs no look at a tensor's values."""
 
+import difflib
 import math
 import numbers
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +24,27 @@ LABEL_DTYPES = (
 )
 
 
-def check_temperatures(temperature: float, epsilon: float) -> None:
+def real_number(name: str, value: Any, kind: str = "a number") -> float:
+    """Any real number, of numpy too, as a float."""
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
+    return float(value)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Any whole number, of numpy too, as an int."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
+    return int(value)
+
+
+def check_temperatures(temperature: Any, epsilon: Any) -> tuple[float, float]:
     """Eq. 13 needs ``0 <= epsilon < temperature``, else tau2 would reach 0."""
-    for name, value in (("temperature", temperature), ("epsilon", epsilon)):
-        if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    temperature = real_number("temperature", temperature)
+    epsilon = real_number("epsilon", epsilon)
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if not epsilon >= 0:
         raise ValueError(f"epsilon must be >= 0, got {epsilon}")
@@ -35,24 +53,20 @@ def check_temperatures(temperature: float, epsilon: float) -> None:
             f"epsilon must be smaller than temperature, got epsilon={epsilon} and "
             f"temperature={temperature}: tau2 = temperature - epsilon + 2 epsilon p would reach 0"
         )
+    return temperature, epsilon
 
 
-def check_choices(reduction: str, impl: str, ignore_index: int | None) -> None:
+def check_choices(reduction: str, impl: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
-    if ignore_index is not None and (
-        isinstance(ignore_index, bool) or not isinstance(ignore_index, int)
-    ):
-        raise TypeError(f"ignore_index must be an int or None, got {type(ignore_index).__name__}")
 
 
-def resolve_num_classes(num_classes: int | None, weight: Tensor | None) -> int | None:
+def resolve_num_classes(num_classes: Any, weight: Tensor | None) -> int | None:
     """``num_classes``, or the length of ``weight`` where only that is given."""
     if num_classes is not None:
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"num_classes must be an int or None, got {type(num_classes).__name__}")
+        num_classes = whole_number("num_classes", num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if weight is None:
@@ -93,16 +107,34 @@ def check_exchange(process_group: object | None, exchange: str, num_classes: int
         )
 
 
+# What the arguments of SupCon's usual implementations become here.
+_FROM_SUPCON = {
+    "contrast_mode": "every view is an anchor, as with contrast_mode='all': leave it out",
+    "base_temperature": "the loss is not rescaled by temperature / base_temperature: leave it out, "
+    "and multiply the loss (or the learning rate) yourself if you relied on it",
+    "mask": "samples are compared with classes, not with each other: give labels= instead",
+}
+
+
+def refuse_unknown(where: str, unknown: dict[str, Any], known: Iterable[str]) -> None:
+    """Keywords that a call does not take, with what they become or what they look like."""
+    for name in unknown:
+        advice = _FROM_SUPCON.get(name)
+        if advice is None:
+            alike = difflib.get_close_matches(name, list(known), n=1)
+            advice = f"did you mean {alike[0]}?" if alike else f"it takes {', '.join(known)}"
+        raise TypeError(f"{where} has no argument {name!r}: {advice}")
+
+
 def check_samples(
     features: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     *,
     features_name: str = "features",
     labels_name: str = "labels",
 ) -> None:
     """``features`` ``[N, D]`` or ``[B, V, ...]``, ``labels`` ``[N]`` or ``[B]`` beside them."""
-    if not isinstance(features, Tensor):
-        raise TypeError(f"{features_name} must be a tensor, got {type(features).__name__}")
+    check_features(features, features_name)
     if labels is None:
         raise ValueError(
             f"{labels_name} is None: VarCon is a supervised loss and needs one integer label a "
@@ -110,14 +142,6 @@ def check_samples(
         )
     if not isinstance(labels, Tensor):
         raise TypeError(f"{labels_name} must be a tensor, got {type(labels).__name__}")
-    if features.dtype not in FEATURE_DTYPES:
-        raise TypeError(
-            f"{features_name} must be float16, bfloat16, float32 or float64, got {features.dtype}"
-        )
-    if features.ndim < 2:
-        raise ValueError(
-            f"{features_name} must have shape [N, D] or [B, V, ...], got {list(features.shape)}"
-        )
     if labels.dtype not in LABEL_DTYPES:
         raise TypeError(
             f"{labels_name} must be integers (any integer dtype but uint64), got {labels.dtype}"
@@ -132,11 +156,40 @@ def check_samples(
             f"{labels_name} are on {labels.device} but {features_name} are on {features.device}: "
             "move them to one device"
         )
+
+
+def check_features(features: Any, name: str = "features") -> None:
+    """``[N, D]`` or ``[B, V, ...]``, a float dtype."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(features).__name__}")
+    if features.dtype not in FEATURE_DTYPES:
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {features.dtype}"
+        )
+    if features.ndim < 2:
+        raise ValueError(
+            f"{name} must have shape [N, D] or [B, V, ...], got {list(features.shape)}"
+        )
     if 0 in features.shape[1:]:
         raise ValueError(
-            f"{features_name} {list(features.shape)} have an empty dimension: every sample needs "
+            f"{name} {list(features.shape)} have an empty dimension: every sample needs "
             "at least one view and one channel"
         )
+
+
+def check_not_mapped(*tensors: object) -> None:
+    """`torch.func.vmap` cannot see which classes a batch holds."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    for tensor in tensors:
+        while isinstance(tensor, Tensor) and functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_batchedtensor(tensor):
+                raise NotImplementedError(
+                    "VarCon's loss cannot be mapped by torch.func.vmap, since the classes present "
+                    "differ from batch to batch: call it once for each batch"
+                )
+            tensor = functorch.get_unwrapped(tensor)
 
 
 def check_reference_set(
@@ -170,21 +223,16 @@ def check_weight_device(weight: Tensor | None, features: Tensor) -> None:
 
 
 def check_memory_options(
-    num_classes: int | None,
-    feature_dim: int | None,
-    centroid_momentum: float | None,
-    leave_one_out: bool,
-) -> None:
-    if feature_dim is not None and (
-        isinstance(feature_dim, bool) or not isinstance(feature_dim, int) or feature_dim < 1
-    ):
-        raise ValueError(f"feature_dim must be a positive int or None, got {feature_dim!r}")
+    num_classes: int | None, feature_dim: Any, centroid_momentum: Any, leave_one_out: bool
+) -> tuple[int | None, float | None]:
+    """``feature_dim`` and ``centroid_momentum`` as plain numbers."""
+    if feature_dim is not None:
+        feature_dim = whole_number("feature_dim", feature_dim)
+        if feature_dim < 1:
+            raise ValueError(f"feature_dim must be a positive int or None, got {feature_dim}")
     if centroid_momentum is None:
-        return
-    if isinstance(centroid_momentum, bool) or not isinstance(centroid_momentum, (int, float)):
-        raise TypeError(
-            f"centroid_momentum must be a number or None, got {type(centroid_momentum).__name__}"
-        )
+        return feature_dim, None
+    centroid_momentum = real_number("centroid_momentum", centroid_momentum, "a number or None")
     if not 0 <= centroid_momentum < 1:
         raise ValueError(
             f"centroid_momentum must lie in [0, 1), got {centroid_momentum}: "
@@ -200,6 +248,7 @@ def check_memory_options(
             "leave_one_out cannot be used with centroid_momentum: a remembered centroid is made "
             "of many batches, from which a sample cannot be taken out"
         )
+    return feature_dim, centroid_momentum
 
 
 def check_memory(features: Tensor, memory: Tensor) -> None:

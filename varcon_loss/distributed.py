@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from varcon_loss import fused
-from varcon_loss.centroids import class_sums
+from varcon_loss.centroids import SumSlots, sum_by_slot
 from varcon_loss.labels import ClassIndex, Labels, classes_of_slots, index_classes
 from varcon_loss.matching import ClassSummary
 from varcon_loss.readable import values_may_be_read
@@ -51,8 +50,43 @@ class Exchanged(NamedTuple):
     world_size: int
 
 
-# Plans by group, then by what the first step was called with.
-_plans: "weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Plan]]" = weakref.WeakKeyDictionary()
+class Plans:
+    """What the ranks agreed on, by group, then by what the first step was called with.
+
+    Each loss module has its own: where one rank fails, it must join the others in the collective
+    of the same loss. Copies start with none.
+    """
+
+    def __init__(self) -> None:
+        self._by_group: weakref.WeakKeyDictionary[Any, dict[_Key, Plan]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def of(self, group: Any) -> "dict[_Key, Plan]":
+        """The plans made with ``group``, the latest used last."""
+        return self._by_group.setdefault(group, {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plans, ()
+
+    def __deepcopy__(self, _: Any) -> "Plans":
+        return Plans()
+
+
+class _Key(NamedTuple):
+    num_classes: int | None
+    exchange: str
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+PLANS_OF_FUNCTIONS = Plans()
+
+
+def several_ranks() -> bool:
+    """Is this one of several processes of an initialised world?"""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def resolve_group(process_group: Any) -> Any | None:
@@ -73,6 +107,7 @@ def resolve_group(process_group: Any) -> Any | None:
 
 def make_plan(
     group: Any,
+    plans: Plans,
     *,
     num_classes: int | None,
     dim: int,
@@ -86,8 +121,8 @@ def make_plan(
     Raises:
         ValueError: on every rank, if ranks disagree on what the collectives depend on.
     """
-    known = _plans.setdefault(group, {})
-    key = (num_classes, dim, dtype, device, exchange)
+    known = plans.of(group)
+    key = _Key(num_classes, exchange, dim, dtype, device)
     if key in known:
         known[key] = plan = known.pop(key)  # the latest is last
         return plan
@@ -120,14 +155,35 @@ def make_plan(
     return known[key]
 
 
-def announce_failure(group: Any, device: torch.device) -> None:
-    """Take part in the step's collectives with nothing but the news that this rank failed."""
-    known = _plans.get(group)
-    if not known:
+def announce_failure(
+    group: Any,
+    plans: Plans,
+    *,
+    num_classes: int | None,
+    exchange: str,
+    features: Any,
+    ref_features: Any,
+) -> None:
+    """Take part in the step's collectives with nothing but the news that this rank failed.
+
+    In those of the plan that the others follow: the one for such features, or, where the features
+    themselves are what is wrong, the latest of this loss.
+    """
+    sets = [x for x in (features, ref_features) if isinstance(x, Tensor)]
+    device = sets[0].device if sets else torch.device("cpu")
+    dim = sets[0].shape[1 if sets[0].ndim == 2 else 2 :].numel() if sets else 0
+    dtype = torch.float32
+    for x in sets:
+        dtype = torch.promote_types(dtype, x.dtype)
+    known = plans.of(group)
+    alike = [key for key in known if key[:2] == (num_classes, exchange)]
+    key = _Key(num_classes, exchange, dim, dtype, device)
+    if key not in known and alike:
+        key = alike[-1]
+    if key in known:
+        exchange_classes(known[key], None, None, torch.zeros(()), failed=True)
+    else:
         _handshake(group, device, [1, 0, 0, 0, 0, 0], raises=False)
-        return
-    plan = next(reversed(known.values()))
-    exchange_classes(plan, None, None, torch.zeros(()), failed=True)
 
 
 def _handshake(group: Any, device: torch.device, mine: list[int], raises: bool = True) -> list:
@@ -154,6 +210,7 @@ def exchange_classes(
     labels: Labels | None,
     weight: Tensor,
     *,
+    sum_slots: SumSlots = sum_by_slot,
     failed: bool = False,
 ) -> Exchanged:
     """Sum over ranks what each says about its classes.
@@ -163,6 +220,7 @@ def exchange_classes(
         summary: this rank's; None where it adds nothing.
         labels: the labels that ``summary`` was made of.
         weight: 0-d, this rank's share of the denominator of the mean.
+        sum_slots: how the implementation that was chosen sums the rows of all ranks.
         failed: tell the others, and return nothing of use.
 
     Raises:
@@ -190,7 +248,13 @@ def exchange_classes(
             capacity = max(1, int(largest))
         crowded = plan.num_classes is not None and len(local) > capacity
         exchanged, statuses = _by_all_gather(
-            plan, local[:capacity], classes[:capacity], weight, capacity, failed or crowded
+            plan,
+            local[:capacity],
+            classes[:capacity],
+            weight,
+            capacity,
+            failed or crowded,
+            sum_slots,
         )
         if crowded:
             raise ValueError(
@@ -229,7 +293,13 @@ def _by_all_reduce(
 
 
 def _by_all_gather(
-    plan: Plan, local: Tensor, classes: Tensor, weight: Tensor, capacity: int, failed: bool
+    plan: Plan,
+    local: Tensor,
+    classes: Tensor,
+    weight: Tensor,
+    capacity: int,
+    failed: bool,
+    sum_slots: SumSlots,
 ) -> tuple[Exchanged, Tensor]:
     # Row 0 carries the status and the weight. Labels travel as bytes: float32 would round them.
     values = local.new_zeros(capacity + 1, plan.dim + 1)
@@ -251,11 +321,7 @@ def _by_all_gather(
     valid = rows[:, -1] > 0
     labels = Labels(names[:, 1:].reshape(-1).masked_fill(~valid, 0), valid, None)
     index, slots = index_classes(labels, plan.num_classes)
-    if fused.why_not(rows, rows.dtype) is None:  # no float atomics: the same bits every time
-        groups = fused.group_slots(slots, valid, index.size)
-        totals = fused.class_sums(rows, *groups, False)[0]
-    else:
-        totals = class_sums(rows, slots, index.size)  # padding adds zeros
+    totals = sum_slots(rows, slots, valid, index.size)
     summary = ClassSummary(index, slots, totals[:, :-1].contiguous(), totals[:, -1].contiguous())
     classes = classes_of_slots(labels, slots, index.size)
     exchanged = Exchanged(summary, classes, values[:, 0, 0].sum(), plan.world_size)

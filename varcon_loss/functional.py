@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 
 from varcon_loss import checks, fused
-from varcon_loss.centroids import unit_rows
+from varcon_loss.centroids import sum_by_slot, unit_rows
 from varcon_loss.distributed import (
+    PLANS_OF_FUNCTIONS,
     Exchanged,
+    Plans,
     announce_failure,
     exchange_classes,
     make_plan,
@@ -48,7 +51,7 @@ _IMPLEMENTATIONS: dict[str, Callable[[Rows, float, float, bool], RowTerms]] = {
 
 def varcon_loss(
     features: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     temperature: float = 0.1,
     epsilon: float = 0.02,
     *,
@@ -86,12 +89,14 @@ def varcon_loss(
         exchange,
         impl,
     )
-    return compute_loss(features, labels, ref_features, ref_labels, options, None)
+    return compute_loss(
+        features, labels, ref_features, ref_labels, options, None, PLANS_OF_FUNCTIONS
+    )
 
 
 def varcon_terms(
     features: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     temperature: float = 0.1,
     epsilon: float = 0.02,
     *,
@@ -131,7 +136,9 @@ def varcon_terms(
         exchange,
         impl,
     )
-    return compute_terms(features, labels, ref_features, ref_labels, options, None)
+    return compute_terms(
+        features, labels, ref_features, ref_labels, options, None, PLANS_OF_FUNCTIONS
+    )
 
 
 class Options(NamedTuple):
@@ -151,20 +158,30 @@ class Options(NamedTuple):
 
 
 def check_options(
-    temperature: float, epsilon: float, num_classes: int | None, *others: Any
+    temperature: float,
+    epsilon: float,
+    num_classes: int | None,
+    normalize: bool,
+    reduction: str,
+    ignore_index: int | None,
+    *others: Any,
 ) -> Options:
     """The arguments in the order of `Options`; ``num_classes`` filled in from ``weight``.
+
+    Numbers of any kind, of numpy too, become Python's: compiled graphs know no others.
 
     Raises:
         TypeError, ValueError: they say what cannot be.
     """
-    given = Options(temperature, epsilon, num_classes, *others)
-    checks.check_temperatures(temperature, epsilon)
-    checks.check_choices(given.reduction, given.impl, given.ignore_index)
+    temperature, epsilon = checks.check_temperatures(temperature, epsilon)
+    if ignore_index is not None:
+        ignore_index = checks.whole_number("ignore_index", ignore_index)
+    given = Options(temperature, epsilon, num_classes, normalize, reduction, ignore_index, *others)
+    checks.check_choices(reduction, given.impl)
     num_classes = checks.resolve_num_classes(num_classes, given.weight)
     checks.check_exchange(given.process_group, given.exchange, num_classes)
     # Not by `_replace`, which the compiler of torch 2.6 does not trace.
-    return Options(temperature, epsilon, num_classes, *others)
+    return Options(temperature, epsilon, num_classes, normalize, reduction, ignore_index, *others)
 
 
 class _Batch(NamedTuple):
@@ -216,30 +233,32 @@ class _Evaluated(NamedTuple):
 
 def compute_loss(
     features: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     ref_features: Tensor | None,
     ref_labels: Tensor | None,
     options: Options,
     memory: CentroidMemory | None,
+    plans: Plans,
 ) -> Tensor:
     """What function and module share. `compute_terms` without what a loss alone can spare."""
     evaluated = _compute(
-        features, labels, ref_features, ref_labels, options, memory, need_terms=False
+        features, labels, ref_features, ref_labels, options, memory, plans, need_terms=False
     )
     return evaluated.reduced
 
 
 def compute_terms(
     features: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     ref_features: Tensor | None,
     ref_labels: Tensor | None,
     options: Options,
     memory: CentroidMemory | None,
+    plans: Plans,
 ) -> VarConTerms:
     """What function and module share."""
     (loss, others), valid, num_classes, reduced, impl = _compute(
-        features, labels, ref_features, ref_labels, options, memory, need_terms=True
+        features, labels, ref_features, ref_labels, options, memory, plans, need_terms=True
     )
     assert others is not None
     if valid is None:
@@ -254,11 +273,12 @@ def compute_terms(
 
 def _compute(
     features: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     ref_features: Tensor | None,
     ref_labels: Tensor | None,
     options: Options,
     memory: CentroidMemory | None,
+    plans: Plans,
     *,
     need_terms: bool,
 ) -> _Evaluated:
@@ -272,16 +292,24 @@ def _compute(
         except (TypeError, ValueError):
             if group is not None:
                 # The other ranks wait in this step's collective.
-                announce_failure(group, device)
+                announce_failure(
+                    group,
+                    plans,
+                    num_classes=options.num_classes,
+                    exchange=options.exchange,
+                    features=features,
+                    ref_features=ref_features,
+                )
             raise
-        exchanged = None if group is None else _exchange(group, local, options)
+        exchanged = None if group is None else _exchange(group, plans, local, options)
         return _evaluate(local, exchanged, batch.shape, options, memory, need_terms=need_terms)
 
 
-def _exchange(group: object, local: _Local, options: Options) -> Exchanged:
+def _exchange(group: object, plans: Plans, local: _Local, options: Options) -> Exchanged:
     anchors = local.anchors
     plan = make_plan(
         group,
+        plans,
         num_classes=options.num_classes,
         dim=anchors.features.shape[1],
         dtype=anchors.dtype,
@@ -289,21 +317,26 @@ def _exchange(group: object, local: _Local, options: Options) -> Exchanged:
         num_rows=len(local.summary_labels.values),
         exchange=options.exchange,
     )
-    return exchange_classes(plan, local.summary, local.summary_labels, local.weight())
+    sum_slots = fused.sum_by_slot if local.impl == "triton" else sum_by_slot
+    return exchange_classes(
+        plan, local.summary, local.summary_labels, local.weight(), sum_slots=sum_slots
+    )
 
 
 def _check(
     features: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     ref_features: Tensor | None,
     ref_labels: Tensor | None,
     options: Options,
     memory: CentroidMemory | None,
 ) -> tuple[_Batch, _Batch | None]:
+    checks.check_not_mapped(features, labels, ref_features, ref_labels)
     checks.check_samples(features, labels)
     checks.check_reference_set(ref_features, ref_labels, options.leave_one_out, memory is not None)
+    assert labels is not None
     checks.check_weight_device(options.weight, features)
-    batch = _flatten_views(features, labels)
+    batch = _flatten(features, labels)
     if memory is not None:
         checks.check_memory(batch.features, memory.unit)
     if ref_features is None or ref_labels is None:
@@ -311,18 +344,30 @@ def _check(
     checks.check_samples(
         ref_features, ref_labels, features_name="ref_features", labels_name="ref_labels"
     )
-    reference = _flatten_views(ref_features, ref_labels)
+    reference = _flatten(ref_features, ref_labels)
+    if ref_features.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        warnings.warn(
+            "ref_features require a gradient and get none: centroids are constants of the loss. "
+            "Give ref_features.detach(), or, to train both sides, add the loss of the other way "
+            "round",
+            stacklevel=6,
+        )
     checks.check_width(batch.features, reference.features)
     return batch, reference
 
 
-def _flatten_views(features: Tensor, labels: Tensor) -> _Batch:
-    """``[B, V, ...]`` -> ``[B * V, D]``: each view is a sample with the same label."""
+def flatten_views(features: Tensor) -> tuple[Tensor, torch.Size]:
+    """``[B, V, ...]`` -> ``[B * V, D]``, and ``[B, V]`` (``[N]``), the shape of the samples."""
     if features.ndim == 2:
-        return _Batch(features, labels, labels.shape)
+        return features, features.shape[:1]
     shape = features.shape[:2]
-    dim = features.shape[2:].numel()
-    return _Batch(features.reshape(shape.numel(), dim), labels.repeat_interleave(shape[1]), shape)
+    return features.reshape(shape.numel(), features.shape[2:].numel()), shape
+
+
+def _flatten(features: Tensor, labels: Tensor) -> _Batch:
+    """Each view is a sample with the same label."""
+    rows, shape = flatten_views(features)
+    return _Batch(rows, labels if len(shape) == 1 else labels.repeat_interleave(shape[1]), shape)
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

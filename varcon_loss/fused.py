@@ -48,6 +48,8 @@ def why_not(features: Tensor, dtype: torch.dtype) -> str | None:
     dim, device = features.shape[1], features.device
     if not HAS_TRITON:
         return "Triton is not installed"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "inside torch.func transforms tensors have no memory that a kernel could read"
     if features.dtype not in DTYPES or dtype == torch.float64:
         return "features are float64, and the kernels compute in float32"
     if dim > LARGEST_DIM:
@@ -61,9 +63,8 @@ def why_not(features: Tensor, dtype: torch.dtype) -> str | None:
     capability, shared_bytes = _device_limits(device)
     if capability < OLDEST_CAPABILITY:
         return f"{device} has compute capability {capability[0]}.{capability[1]}, older than 8.0"
-    needed = choose_tiles(len(features), dim, features.itemsize, capability).shared_bytes(
-        dim, features.itemsize, capability
-    )
+    tiles = _largest_tiles(dim, features.itemsize, capability)
+    needed = tiles.shared_bytes(dim, features.itemsize, capability)
     if needed > shared_bytes:
         return (
             f"features of width {dim} and {features.itemsize} bytes a number need up to "
@@ -124,7 +125,7 @@ def _operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
 
 
 def _fake_norms(features: Tensor, valid: Tensor | None) -> Tensor:
-    return features.new_empty(len(features), dtype=torch.float32)
+    return features.new_empty(features.shape[0], dtype=torch.float32)
 
 
 @_operator("row_norms", _fake_norms)
@@ -157,7 +158,7 @@ class Groups(NamedTuple):
 
 
 def _new_labels(labels: Tensor, ignored: int | None, num_classes: int | None) -> tuple[Tensor, ...]:
-    num_rows = len(labels)
+    num_rows = labels.shape[0]
     size = max(1, num_rows if num_classes is None else min(num_rows, num_classes))
     return (
         torch.empty_like(labels),
@@ -268,10 +269,15 @@ def group_slots(slots: Tensor, valid: Tensor | None, size: int) -> Groups:
     return Groups(order, runs, borders[:-1].contiguous(), borders[1:].contiguous())
 
 
+def sum_by_slot(rows: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> Tensor:
+    """As `varcon_loss.centroids.sum_by_slot`, with no float atomics: the same bits every time."""
+    return class_sums(rows, *group_slots(slots, valid, size), False)[0]
+
+
 def _new_sums(
     features: Tensor, order: Tensor, runs: Tensor, starts: Tensor, ends: Tensor, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (num_rows, dim), size = features.shape, len(starts)
+    (num_rows, dim), size = features.shape, starts.shape[0]
     return (
         features.new_empty(size, dim, dtype=torch.float32),
         features.new_empty(size, dtype=torch.float32),
@@ -375,10 +381,14 @@ OTHER_TILES = {
 }
 
 
+def _largest_tiles(dim: int, itemsize: int, capability: tuple[int, int]) -> Tiles:
+    width = max(64, _power_of_two(dim))
+    return OTHER_TILES.get((capability[0], itemsize, width), TILES[itemsize][width])
+
+
 def choose_tiles(num_rows: int, dim: int, itemsize: int, capability: tuple[int, int]) -> Tiles:
     """Rows as many as registers allow, fewer where a small batch would leave the GPU idle."""
-    width = max(64, _power_of_two(dim))
-    tiles = OTHER_TILES.get((capability[0], itemsize, width), TILES[itemsize][width])
+    tiles = _largest_tiles(dim, itemsize, capability)
     if num_rows < 64 * tiles.rows and tiles.rows > 16:
         tiles = tiles._replace(rows=tiles.rows // 2)
     return tiles

@@ -45,6 +45,8 @@ def read_labels(
             ``out_of_range`` and its row's loss becomes NaN.
     """
     values = labels.to(torch.int64)
+    if not torch.compiler.is_compiling() and values.is_inference():
+        values = values.clone()  # autograd keeps none that were made in inference mode
     readable = values_may_be_read(values)
     if readable and values.numel() > 0:
         lowest, highest = (int(extreme) for extreme in values.aminmax())

@@ -111,8 +111,8 @@ def match_memory(
 ) -> Match:
     """The memory as it is; anchors of classes that it does not know take no part."""
     labels = narrow(labels, memory.seen.index_select(0, labels.values) > 0)
-    centroids = remembered_centroids(memory, dtype, copy=copy)
-    return Match(centroids, labels.values, None, labels, None)
+    centroids, slots = remembered_centroids(memory, labels.values, dtype, copy=copy)
+    return Match(centroids, slots, None, labels, None)
 
 
 def match_learning_memory(
@@ -136,5 +136,5 @@ def match_learning_memory(
     known = memory.seen.index_select(0, classes) > 0
     kept = known | ~summary.sums.isfinite().all(1)
     labels = narrow(labels, kept.index_select(0, summary.slots))
-    centroids = remembered_centroids(memory, dtype, copy=copy)
-    return Match(centroids, labels.values, None, labels, kept)
+    centroids, slots = remembered_centroids(memory, labels.values, dtype, copy=copy)
+    return Match(centroids, slots, None, labels, kept)

@@ -54,36 +54,53 @@ def update_memory(memory: CentroidMemory, classes: Tensor, sums: Tensor, counts:
     memory.seen.index_copy_(0, classes, now_seen)
 
 
-def remembered_centroids(memory: CentroidMemory, dtype: torch.dtype, *, copy: bool) -> Centroids:
-    """Every class seen so far, in a slot of its own number.
+def remembered_centroids(
+    memory: CentroidMemory, values: Tensor, dtype: torch.dtype, *, copy: bool
+) -> tuple[Centroids, Tensor]:
+    """Every class seen so far, and the slots ``[N]`` of the labels ``values`` ``[N]`` among them.
+
+    Where values can be read the cost follows the classes seen; elsewhere each class keeps a slot.
+    Labels of classes not seen get some slot in range.
 
     ``copy`` for implementations whose backward reads the centroids: the next call changes them.
     """
     present = memory.seen > 0
-    num_classes = present.sum()
+    if values_may_be_read(present):
+        seen = present.nonzero().squeeze(1)
+        if 0 < len(seen) < len(present):
+            unit = memory.unit.index_select(0, seen).to(dtype)
+            slots = torch.searchsorted(seen, values).clamp_max(len(seen) - 1)
+            return Centroids(unit, None, torch.tensor(len(seen)), True), slots
     everything = values_may_be_read(present) and bool(present.all())
     unit = memory.unit.to(dtype, copy=copy)
-    return Centroids(unit, None if everything else present, num_classes, everything)
+    return Centroids(unit, None if everything else present, present.sum(), everything), values
 
 
 class Prediction(NamedTuple):
     """Nearest-centroid classification."""
 
-    label: Tensor  # [N] int64
-    confidence: Tensor  # [N] p(label | z), Eq. 8
+    label: Tensor  # int64; -1 where nothing can be said
+    confidence: Tensor  # p(label | z), Eq. 8; NaN where nothing can be said
 
 
 def predict(
-    features: Tensor, unit: Tensor, seen: Tensor, temperature: float, *, normalize: bool
+    features: Tensor, memory: CentroidMemory, temperature: float, *, normalize: bool
 ) -> Prediction:
-    """The most probable class of each row ``[N, D]`` over the seen rows of ``unit`` ``[C, D]``."""
-    dtype = torch.promote_types(features.dtype, unit.dtype)
+    """The most probable class of each row ``[N, D]`` over the classes seen."""
+    dtype = torch.promote_types(features.dtype, memory.unit.dtype)
     z = unit_rows(features, row_norms(features, dtype) if normalize else None, dtype)
-    keys = unit.to(dtype).T / temperature
+    nothing = torch.empty(0, dtype=torch.int64, device=features.device)
+    (unit, present, *_), _ = remembered_centroids(memory, nothing, memory.unit.dtype, copy=False)
+    keys = (unit / row_norms(unit, unit.dtype).unsqueeze(1)).to(dtype).T / temperature
     labels, confidences = [], []
     for part in z.split(PREDICT_ROWS):
-        log_p = torch.log_softmax((part @ keys).masked_fill(~seen, -torch.inf), dim=1)
-        best = log_p.max(dim=1)
+        logits = part @ keys
+        if present is not None:
+            logits.masked_fill_(~present, -torch.inf)
+        best = torch.log_softmax(logits, dim=1).max(dim=1)
         labels.append(best.indices)
         confidences.append(best.values.exp())
-    return Prediction(torch.cat(labels), torch.cat(confidences))
+    label, confidence = torch.cat(labels), torch.cat(confidences)
+    if len(unit) < len(memory.unit):
+        label = (memory.seen > 0).nonzero().squeeze(1).index_select(0, label)
+    return Prediction(label.masked_fill(confidence.isnan(), -1), confidence)

@@ -1,16 +1,25 @@
 """The loss as a module."""
 
 import copy
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
 
 from varcon_loss import checks
-from varcon_loss.functional import Options, check_options, compute_loss, compute_terms
+from varcon_loss.distributed import Plans, several_ranks
+from varcon_loss.functional import (
+    Options,
+    check_options,
+    compute_loss,
+    compute_terms,
+    flatten_views,
+)
 from varcon_loss.memory import CentroidMemory, Prediction, predict
 from varcon_loss.norms import row_norms
+from varcon_loss.readable import values_may_be_read
 from varcon_loss.reduction import VarConTerms
 
 
@@ -46,23 +55,30 @@ class VarConLoss(nn.Module):
             ``W * local sum / global weight`` (``"sum"``: ``W * local sum``), ``W`` the number of
             ranks, so that its mean over ranks is the loss of the concatenated batch, and DDP's or
             FSDP's averaging makes the gradient exact. ``"none"`` and the per-sample terms are
-            local and unscaled. ``"world"`` is looked up at each call (without initialised
-            processes it means this one alone), so the module can be pickled.
+            local and unscaled. Ranks exchange in training steps only: in eval mode, or without
+            gradients, each rank evaluates its own batch by itself, with its own centroids (or the
+            memory) and a plain local mean, so that one rank alone may validate. Every rank must
+            take the same number of training steps: one that stops early leaves the others waiting
+            until their group's timeout. ``"world"`` is looked up at each call (without
+            initialised processes it means this one alone), so the module can be pickled.
         exchange: ``"all-reduce"`` (a table of all classes), ``"all-gather"`` (rows of the classes
             each rank holds) or ``"auto"``: the smaller, chosen by all ranks at their first step.
         impl: ``"eager"`` (one pass, any device), ``"triton"`` (fused kernels for CUDA devices; not
             for float64, nor rows wider than 1,024), ``"auto"`` (``"triton"`` where it can run,
             else ``"eager"``) or ``"reference"`` (the paper's equations line by line, ``[N, K]``
-            memory, twice differentiable).
+            memory). Second derivatives go by these equations whichever is chosen.
         feature_dim: width ``D`` of the embeddings; only ``centroid_momentum`` needs it.
         centroid_momentum: an extension of the paper, for many classes in small batches: remember
             one centroid a class (``centroid_memory``, a float32 buffer ``[num_classes, D]``).
             In training mode with gradients enabled each call first moves the centroids of the
             classes present, ``w <- unit(m w + (1 - m) mean)``, a class seen first takes its mean;
             the softmax then runs over every class seen so far. In eval mode or without gradients
-            the memory is only read, and samples of classes never seen take no part. A batch with
-            NaN leaves the memory as it was. Keep the loss outside regions that activation
-            checkpointing recomputes: they would update it twice. ``None`` is the paper.
+            the memory is only read, and samples of classes never seen take no part; with an empty
+            memory that is all of them, and a warning says so. A batch with NaN leaves the memory
+            as it was. Each training call updates once: keep the loss outside regions that
+            activation checkpointing recomputes, and call `eval` for the second forward of
+            optimisers like SAM. Over several ranks give ``process_group`` too, so that all
+            remember the same. ``None`` is the paper.
 
     Shape:
         features: ``[N, D]``, or ``[B, V, ...]`` for ``V`` views of each sample (trailing dimensions
@@ -104,8 +120,11 @@ class VarConLoss(nn.Module):
         impl: str = "auto",
         feature_dim: int | None = None,
         centroid_momentum: float | None = None,
+        **unknown: Never,
     ) -> None:
         super().__init__()
+        if unknown:
+            checks.refuse_unknown("VarConLoss", unknown, ("temperature", "epsilon", *_DEFAULTS))
         options = check_options(
             temperature,
             epsilon,
@@ -131,55 +150,81 @@ class VarConLoss(nn.Module):
         self.exchange = options.exchange
         self.impl = options.impl
 
-        checks.check_memory_options(
+        self.feature_dim, self.centroid_momentum = checks.check_memory_options(
             self.num_classes, feature_dim, centroid_momentum, self.leave_one_out
         )
-        self.feature_dim = feature_dim
-        self.centroid_momentum = centroid_momentum
         remembers = centroid_momentum is not None
         shape = (self.num_classes or 0, feature_dim or 0)
-        self.register_buffer("centroid_memory", torch.zeros(shape) if remembers else None)
-        self.register_buffer("centroid_seen", torch.zeros(shape[0]) if remembers else None)
+        # Small steps towards each batch are lost in half precision: float32 whatever the default.
+        self.register_buffer(
+            "centroid_memory", torch.zeros(shape, dtype=torch.float32) if remembers else None
+        )
+        self.register_buffer(
+            "centroid_seen", torch.zeros(shape[0], dtype=torch.float32) if remembers else None
+        )
+        self._plans = Plans()
+        self._surely_empty = True  # nothing can have filled the memory yet
+        # A few classes and their centroids, as the last training step left them.
+        self._memory_left: tuple[Tensor, Tensor] | None = None
+        self._memory_checked = self._warned_of_ranks = False
 
     def forward(
         self,
         features: Tensor,
-        labels: Tensor,
+        labels: Tensor | None = None,
         *,
         ref_features: Tensor | None = None,
         ref_labels: Tensor | None = None,
+        **unknown: Never,
     ) -> Tensor:
         """The reduced loss; see the class for shapes.
 
         Args:
             features: ``[N, D]`` or ``[B, V, ...]``.
-            labels: ``[N]`` or ``[B]``.
+            labels: ``[N]`` or ``[B]``; required.
             ref_features: ``[M, D]`` or with views; centroids come from these instead of
-                ``features``, detached, and ``K`` counts their classes.
+                ``features``, and ``K`` counts their classes. No gradient flows to them: to train
+                two towers call the loss both ways.
             ref_labels: ``[M]``; must contain every label of ``labels``.
+            **unknown: nothing; what SupCon's call takes is refused with what it becomes here.
         """
-        memory = self._memory(update=self._learns())
-        return compute_loss(features, labels, ref_features, ref_labels, self._options(), memory)
+        if unknown:
+            checks.refuse_unknown("the call", unknown, ("ref_features", "ref_labels"))
+        options, memory = self._options(), self._memory_of_this_call()
+        result = compute_loss(
+            features, labels, ref_features, ref_labels, options, memory, self._plans
+        )
+        self._remember_step(memory, labels)
+        return result
 
     def terms(
         self,
         features: Tensor,
-        labels: Tensor,
+        labels: Tensor | None = None,
         *,
         ref_features: Tensor | None = None,
         ref_labels: Tensor | None = None,
+        **unknown: Never,
     ) -> VarConTerms:
         """As the call, with the per-sample terms that one logs; the loss is ``.reduced``."""
-        memory = self._memory(update=self._learns())
-        return compute_terms(features, labels, ref_features, ref_labels, self._options(), memory)
+        if unknown:
+            checks.refuse_unknown("terms", unknown, ("ref_features", "ref_labels"))
+        options, memory = self._options(), self._memory_of_this_call()
+        result = compute_terms(
+            features, labels, ref_features, ref_labels, options, memory, self._plans
+        )
+        self._remember_step(memory, labels)
+        return result
 
     @property
     def centroids(self) -> Tensor:
         """Remembered centroids ``[C, D]``, float32, unit length; zero rows for classes not seen.
 
         Raises:
-            RuntimeError: the loss was made without ``centroid_momentum``.
+            AttributeError: the loss was made without ``centroid_momentum``.
         """
+        if self.centroid_momentum is None:
+            raise AttributeError(_NO_MEMORY)
         memory = self._require_memory()
         return memory.unit / row_norms(memory.unit, memory.unit.dtype).unsqueeze(1)
 
@@ -188,20 +233,23 @@ class VarConLoss(nn.Module):
         """Classify by the remembered centroids: the most probable class by Eq. 8.
 
         Args:
-            features: ``[N, D]``, embeddings as the loss takes them.
+            features: ``[N, D]`` or ``[B, V, ...]``, embeddings as the loss takes them.
 
         Returns:
-            ``label`` ``[N]`` int64 and ``confidence`` ``[N]``: ``p(label | z)`` over the classes
-            seen so far. NaN features, or a memory that has seen no class, give confidence NaN.
+            ``label`` int64 and ``confidence``, ``p(label | z)`` over the classes seen so far, both
+            ``[N]`` or ``[B, V]``. Where nothing can be said, because features are NaN or the
+            memory has seen no class (a warning says so), they are -1 and NaN.
 
         Raises:
             RuntimeError: the loss was made without ``centroid_momentum``.
         """
         memory = self._require_memory()
-        checks.check_memory(features, memory.unit)
-        return predict(
-            features, self.centroids, memory.seen > 0, self.temperature, normalize=self.normalize
-        )
+        checks.check_features(features)
+        rows, shape = flatten_views(features)
+        checks.check_memory(rows, memory.unit)
+        self._warn_if_empty(memory)
+        found = predict(rows, memory, self.temperature, normalize=self.normalize)
+        return Prediction(found.label.view(shape), found.confidence.view(shape))
 
     @torch.no_grad()
     def reset_memory(self) -> None:
@@ -213,6 +261,15 @@ class VarConLoss(nn.Module):
         memory = self._require_memory()
         memory.unit.zero_()
         memory.seen.zero_()
+        self._surely_empty, self._memory_left = True, None
+
+    def reset_parameters(self) -> None:
+        """As in modules with weights, after `to_empty`: an empty memory, if there is one.
+
+        ``weight`` has no initial value to go back to: load or set it.
+        """
+        if self.centroid_momentum is not None:
+            self.reset_memory()
 
     def _options(self) -> Options:
         return check_options(
@@ -224,7 +281,7 @@ class VarConLoss(nn.Module):
             self.ignore_index,
             self.weight,
             self.leave_one_out,
-            self.process_group,
+            self.process_group if self._learns() else None,
             self.exchange,
             self.impl,
         )
@@ -232,23 +289,106 @@ class VarConLoss(nn.Module):
     def _memory(self, *, update: bool) -> CentroidMemory | None:
         if self.centroid_momentum is None:
             return None
+        self._keep_memory_wide()
         assert self.centroid_memory is not None
         assert self.centroid_seen is not None
         return CentroidMemory(
             self.centroid_memory, self.centroid_seen, self.centroid_momentum, update
         )
 
+    def _keep_memory_wide(self) -> None:
+        """Back to float32, which it moves in by small steps, from whatever cast it was given."""
+        for name in ("centroid_memory", "centroid_seen"):
+            buffer = getattr(self, name)
+            if buffer is not None and buffer.dtype != torch.float32:
+                setattr(self, name, buffer.float())
+
     def _learns(self) -> bool:
+        """Does a call now move the memory, and take part in the exchange between ranks?"""
         return self.training and torch.is_grad_enabled()
+
+    def _memory_of_this_call(self) -> CentroidMemory | None:
+        memory = self._memory(update=self._learns())
+        if memory is not None and not torch.compiler.is_compiling():
+            if not memory.update:
+                self._warn_if_empty(memory)
+            elif self.process_group is None and several_ranks():
+                self._check_nobody_wrote(memory)
+        return memory
+
+    def _remember_step(self, memory: CentroidMemory | None, labels: Tensor | None) -> None:
+        if memory is None or not memory.update:
+            return
+        self._surely_empty = False
+        if not torch.compiler.is_compiling() and self.process_group is None and several_ranks():
+            assert labels is not None
+            classes = labels[:CLASSES_WATCHED].to(torch.int64).clamp(0, len(memory.seen) - 1)
+            self._memory_left = (classes, memory.unit.index_select(0, classes))
+
+    def _warn_if_empty(self, memory: CentroidMemory) -> None:
+        """Looks at the memory where that synchronises nothing."""
+        empty = self._surely_empty
+        if values_may_be_read(memory.seen):
+            empty = not bool(memory.seen.any())
+        if empty:
+            warnings.warn(
+                "the centroid memory is empty, since no training step has filled it yet: the loss "
+                "is 0, no sample takes part, and predict knows no class",
+                stacklevel=4,
+            )
+
+    def _check_nobody_wrote(self, memory: CentroidMemory) -> None:
+        """Is the memory as the last training step left it? On a GPU asked once: it synchronises."""
+        if not self._warned_of_ranks:
+            self._warned_of_ranks = True
+            warnings.warn(
+                "each rank remembers only the centroids of its own samples: give "
+                "process_group='world', and all ranks remember the same",
+                stacklevel=4,
+            )
+        if self._memory_left is None or (self._memory_checked and memory.unit.is_cuda):
+            return
+        if memory.unit.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self._memory_checked = True
+        classes, left = self._memory_left
+        if classes.device == memory.unit.device and not torch.equal(memory.unit[classes], left):
+            raise RuntimeError(
+                "the centroid memory was written to between two training steps, and what this "
+                "rank had learned is gone: DDP and Lightning overwrite it by rank 0's where the "
+                "loss is part of the wrapped model. Give process_group='world', so that all ranks "
+                "remember the same, or keep the loss outside the wrapped model"
+            )
 
     def _require_memory(self) -> CentroidMemory:
         memory = self._memory(update=False)
         if memory is None:
-            raise RuntimeError(
-                "this loss remembers no centroids: make it with num_classes, feature_dim and "
-                "centroid_momentum"
-            )
+            raise RuntimeError(_NO_MEMORY)
         return memory
+
+    def join_hook(self, **_: Any) -> None:
+        """Refuse `torch.distributed.algorithms.Join`, which calls this."""
+        raise NotImplementedError(
+            "VarConLoss cannot be shadowed by torch.distributed.algorithms.Join: its exchange "
+            "stands between the forward and the backward of DDP, which Join shadows in one. Give "
+            "every rank the same number of training steps: DistributedSampler pads, and "
+            "drop_last=True drops"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "centroids":  # the property has raised
+            raise AttributeError(_NO_MEMORY)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("temperature", "epsilon"):  # a schedule may count with numpy
+            value = checks.real_number(name, value)
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._keep_memory_wide()  # with assign=True it is what was saved
+        self._surely_empty, self._memory_left = False, None
 
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None and not isinstance(self.process_group, str):
@@ -256,7 +396,7 @@ class VarConLoss(nn.Module):
                 "a VarConLoss with a ProcessGroup handle cannot be pickled: make it with "
                 "process_group='world', or set criterion.process_group after loading"
             )
-        return self.__dict__.copy()
+        return self.__dict__ | {"_surely_empty": False, "_memory_left": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VarConLoss":
         """A copy with its own buffers in the same process group."""
@@ -265,10 +405,11 @@ class VarConLoss(nn.Module):
         if self.process_group is not None:
             memo[id(self.process_group)] = self.process_group
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin._surely_empty, twin._memory_left = False, None  # averaging may fill it
         return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VarConLoss":
-        """As in `torch.nn.Module`, but the memory stays float32: it moves by small steps."""
+        """As in `torch.nn.Module`, but the memory stays float32, with what it had."""
         kept = {name: getattr(self, name) for name in ("centroid_memory", "centroid_seen")}
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -289,6 +430,10 @@ class VarConLoss(nn.Module):
         return ", ".join(shown)
 
 
+CLASSES_WATCHED = 16
+_NO_MEMORY = (
+    "this loss remembers no centroids: make it with num_classes, feature_dim and centroid_momentum"
+)
 _DEFAULTS = {
     "num_classes": None,
     "normalize": True,

@@ -5,6 +5,7 @@ that give the same four tensors. Forward has the gradient already, so backward i
 multiplication.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from varcon_loss.centroids import Centroids
+from varcon_loss.once import scale_rows, scale_rows_once
+from varcon_loss.reference import reference_terms
 from varcon_loss.rows import Rows, RowTerms, Samples
 
 # loss [N]; KL, NLL, confidence and tau2 [4, N]; gradient [N, D] and what each of its rows is still
@@ -19,55 +22,145 @@ from varcon_loss.rows import Rows, RowTerms, Samples
 # parts of `Rows` one by one, cannot return None: there it is an empty tensor.
 SweepResult = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
-_SCHEMA = (
-    "(Tensor features, Tensor? unit, Tensor? norms, Tensor slots, Tensor w, "
-    "Tensor? present, Tensor num_classes, bool packed, "
-    "Tensor? own, Tensor? valid, Tensor? broken, "
-    "float temperature, float epsilon, bool need_grad, bool need_terms) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
+# What the equations need of `Rows` beside the features: norms, slots, w, present, num_classes,
+# own, valid, broken.
+Parts = tuple[Tensor | None, ...]
 
 
-class _Scale(torch.autograd.Function):
-    """Upstream times saved gradient, where the result may be differentiated again: refuse.
+def _parts(rows: Rows) -> Parts:
+    w, present, num_classes, _ = rows.centroids
+    return rows.anchors.norms, rows.slots, w, present, num_classes, *rows[3:]
 
-    The saved gradient has no history of its own, so the second derivative would be silently zero.
+
+def _equations(features: Tensor, parts: Parts, temperature: float, epsilon: float) -> Tensor:
+    """The per-row loss ``[N]`` by the paper's equations, for derivatives of any order."""
+    norms, slots, w, present, num_classes, *masks = parts
+    assert slots is not None
+    assert w is not None
+    assert num_classes is not None
+    if present is None:
+        present = torch.arange(w.shape[0], device=w.device) < num_classes  # the empty come last
+    centroids = Centroids(w, present, num_classes, False)
+    rows = Rows(Samples(features, None, norms), slots, centroids, *masks)
+    return reference_terms(rows, temperature, epsilon, False).loss
+
+
+class _Differentiable(torch.autograd.Function):
+    """`scale_rows`, where it may be differentiated again.
+
+    What forward kept has no history of its own: a further derivative goes by the equations.
     """
 
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, upstream: Tensor) -> Tensor:
-        return gradient * upstream.unsqueeze(1)
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
-        raise NotImplementedError(
-            "the closed-form gradient of VarCon cannot be differentiated again: "
-            "use impl='reference' where second derivatives are needed"
+    def forward(
+        features: Tensor,
+        upstream: Tensor,
+        gradient: Tensor,
+        scale: Tensor | None,
+        temperatures: tuple[float, float],
+        *parts: Tensor | None,
+    ) -> Tensor:
+        known = gradient if scale is None else gradient * scale.unsqueeze(1)
+        return (known * upstream.unsqueeze(1)).to(features.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        features, upstream, _, _, ctx.temperatures, *parts = inputs
+        ctx.save_for_backward(features, upstream, *parts)
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:
+        features, upstream, *parts = ctx.saved_tensors
+
+        def loss(features: Tensor) -> Tensor:
+            return _equations(features, tuple(parts), *ctx.temperatures)
+
+        def gradient(features: Tensor, upstream: Tensor) -> Tensor:
+            return torch.func.vjp(loss, features)[1](upstream)[0]
+
+        back = torch.func.vjp(gradient, features, upstream)[1]
+        return *back(*directions), *(None,) * (3 + len(parts))
+
+
+# Where features and centroids stand among the saved tensors of `Sweep`. Both may be changed in
+# place before backward, which needs neither: features by a caller who reuses them, remembered
+# centroids by the next step.
+_CHANGEABLE = (0, 5)
+
+
+def _versions(saved: tuple[Any, ...]) -> list[int]:
+    return [saved[index]._version for index in _CHANGEABLE]
+
+
+def _allow_changes(loss: Tensor) -> None:
+    """Have autograd not check the versions of these saved tensors: `_check_unchanged` does."""
+    # Under hooks of the caller's nothing is checked, and no other hooks may be added.
+    with contextlib.suppress(RuntimeError):
+        for index in _CHANGEABLE:
+            loss.grad_fn._raw_saved_tensors[index].register_hooks(_as_is, _as_is)  # type: ignore[union-attr]
+
+
+def _as_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of both functions below: one multiplication, unless it is to be differentiated again."""
+    result = None
+    if upstream is not None:
+        features, gradient, scale, *parts = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            result = scale_rows(gradient, scale, upstream, ctx.dtype)
+        else:  # create_graph=True
+            _check_unchanged(ctx)
+            result = _Differentiable.apply(
+                features, upstream, gradient, scale, ctx.temperatures, *parts
+            )
+    return result, *(None,) * ctx.num_others
+
+
+def _check_unchanged(ctx: Any) -> None:
+    if ctx.versions is not None and ctx.versions != _versions(ctx.saved_tensors):
+        raise RuntimeError(
+            "a second derivative of VarCon needs the features, and the centroid memory where there "
+            "is one, as they were when the loss was computed, and they were changed in place "
+            "since: differentiate before the next step, or use impl='reference'"
         )
 
 
-def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: SweepResult) -> None:
-    ctx.save_for_backward(*output[2:])
-    ctx.dtype, ctx.num_others = inputs[0].dtype, len(inputs) - 1
+def _refuse_forward_mode() -> None:
+    raise NotImplementedError(
+        "VarCon's loss has no forward-mode derivative (torch.func.jvp, jacfwd, hessian): use "
+        "reverse mode (torch.func.vjp, jacrev, jacrev(jacrev(...))), or impl='reference'"
+    )
 
 
-def _scale_kept_gradient(
-    ctx: Any, upstream: Tensor | None, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    gradient = None if upstream is None else _scaled(ctx, upstream)
+def _keep_for_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0], *output[2:])
+    ctx.num_others = len(inputs) - 1
+
+
+def _operator_backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    gradient = None
+    if upstream is not None:
+        gradient = scale_rows_once(*ctx.saved_tensors, upstream)
     return gradient, *(None,) * ctx.num_others
 
 
-def _scaled(ctx: Any, upstream: Tensor) -> Tensor:
-    gradient, scale = ctx.saved_tensors
-    if scale is not None and scale.numel() > 0:
-        upstream = upstream * scale
-    if torch.is_grad_enabled():  # create_graph=True
-        return _Scale.apply(gradient.detach().requires_grad_(), upstream).to(ctx.dtype)
-    if gradient.dtype == upstream.dtype:
-        return (gradient * upstream.unsqueeze(1)).to(ctx.dtype)
-    # Half gradients: multiplied in float32 with no float32 copy of the whole.
-    return torch.mul(gradient, upstream.unsqueeze(1), out=torch.empty_like(gradient))
+def _options_of_operator(temperature: float, epsilon: float) -> tuple[float, float, Tensor | None]:
+    """An operator's numbers are fixed when it is compiled: those that change go as a tensor.
+
+    On the CPU, where reading them waits for nothing.
+    """
+    from torch.fx.experimental import symbolic_shapes
+
+    is_fixed = getattr(symbolic_shapes, "has_static_value", None)
+    if is_fixed is not None and is_fixed(temperature) and is_fixed(epsilon):
+        return temperature, epsilon, None
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
+    return 0.0, 0.0, torch.stack((zero + temperature, zero + epsilon))
 
 
 def make_operator(
@@ -82,23 +175,79 @@ def make_operator(
             dtype of the features, and a scale, where others have that of ``w``.
     """
 
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: SweepResult) -> None:
+        features, rows, *temperatures, need_grad, _ = inputs
+        if need_grad:
+            ctx.save_for_backward(features, *output[2:], *_parts(rows))
+        ctx.temperatures, ctx.dtype = temperatures, features.dtype
+        ctx.num_others = len(inputs) - 1
+        ctx.set_materialize_grads(False)
+
     class Sweep(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
             output = sweep(*inputs[1:])
-            _keep_gradient(ctx, inputs, output)
+            keep(ctx, inputs, output)
             loss, others = output[:2]
             if others is not None:
                 ctx.mark_non_differentiable(others)
-            ctx.set_materialize_grads(False)
+            ctx.versions = _versions(ctx.to_save) if inputs[4] else None
             return loss, others
 
-        backward = staticmethod(_scale_kept_gradient)
+        backward = staticmethod(_backward)
 
-    def flat(*arguments: Any) -> tuple[Tensor, ...]:
-        samples, slots, centroids = Samples(*arguments[:3]), arguments[3], arguments[4:8]
-        rows = Rows(samples, slots, Centroids(*centroids), *arguments[8:11])
-        loss, others, gradient, scale = sweep(rows, *arguments[11:])
+        @staticmethod
+        def jvp(ctx: Any, *_: Any) -> None:
+            _refuse_forward_mode()
+
+    class TransformedSweep(torch.autograd.Function):
+        """The same for torch.func, which asks for another form, and takes longer."""
+
+        @staticmethod
+        def forward(*inputs: Any) -> SweepResult:
+            return sweep(*inputs[1:])
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: SweepResult) -> None:
+            keep(ctx, inputs, output)
+            ctx.mark_non_differentiable(*(part for part in output[1:] if part is not None))
+            ctx.versions = None
+
+        backward = staticmethod(_backward)
+
+        @staticmethod
+        def jvp(ctx: Any, *_: Any) -> None:
+            _refuse_forward_mode()
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *_: Any) -> None:
+            _refuse_forward_mode()  # jacfwd maps over directions
+
+    # One operator, so that torch.compile neither looks inside nor breaks the graph.
+    @torch.library.custom_op(name, mutates_args=())
+    def operator(
+        features: Tensor,
+        norms: Tensor | None,
+        w: Tensor,
+        need_grad: bool,
+        need_terms: bool,
+        unit: Tensor | None,
+        slots: Tensor,
+        present: Tensor | None,
+        num_classes: Tensor,
+        packed: bool,
+        own: Tensor | None,
+        valid: Tensor | None,
+        broken: Tensor | None,
+        temperature: float,
+        epsilon: float,
+        temperatures: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        centroids = Centroids(w, present, num_classes, packed)
+        rows = Rows(Samples(features, unit, norms), slots, centroids, own, valid, broken)
+        if temperatures is not None:
+            temperature, epsilon = temperatures.tolist()
+        loss, others, gradient, scale = sweep(rows, temperature, epsilon, need_grad, need_terms)
         return (
             loss,
             loss.new_empty(4, 0) if others is None else others,
@@ -106,15 +255,18 @@ def make_operator(
             loss.new_empty(0) if scale is None else scale,
         )
 
-    # One operator, so that torch.compile neither looks inside nor breaks the graph.
-    operator = torch.library.custom_op(name, flat, mutates_args=(), schema=_SCHEMA)
-    operator.register_autograd(_scale_kept_gradient, setup_context=_keep_gradient)
-
     @operator.register_fake
-    def _(features: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        norms, w, (need_grad, need_terms) = arguments[1], arguments[3], arguments[-2:]
+    def _(
+        features: Tensor,
+        norms: Tensor | None,
+        w: Tensor,
+        need_grad: bool,
+        need_terms: bool,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Tensor, ...]:
+        num_rows = features.shape[0]
         like = features if fused and need_grad else w
-        num_rows = len(features)
         has_scale = need_grad and (fused or norms is not None)
         return (
             w.new_empty(num_rows),
@@ -123,14 +275,36 @@ def make_operator(
             w.new_empty(num_rows if has_scale else 0),
         )
 
+    operator.register_autograd(_operator_backward, setup_context=_keep_for_operator)
+
     def run(rows: Rows, temperature: float, epsilon: float, need_terms: bool) -> RowTerms:
-        samples, slots, centroids, *masks = rows
+        samples, centroids = rows.anchors, rows.centroids
         need_grad = torch.is_grad_enabled() and samples.features.requires_grad
-        options = (temperature, epsilon, need_grad, need_terms)
+        needs = (need_grad, need_terms)
         if torch.compiler.is_compiling():
-            loss, others = operator(*samples, slots, *centroids, *masks, *options)[:2]
+            loss, others, *_ = operator(
+                samples.features,
+                samples.norms,
+                centroids.unit,
+                *needs,
+                samples.unit,
+                rows.slots,
+                centroids.present,
+                centroids.num_classes,
+                centroids.packed,
+                rows.own,
+                rows.valid,
+                rows.broken,
+                *_options_of_operator(temperature, epsilon),
+            )
+        elif torch._C._are_functorch_transforms_active():
+            loss, others = TransformedSweep.apply(
+                samples.features, rows, temperature, epsilon, *needs
+            )[:2]
         else:
-            loss, others = Sweep.apply(samples.features, rows, *options)
+            loss, others = Sweep.apply(samples.features, rows, temperature, epsilon, *needs)
+            if need_grad:
+                _allow_changes(loss)
         terms = RowTerms(loss, others)
         return terms if fused else terms.masked(rows)
 

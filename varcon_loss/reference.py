@@ -1,19 +1,23 @@
 """The paper's equations, one line each, for reading and for checking the fast paths.
 
 Builds the ``[N, K]`` matrices that the other implementations avoid, and leaves every derivative to
-autograd (so it can also be differentiated twice).
+autograd (so it can also be differentiated twice, but for compiled graphs, which refuse).
 """
 
 import torch
 import torch.nn.functional as F
 
+from varcon_loss.once import differentiable_once
 from varcon_loss.rows import Rows, RowTerms
 
 
 def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: bool) -> RowTerms:
     """Eq. 7-13 of arXiv 2506.07413, on ``[N, K]`` matrices; all terms, needed or not."""
     w, present, *_ = rows.centroids
-    z = rows.anchors.features.to(w.dtype)
+    features = rows.anchors.features
+    if torch.compiler.is_compiling():
+        features = differentiable_once(features)
+    z = features.to(w.dtype)
     if rows.valid is not None:
         z = z.masked_fill(~rows.valid[:, None], 0.0)
     if rows.anchors.norms is not None:

@@ -1,12 +1,13 @@
 """Uses timm the way its train.py does, with nothing else: what the launcher is tested on."""
 
 import argparse
+import logging
 import os
 
 import torch
 import yaml
 from timm import utils
-from timm.data import AugMixDataset, create_dataset, create_loader
+from timm.data import AugMixDataset, create_dataset, create_loader, resolve_data_config
 from timm.models import create_model
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.task import ClassificationTask, resume_task_checkpoint
@@ -22,7 +23,17 @@ parser.add_argument("--weight-decay", type=float, default=2e-5)
 parser.add_argument("--momentum", type=float, default=0.9)
 parser.add_argument("--layer-decay", type=float)
 parser.add_argument("--num-classes", type=int)
+parser.add_argument("--img-size", type=int, default=32)
+parser.add_argument("--mean", type=float, nargs="+")
+parser.add_argument("--std", type=float, nargs="+")
+parser.add_argument("--crop-pct", type=float)
+parser.add_argument("--interpolation", default="")
+parser.add_argument("--gp")
+parser.add_argument("--train-split", default="train")
+parser.add_argument("--val-split", default="validation")
 parser.add_argument("--batch-size", type=int, default=8)
+parser.add_argument("--grad-accum-steps", type=int, default=1)
+parser.add_argument("--log-interval", type=int, default=50)
 parser.add_argument("--aug-splits", type=int, default=0)
 parser.add_argument("--epochs", type=int, default=1)
 parser.add_argument("--output", default="out")
@@ -47,17 +58,21 @@ def main():
         with open(known.config) as file:
             parser.set_defaults(**yaml.safe_load(file))
     args = parser.parse_args(remaining)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.makedirs(args.output, exist_ok=True)
     with open(os.path.join(args.output, "args.yaml"), "w") as file:
         file.write(yaml.safe_dump(args.__dict__))
     torch.manual_seed(0)
     device = torch.device("cpu")
-    model = create_model(args.model, num_classes=args.num_classes)
-    dataset = create_dataset("", root=args.data, split="train", is_training=True)
+    model = create_model(args.model, num_classes=args.num_classes, global_pool=args.gp)
+    args.num_classes = model.num_classes
+    data = resolve_data_config(vars(args), model=model)
+    dataset = create_dataset("", root=args.data, split=args.train_split, is_training=True)
     if args.aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
     loader = create_loader(
-        dataset, (3, 32, 32), args.batch_size, is_training=True, num_workers=1, device=device,
+        dataset, data["input_size"], args.batch_size, is_training=True, num_workers=1,
+        device=device, mean=data["mean"], std=data["std"], interpolation=data["interpolation"],
         num_aug_splits=args.aug_splits, use_prefetcher=True, persistent_workers=False,
     )  # fmt: skip
     task = ClassificationTask(model=model, criterion=torch.nn.CrossEntropyLoss(), device=device)
@@ -83,7 +98,7 @@ def main():
             task.update_ema(step=epoch)
             losses.update(loss.item(), len(input))
             print(f"batch {len(input)} {type(task).__name__}")
-        task.get_eval_model().eval()(torch.zeros(2, 3, 32, 32))
+        task.get_eval_model().eval()(torch.zeros(2, *data["input_size"]))
         utils.update_summary(
             epoch, {"loss": losses.avg}, {"loss": 0.0}, os.path.join(args.output, "summary.csv"),
             write_header=epoch == 0,
