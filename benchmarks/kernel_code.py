@@ -274,7 +274,8 @@ def wanted(
                 capability, itemsize = divmod(target, 10), DTYPES[dtype].itemsize
                 tiles = fused.choose_tiles(LARGE_BATCH, dim, itemsize, capability)
                 needed = tiles.shared_bytes(dim, itemsize, capability)
-                if needed <= SHARED_KIB[target] * 1024:  # else `fused.why_not` refuses
+                fits = needed <= SHARED_KIB[target] * 1024 and (precision, dim) != ("tf32", 1024)
+                if fits:  # else `fused.why_not` refuses
                     yield target, dtype, precision, dim
 
 
