@@ -487,6 +487,16 @@ def test_tiles_fit_the_device_or_the_reason_is_told(
         assert "99 KiB" in obstacle
 
 
+def test_wide_float32_does_not_fit_with_tf32(
+    on_device: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = on_device(H100, 768, torch.float32)
+    assert fused.why_not(features, torch.float32) is None
+    monkeypatch.setattr(fused, "float32_precision", lambda: "tf32")
+    assert "257 KiB" in str(fused.why_not(features, torch.float32))
+    assert fused.why_not(on_device(H100, 512, torch.float32), torch.float32) is None
+
+
 def test_every_obstacle_is_told(
     on_device: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
