@@ -431,8 +431,9 @@ def test_operators_follow_the_rules(dtype: torch.dtype) -> None:
     _, counts, w, _ = fused.class_sums(features, *found.groups, True)
     present, count = counts > 0, found.classes.num_present
     features.requires_grad_()
-    rows = (features, None, norms, found.slots, w, present, count, False, None, valid, None)
-    torch.library.opcheck(operators.fused_sweep.default, (*rows, 0.1, 0.02, True, True))
+    differentiated = (features, norms, w, True, True)  # need_grad, need_terms
+    rest = (None, found.slots, present, count, False, None, valid, None, 0.1, 0.02, None)
+    torch.library.opcheck(operators.fused_sweep.default, (*differentiated, *rest))
 
 
 def test_float64_is_an_error_and_wide_rows_too() -> None:
