@@ -251,7 +251,7 @@ def test_narrow_keys_sort_alike(monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(narrow, wide)
 
 
-@pytest.mark.parametrize("sizes", [(511, 512, 1), (700, 1300, 2, 40), (1, 1024, 1024)])
+@pytest.mark.parametrize("sizes", [(1024, 1024), (511, 512, 1), (700, 1300, 2, 40)])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_sums_of_large_classes(
     sizes: tuple[int, ...], normalize: bool, monkeypatch: pytest.MonkeyPatch
@@ -261,7 +261,8 @@ def test_sums_of_large_classes(
     sizes = tuple(-(-size // 8) for size in sizes)
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
-    labels[3] = -100
+    if len(sizes) > 2:  # else large classes start where stretches do
+        labels[3] = -100
     features, _ = batch(len(labels), 2, 5)
     found = fused.sort_labels(labels.to(DEVICE), len(sizes), -100)
     sums, counts, unit, norms = fused.class_sums(features, *found.groups, normalize)

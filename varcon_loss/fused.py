@@ -35,7 +35,7 @@ SORTED_FROM = 2**34
 
 def runs_by_default(features: Tensor, dtype: torch.dtype) -> bool:
     """Does ``impl="auto"`` run the kernels? Only where `varcon_loss.proven` has an entry."""
-    if features.device.type != "cuda" or torch.version.hip is not None:
+    if features.device.type != "cuda":
         return False
     capability = _device_limits(features.device).capability
     if not is_proven(capability, features.dtype, features.shape[1]):
@@ -204,7 +204,7 @@ def _sort_labels(
     from varcon_loss import kernels
 
     ordered, order = _sort(labels, num_classes)
-    values, valid, broken, slots, *per_slot, num_present, divisor = _new_labels(
+    values, valid, broken, slots, runs, starts, ends, classes, num_present, divisor = _new_labels(
         labels, ignore_index, num_classes
     )
     num_rows, num_blocks = len(labels), max(1, -(-len(labels) // LABELS_A_BLOCK))
@@ -228,11 +228,25 @@ def _sort_labels(
         kernels.segments_kernel,
         (num_blocks,),
         labels.device,
-        *(labels, ordered, order, counts, values, valid, broken, slots, *per_slot, num_present),
-        *(divisor, num_rows, len(per_slot[1]), num_blocks, *known),
+        *(
+            labels,
+            ordered,
+            order,
+            counts,
+            values,
+            valid,
+            broken,
+            slots,
+            runs,
+            starts,
+            ends,
+            classes,
+        ),
+        *(num_present, divisor, num_rows, len(starts), num_blocks, *known),
         constants | {"HAS_COUNTS": num_blocks > 1},
     )
-    return values, valid, broken, slots, order, *per_slot, num_present, divisor
+    found = (runs, starts, ends, classes, num_present, divisor)
+    return values, valid, broken, slots, order, *found
 
 
 class SortedLabels(NamedTuple):

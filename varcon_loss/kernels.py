@@ -5,7 +5,7 @@ it to about unit size without rounding; what is left of the length, a factor nea
 float32 to what comes out of the products. So bfloat16 and float16 operands are the exact features.
 """
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
