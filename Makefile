@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint docs clean
 
 quickstart: .venv/bench  ## train on real images, with VarCon, SupCon and cross-entropy
 	$(BIN)/python -m benchmarks quickstart
@@ -15,6 +15,10 @@ lint: .venv/all  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: .venv/docs  ## the documentation site; every warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/site
+	@echo "open build/site/index.html"
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -6,17 +6,69 @@ Bytes are read from the network interfaces' own counters, so they are what was r
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+import typer
 from torch import Tensor
 
-from benchmarks.ranks import run_ranks
-from benchmarks.supcon import supcon_loss
+from benchmarks.common import options, plots, results
+from benchmarks.common.ranks import run_ranks
+from benchmarks.common.supcon import supcon_loss
+from benchmarks.common.terminal import print_table, progress_bar, written
 from varcon_loss import VarConLoss, varcon_loss
 
 Step = Callable[[Tensor, Tensor], Tensor]
+
+
+def command(
+    ranks: Annotated[str, typer.Option(help="gloo processes on this machine")] = "2,4",
+    rows: Annotated[int, typer.Option(min=1, help="samples a rank")] = 256,
+    classes: Annotated[str, typer.Option(help="numbers of classes")] = "100,1000,100000",
+    dim: options.Dim = 128,
+    steps: Annotated[int, typer.Option(min=1, help="steps measured")] = 20,
+    out: options.Out = Path("runs/distributed"),
+) -> None:
+    """Bytes and time of global centroids against gathered embeddings; then 8 to 1024 ranks."""
+    measured = []
+    sizes = [(w, c) for w in options.integers(ranks) for c in options.integers(classes)]
+    with progress_bar() as bar:
+        task = bar.add_task("distributed", total=len(sizes), note="")
+        for world_size, num_classes in sizes:
+            bar.update(task, note=f"{world_size} ranks, C = {num_classes}")
+            measured += measure(world_size, rows, num_classes, dim, steps, out.absolute() / "work")
+            bar.advance(task)
+    print_table(
+        f"A step of {rows} samples a rank, D = {dim}; gloo on one machine, so bytes say more than "
+        "times",
+        ("", "ranks", "classes C", "sent a rank, kB", "by the model, kB", "time, ms"),
+        [
+            (
+                row["contender"], row["ranks"], f"{row['C']:,}",
+                f"{row['bytes_per_rank'] / 1e3:,.0f}", f"{row['bytes_by_model'] / 1e3:,.0f}",
+                f"{row['seconds'] * 1e3:.1f}",
+            )
+            for row in measured
+        ],
+    )  # fmt: skip
+    expected = extrapolate(rows, dim)
+    keys = ("MB sent", "MB held", "GFLOP")
+    print_table(
+        f"By the model, {rows} samples a rank, a step",
+        ("", "ranks", "classes C", "sent a rank, MB", "held a rank, MB", "arithmetic, GFLOP"),
+        [
+            (row["contender"], row["ranks"], f"{row['C']:,}", *(f"{row[k]:,.3g}" for k in keys))
+            for row in expected
+        ],
+    )
+    env = results.environment()
+    saved = [
+        results.save("distributed", measured, env, out),
+        results.save("distributed-model", expected, env, out),
+    ]
+    picture = plots.draw_bytes(expected, out / "distributed-model.png")
+    written(*saved, *(path.with_suffix(".csv") for path in saved), picture)
 
 
 def gather_everything(loss: Step) -> Step:
@@ -150,28 +202,3 @@ def extrapolate(num_rows: int = 256, dim: int = 128) -> list[dict[str, Any]]:
                     }
                 )
     return rows
-
-
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bytes sent a rank over classes, a panel for each number of ranks."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import pandas as pd
-
-    frame = pd.DataFrame(rows)
-    ranks = sorted(frame["ranks"].unique())
-    figure, axes = plt.subplots(1, len(ranks), figsize=(4.4 * len(ranks), 4), sharey=True)
-    for axis, count in zip(axes, ranks, strict=True):
-        for name, line in frame[frame["ranks"] == count].groupby("contender", sort=False):
-            axis.plot(line["C"], line["MB sent"], marker="o", label=name)
-        axis.set(
-            title=f"{count} ranks, 256 samples each", xscale="log", yscale="log", xlabel="classes C"
-        )
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("MB sent a rank and step (model)")
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import measure
-from benchmarks.contenders import CONTENDERS, Loss
-from benchmarks.measure import Problem
+from benchmarks.common import measure
+from benchmarks.common.contenders import CONTENDERS, Loss
+from benchmarks.common.measure import Problem
 from varcon_loss import VarConLoss, fused
 from varcon_loss.proven import Proof
 
@@ -70,6 +70,30 @@ NEEDS = {
 }
 # What a machine that was made for something else may lack, and what needs an hour.
 NOT_IN_SUITE = ("test_timm.py", "test_triton.py", "test_cuda.py", "test_benchmarks.py")
+
+
+def command(only: str = "", out: Path = Path("runs/gpu-proof")) -> None:
+    """What only a GPU can show: tests, sanitizers, launches, times against floors and targets.
+
+    Each stage takes under seven minutes; one that passed is not run again. --only names stages,
+    separated by commas; --out is the folder of the result files.
+    """
+    # Imported only now: `python -m benchmarks.gpu_proof run` does without them.
+    import typer
+
+    from benchmarks.common import options, results
+    from benchmarks.common.terminal import print_table, written
+
+    options.require("cuda")
+    rows = run(out, "cuda", options.names(only) or None)
+    keys = ("stage", "status", "seconds", "last_line")
+    lines = [[row[key] for key in keys] for row in rows]
+    print_table("On this GPU", ("stage", "outcome", "seconds", "last line"), lines)
+    env = results.environment("cuda") | environment("cuda")
+    written(results.save("gpu-proof", rows, env, out))
+    print(f"copy it to {results.RESULTS} and run report")
+    if any(row["status"] != "passed" for row in rows):
+        raise typer.Exit(1)
 
 
 def pytest_command(*arguments: str, tiny: bool) -> list[str]:

@@ -13,7 +13,6 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from rich.console import Console
 
 from varcon_loss import fused
 
@@ -35,6 +34,45 @@ POINTERS = {
     **dict.fromkeys(("valid_ptr", "broken_ptr", "present_ptr"), "*i1"),
     **dict.fromkeys(("x_ptr", "keys_ptr", "gradient_ptr"), None),  # the dtype of the features
 }  # fmt: skip  # all others are float32
+
+
+def command(
+    targets: Annotated[str, typer.Option(help="compute capabilities, as in sm_90")] = ",".join(
+        map(str, TARGETS)
+    ),
+    modes: Annotated[str, typer.Option(help="dtype:precision")] = ",".join(
+        f"{dtype}:{precision}" for dtype, precision in MODES
+    ),
+    widths: Annotated[str, typer.Option(help="embedding widths D")] = ",".join(map(str, WIDTHS)),
+    out: Annotated[Path, typer.Option(help="folder of the result files")] = Path(
+        "runs/kernel-code"
+    ),
+    resume: Annotated[bool, typer.Option(help="keep what is already there")] = False,
+) -> None:
+    """Compile the sweep for GPUs that need not be there: registers, spills, instructions."""
+    # Imported only now: what compiles a kernel needs none of what these import.
+    from benchmarks.common import options, results
+    from benchmarks.common.terminal import console, written
+
+    path = out / "kernel-code.json"
+    rows: list[dict[str, Any]] = []
+    if resume and path.exists():
+        rows = json.loads(path.read_text())["rows"]
+    done = {(row["target"], row["dtype"], row["precision"], row["dim"]) for row in rows}
+    env = results.environment()
+    pairs = [(mode.partition(":")[0], mode.partition(":")[2]) for mode in options.names(modes)]
+    todo = wanted(options.integers(targets), pairs, options.integers(widths))
+    for target, dtype, precision, dim in todo:
+        if (f"sm_{target}", dtype, precision, dim) in done:
+            continue
+        row = compile_sweep(
+            DTYPES[dtype], dim, LARGE_BATCH, target=target,
+            precision="ieee" if precision == "none" else precision,
+        )  # fmt: skip
+        rows.append(row._asdict())
+        console.print(row._asdict())
+        results.save("kernel-code", rows, env, out)
+    written(path, path.with_suffix(".csv"))
 
 
 class KernelCode(NamedTuple):
@@ -273,46 +311,6 @@ def wanted(
             for target in targets:
                 capability, itemsize = divmod(target, 10), DTYPES[dtype].itemsize
                 tiles = fused.choose_tiles(LARGE_BATCH, dim, itemsize, capability)
-                needed = tiles.shared_bytes(dim, itemsize, capability)
-                fits = needed <= SHARED_KIB[target] * 1024 and (precision, dim) != ("tf32", 1024)
-                if fits:  # else `fused.why_not` refuses
+                needed = tiles.shared_bytes(dim, itemsize, capability, precision)
+                if needed <= SHARED_KIB[target] * 1024:  # else `fused.why_not` refuses
                     yield target, dtype, precision, dim
-
-
-def kernel_code(
-    targets: Annotated[str, typer.Option(help="compute capabilities, as in sm_90")] = ",".join(
-        map(str, TARGETS)
-    ),
-    modes: Annotated[str, typer.Option(help="dtype:precision")] = ",".join(
-        f"{dtype}:{precision}" for dtype, precision in MODES
-    ),
-    widths: Annotated[str, typer.Option(help="embedding widths D")] = ",".join(map(str, WIDTHS)),
-    out: Annotated[Path, typer.Option(help="folder of the result files")] = Path(
-        "runs/kernel-code"
-    ),
-    resume: Annotated[bool, typer.Option(help="keep what is already there")] = False,
-) -> None:
-    """Compile the sweep for GPUs that need not be there: registers, spills, instructions."""
-    from benchmarks import results
-
-    console = Console()
-    path = out / "kernel-code.json"
-    rows: list[dict[str, Any]] = []
-    if resume and path.exists():
-        rows = json.loads(path.read_text())["rows"]
-    done = {(row["target"], row["dtype"], row["precision"], row["dim"]) for row in rows}
-    env = results.environment()
-    pairs = [(mode.partition(":")[0], mode.partition(":")[2]) for mode in modes.split(",")]
-    for target, dtype, precision, dim in wanted(
-        [int(part) for part in targets.split(",")], pairs, [int(part) for part in widths.split(",")]
-    ):
-        if (f"sm_{target}", dtype, precision, dim) in done:
-            continue
-        row = compile_sweep(
-            DTYPES[dtype], dim, LARGE_BATCH, target=target,
-            precision="ieee" if precision == "none" else precision,
-        )  # fmt: skip
-        rows.append(row._asdict())
-        console.print(row._asdict())
-        results.save("kernel-code", rows, env, out)
-    console.print(f"saved: {path}")

@@ -1,17 +1,43 @@
 """What the centroid memory costs, beside plain VarCon and SupCon with a queue of the same bytes."""
 
 import time
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss
 from torch import nn
 
-from benchmarks import measure
+from benchmarks.common import measure, options, results
+from benchmarks.common.terminal import print_table, progress_bar, written
 from varcon_loss import VarConLoss
 
 CONTENDERS = ("VarCon", "VarCon memory", "SupCon, CrossBatchMemory")
+
+
+def command(
+    rows: Annotated[int, typer.Option(min=2, help="batch size N")] = 512,
+    classes: Annotated[str, typer.Option(help="numbers of classes C")] = "1000,100000",
+    dim: options.Dim = 128,
+    out: options.Out = Path("runs/speed"),
+) -> None:
+    """The centroid memory beside plain VarCon, and SupCon with a queue of the same bytes."""
+    measured = []
+    with progress_bar() as bar:
+        task = bar.add_task("memory-cost", total=len(options.integers(classes)), note="")
+        for num_classes in options.integers(classes):
+            bar.update(task, note=f"C = {num_classes:,}")
+            measured += compare(rows, num_classes, dim)
+            bar.advance(task)
+    print_table(
+        f"One forward and backward, N = {rows}, D = {dim}",
+        ("", "classes C", "time, ms", "peak extra memory, MiB"),
+        [(row["contender"], f"{row['C']:,}", *measure.time_and_memory(row)) for row in measured],
+    )
+    saved = results.save("memory-cost", measured, results.environment(), out)
+    written(saved, saved.with_suffix(".csv"))
 
 
 def compare(num_rows: int, num_classes: int, dim: int) -> list[dict[str, Any]]:

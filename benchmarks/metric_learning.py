@@ -8,21 +8,21 @@
 import copy
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 from pytorch_metric_learning import losses, miners, samplers
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks import measure
-from benchmarks.data import ImageData, Split, load
-from benchmarks.encoders import SmallCNN, make_augmentation
-from benchmarks.progress import progress_bar
+from benchmarks.common import measure, options, results
+from benchmarks.common.data import ImageData, Split, load
+from benchmarks.common.encoders import SmallCNN, make_augmentation
+from benchmarks.common.terminal import console, print_table, progress_bar, written
 from varcon_loss import ProjectionHead
 from varcon_loss import varcon_loss as core_loss
 from varcon_loss.integrations.metric_learning import CrossBatchMemory, VarConLoss
@@ -31,6 +31,29 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
     "VarConLoss": lambda: VarConLoss(temperature=0.1),
     "SupConLoss": lambda: losses.SupConLoss(temperature=0.1),
 }
+
+
+def command(
+    epochs: options.Epochs = 15,
+    seed: options.Seed = 0,
+    cost: Annotated[bool, typer.Option(help="also measure CrossBatchMemory against PML's")] = False,
+    out: options.Out = Path("runs/metric-learning"),
+) -> None:
+    """VarCon beside SupCon in pytorch-metric-learning: retrieval among unseen classes."""
+    env = results.environment()
+    saved = [results.save("metric-learning", compare(epochs=epochs, seed=seed), env, out)]
+    if cost:
+        rows = memory_cost()
+        print_table(
+            "One forward and backward with a full memory of 65,536, N = 256, D = 128",
+            ("loss", "time, ms", "peak extra memory, MiB"),
+            [(row["loss"], *measure.time_and_memory(row)) for row in rows],
+        )
+        ratio = adapter_overhead()
+        console.print(f"The adapter takes {ratio:.2f}x the core's time at N = 4096, K = 1000.")
+        rows.append({"loss": "adapter over core", "ratio": ratio})
+        saved.append(results.save("metric-learning-memory", rows, env, out))
+    written(*saved, *(path.with_suffix(".csv") for path in saved))
 
 
 def train_and_score(
@@ -86,14 +109,13 @@ def _unseen(split: Split, half: int) -> Split:
     return Split(split.images[kept], split.labels[kept])
 
 
-def compare(*, epochs: int, seed: int, console: Console) -> list[dict[str, Any]]:
+def compare(*, epochs: int, seed: int) -> list[dict[str, Any]]:
     """Train with each of `LOSSES` on ``mnist-pairs`` and print retrieval on unseen classes."""
     data = load("mnist-pairs")
     console.print(
         "two MNIST digits side by side: trained on 50 classes, scored on images of 50 others"
     )
     rows = []
-    table = Table("loss", "precision@1", "MAP@R", "training time", title="Unseen classes")
     with progress_bar() as bar:
         for name, make in LOSSES.items():
             task = bar.add_task(name, total=epochs, note="")
@@ -107,13 +129,17 @@ def compare(*, epochs: int, seed: int, console: Console) -> list[dict[str, Any]]
             rows.append(
                 {"loss": name, "seed": seed, "epochs": epochs, **scores, "seconds": seconds}
             )
-            table.add_row(
-                name,
-                f"{scores['precision_at_1']:.1%}",
-                f"{scores['mean_average_precision_at_r']:.1%}",
-                f"{seconds:.0f} s",
+    print_table(
+        "Retrieval among unseen classes, one seed",
+        ("loss", "precision@1, %", "MAP@R, %", "training time, s"),
+        [
+            (
+                row["loss"], f"{100 * row['precision_at_1']:.1f}",
+                f"{100 * row['mean_average_precision_at_r']:.1f}", f"{row['seconds']:.0f}",
             )
-    console.print(table)
+            for row in rows
+        ],
+    )  # fmt: skip
     return rows
 
 

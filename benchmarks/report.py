@@ -1,45 +1,58 @@
-"""``benchmarks/RESULTS.md`` from the saved results: every number in it comes from a file."""
+"""``benchmarks/RESULTS.md`` from the saved results: one page made by rule, then the questions."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
-from benchmarks import methods, plots, quality, results, speed
+from benchmarks import momentum, robustness, settings, speed
+from benchmarks.common import measure, methods, paired, plots, results
+from benchmarks.common.contenders import OURS
+from benchmarks.common.terminal import progress_bar, written
 
 YARDSTICKS = {
-    "authors": "equations, authors' operations",
-    "lean": "equations, lean",
-    "supcon": "SupCon (pytorch-metric-learning)",
+    "the authors' operations": "equations, authors' operations",
+    "the lean equations": "equations, lean",
+    "pytorch-metric-learning's SupCon": "SupCon (pytorch-metric-learning)",
 }
+SIZES_IN_WORDS = ((64, 10), (4096, 1000), (8192, 1000), (16384, 1000), (16384, 10))
+FEW, MANY = 4, 20  # images of a class that a step sees: fewer than, and at least
+RIVALS = ("SupCon", "SupCon memory", "cross-entropy", "NormFace", "SINCERE")
+PAIRS = (
+    *(("VarCon", rival) for rival in RIVALS),
+    *(("VarCon memory", rival) for rival in (*RIVALS, "VarCon")),
+    ("VarCon leave-one-out", "VarCon"),
+    ("VarCon epsilon=0", "VarCon"),
+)
+
+
+def command() -> None:
+    """Rebuild benchmarks/RESULTS.md and its pictures from benchmarks/results/."""
+    written(write())
 
 
 def write(folder: Path = results.RESULTS) -> Path:
     """Rebuild the report and its pictures; returns its path."""
-    parts = [
-        "# Results\n",
-        "Rebuilt by `python -m benchmarks report` from the files in `benchmarks/results/`, which "
-        "carry versions, device, commit and date (runs of `quality` and `momentum` from before "
-        "2026-11-25 carry none: the history of their files has commit and date). Measured on what "
-        "those files say, and nowhere else.\n",
-    ]
-    quality_rows = _quality_rows(folder)
-    has_speed = (folder / "speed-cpu.json").exists()
-    parts.append("## What was found\n")
-    if has_speed:
-        parts += _speed_findings(folder)
-    if quality_rows:
-        parts += _quality_findings(quality_rows)
-    if has_speed:
-        parts += _speed_tables(folder)
-    parts += _gpu(folder)
-    parts += _costs(folder)
-    parts += _momentum(folder)
-    if quality_rows:
-        parts += _quality_tables(quality_rows, folder)
-    parts += _evolution(folder)
+    rows = _quality_rows(folder)
+    sections: dict[str, Callable[[], Iterable[str]]] = {
+        "first page": lambda: _first_page(rows, folder),
+        "quality": lambda: _quality(rows, folder),
+        "settings": lambda: _swept(folder),
+        "robustness": lambda: _robustness(folder),
+        "momentum": lambda: _momentum(folder),
+        "evolution": lambda: _evolution(folder),
+        "speed": lambda: _speed(folder),
+        "costs": lambda: _costs(folder),
+        "gpu": lambda: _gpu(folder),
+    }
+    parts = []
+    with progress_bar() as bar:
+        task = bar.add_task("report", total=len(sections), note="")
+        for name, section in sections.items():
+            parts += section()
+            bar.update(task, advance=1, note=name)
     path = folder.parent / "RESULTS.md"
     path.write_text("\n".join(parts).rstrip() + "\n")
     return path
@@ -52,53 +65,509 @@ def _quality_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _speed_findings(folder: Path) -> Iterator[str]:
+# Pieces of Markdown
+
+
+def _grid(columns: Sequence[str], lines: Iterable[Sequence[object]]) -> Iterator[str]:
+    yield "| " + " | ".join(columns) + " |"
+    yield "|---" * len(columns) + "|"
+    for line in lines:
+        yield "| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |"
+
+
+def _folded(title: str, body: Iterable[str]) -> Iterator[str]:
+    yield f"\n<details><summary>{title}</summary>\n"
+    yield from body
+    yield "\n</details>\n"
+
+
+def _picture(path: Path, what: str) -> str:
+    return f"\n![{what}](results/{path.name})\n"
+
+
+def _origin(command: str, env: dict[str, Any]) -> str:
+    """Which command, where and when; and whether the code has changed since."""
+    text = (
+        f"`python -m benchmarks {command}`; {env['device']}, {env['threads']} threads, torch "
+        f"{env['versions']['torch']}, {env['date']}, commit {env['commit']}"
+    )
+    if results.changed_since(env["commit"]):
+        text += " (an older commit: `varcon_loss/` has changed since)"
+    return text + "."
+
+
+# The first page
+
+
+def _first_page(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
+    yield "# Results\n"
+    yield (
+        "Rebuilt by `python -m benchmarks report` from the files in `benchmarks/results/`; every "
+        "sentence with a number is made by rule from them. Small data sets, a small CNN, two CPU "
+        "cores: nothing here says what happens on ImageNet.\n"
+    )
+    yield "## When to choose VarCon\n"
+    if rows:
+        gains = _gains(rows)
+        yield (
+            "*Ahead* and *behind*: the 95 % interval of the paired difference excludes 0. "
+            "*Images a class*: how many images of a class a step sees on average, in two views; "
+            f"few is under {FEW}, many from {MANY} on. [Evidence](#which-features-are-better).\n"
+        )
+        yield f"- **Highest mean** over all read-outs: {_ranking(rows)}."
+        for method in ("VarCon", "VarCon memory"):
+            yield f"- **{method} against SupCon**: {_by_images(gains[method])}."
+        yield f"- **By read-out**, VarCon against SupCon: {_by_readout(gains['VarCon'])}."
+        against = paired_gains(rows, "VarCon memory", "cross-entropy")
+        yield f"- **VarCon memory against cross-entropy**: {_by_images(against)}."
+        for sentence in _temperature(rows):
+            yield f"- **Temperature**: {sentence}"
+        yield from _collapsed(rows)
+        yield _picture(
+            plots.draw_gains(gains, folder / "gains.png"),
+            "difference from SupCon over the images of a class that a step sees",
+        )
+        yield from _gains_table(rows, gains)
+    if (folder / "speed-cpu.json").exists():
+        yield from _speed_words(folder)
+
+
+def paired_gains(rows: list[dict[str, Any]], method: str, baseline: str) -> pd.DataFrame:
+    """Differences of ``method`` from ``baseline`` with right labels, a row a setting and read-out.
+
+    Columns are those of `paired.summary`, and ``readout``, ``images`` (of a class that a step
+    sees), ``verdict``.
+    """
+    clean = [row for row in rows if row["noise"] == 0.0 and row["method"] in (method, baseline)]
+    parts = []
+    for value in paired.MAIN:
+        if not any(row.get(value) is not None for row in clean):
+            continue
+        table = paired.summary(clean, value, baseline)
+        parts.append(table[table["method"] == method].assign(readout=value))
+    frame = pd.concat(parts).dropna(subset=["gain", "gain_half_width"])
+    frame["images"] = _images(frame)
+    frame["verdict"] = [
+        "undecided" if abs(gain) <= half else "ahead" if gain > 0 else "behind"
+        for gain, half in zip(frame["gain"], frame["gain_half_width"], strict=True)
+    ]
+    return frame.reset_index(drop=True)
+
+
+def _images(frame: pd.DataFrame) -> list[float]:
+    """Images of a class that a step sees, in two views; sets of pairs have a hundred classes."""
+    return [
+        2 * size / (100 if data.endswith("-pairs") or data == "cifar100" else 10)
+        for data, size in zip(frame["data"], frame["batch_size"], strict=True)
+    ]
+
+
+def _gains(rows: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
+    return {m: paired_gains(rows, m, "SupCon") for m in ("VarCon", "VarCon memory")}
+
+
+def _counts(part: pd.DataFrame) -> str:
+    found = part["verdict"].value_counts()
+    gain = 100 * part["gain"]
+    words = [f"{found.get(name, 0)} {name}" for name in ("ahead", "behind", "undecided")]
+    return f"{', '.join(words)} (points: {gain.min():+.1f} to {gain.max():+.1f})"
+
+
+def _by_images(gains: pd.DataFrame) -> str:
+    return "; ".join(f"{name}: {_counts(part)}" for name, part in _groups(gains))
+
+
+def _groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Few, some and many images of a class in a step."""
+    images = frame["images"]
+    for name, mask in (
+        (f"few images a class (under {FEW})", images < FEW),
+        (f"some ({FEW} to {MANY})", (images >= FEW) & (images < MANY)),
+        (f"many ({MANY} and more)", images >= MANY),
+    ):
+        if mask.any():
+            yield name, frame[mask]
+
+
+def _ranking(rows: list[dict[str, Any]]) -> str:
+    """Methods by their mean over read-outs and settings, in percent."""
+    clean = [
+        row
+        for row in rows
+        if row["noise"] == 0.0 and row["method"] in ("VarCon", "VarCon memory", *RIVALS)
+    ]
+    parts = [
+        paired.summary(clean, value).assign(readout=value)
+        for value in paired.MAIN
+        if any(row.get(value) is not None for row in clean)
+    ]
+    frame = pd.concat(parts).dropna(subset=["mean"])
+    frame["images"] = _images(frame)
+    return "; ".join(
+        f"{name}: "
+        + ", ".join(
+            f"{method} {100 * mean:.1f}"
+            for method, mean in part.groupby("method")["mean"].mean().sort_values()[::-1].items()
+        )
+        for name, part in _groups(frame)
+    )
+
+
+def _by_readout(gains: pd.DataFrame) -> str:
+    return "; ".join(
+        f"{paired.TITLES[value]}: {_counts(part)}"
+        for value, part in gains.groupby("readout", sort=False)
+    )
+
+
+def _gains_table(rows: list[dict[str, Any]], gains: dict[str, pd.DataFrame]) -> Iterator[str]:
+    shown = ("linear", "knn", "linear, 5 a class", "linear, 1 a class")
+    columns = [
+        "data, batch", "images a class",
+        *(f"VarCon: {paired.TITLES[value]}" for value in shown),
+        *(f"VarCon memory: {paired.TITLES[value]}" for value in (shown[0], shown[2])),
+        "best linear probe",
+    ]  # fmt: skip
+    best = paired.summary(
+        [row for row in rows if row["noise"] == 0.0 and row["method"] in methods.METHODS], "linear"
+    )
+    lines = []
+    settings = gains["VarCon"][["data", "batch_size", "images"]].drop_duplicates()
+    for _, (data, size, images) in settings.sort_values(["images", "data"]).iterrows():
+        cells = []
+        for method, values in (("VarCon", shown), ("VarCon memory", ("linear", shown[2]))):
+            here = gains[method]
+            here = here[(here["data"] == data) & (here["batch_size"] == size)].set_index("readout")
+            cells += [_gain(here.loc[value]) if value in here.index else "" for value in values]
+        top = best[(best["data"] == data) & (best["batch_size"] == size)]
+        top = top.loc[top["mean"].idxmax()]
+        lines.append(
+            [f"{data}, {size}", f"{images:.3g}", *cells,
+             f"{top['method']} {100 * top['mean']:.1f}"]
+        )  # fmt: skip
+    yield (
+        "Paired differences from SupCon in points, with 95 % intervals over "
+        f"{_seeds(gains['VarCon']['seeds'])}; bold where "
+        "the interval excludes 0.\n"
+    )
+    yield from _grid(columns, lines)
+    yield ""
+
+
+def _gain(row: pd.Series) -> str:
+    text = f"{100 * row['gain']:+.1f} ± {100 * row['gain_half_width']:.1f}"
+    return text if row["verdict"] == "undecided" else f"**{text}**"
+
+
+def _temperature(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for data, size, here in _variants(rows):
+        best = {
+            family: paired.best_by_validation(here, _temperatures(family))
+            for family in ("VarCon", "SupCon")
+        }
+        table = paired.summary(here, "linear", best["SupCon"])
+        line = table[table["method"] == best["VarCon"]]
+        yield (
+            f"{data} at batch {size}, each method's chosen by validation, linear probe: "
+            f"{best['VarCon']} {paired.text(line)} against {best['SupCon']} "
+            "([table](#which-temperature-and-which-head))."
+        )
+
+
+def _temperatures(family: str) -> list[str]:
+    return [family, *(name for name in methods.VARIANTS if name.startswith(f"{family} tau"))]
+
+
+def _variants(rows: list[dict[str, Any]]) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+    """Where other temperatures and heads were tried, and all rows there."""
+    tried = [row for row in rows if row["method"] in methods.VARIANTS]
+    for data, size in dict.fromkeys((row["data"], row["batch_size"]) for row in tried):
+        wanted = (data, size, 0.0)
+        yield (
+            data,
+            size,
+            [row for row in rows if (row["data"], row["batch_size"], row["noise"]) == wanted],
+        )
+
+
+def _collapsed(rows: list[dict[str, Any]]) -> Iterator[str]:
+    frame = pd.DataFrame([{key: row[key] for key in paired.KEYS} for row in paired.reported(rows)])
+    bad = frame[frame["collapsed"].astype(bool)]
+    where = [
+        f"{n} of {method} on {data} at {size}{f' with {noise:.0%} wrong labels' if noise else ''}"
+        for (data, method, size, noise), n in bad.groupby(
+            ["data", "method", "batch_size", "noise"]
+        ).size().items()
+    ]  # fmt: skip
+    yield (
+        f"- **Collapse** (all embeddings alike): {len(bad)} of {len(frame)} runs"
+        + (f": {'; '.join(where)}" if where else "")
+        + ". They are left out of means."
+    )
+
+
+# Questions
+
+
+def _quality(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
+    if not rows:
+        return
+    yield "## Which features are better?\n"
+    yield (
+        "`python -m benchmarks quality --data DATA` (`--noise` for wrong labels). Accuracy on "
+        "held-out images in percent: mean ± half-width of the 95 % interval over seeds; in "
+        "brackets the paired difference from SupCon in points. The learning rate of each method, "
+        "batch size and share of wrong labels is chosen on a validation split, from one grid for "
+        "all, which was widened where a choice lay on its edge (SupCon at batch 512 of "
+        "mnist-pairs: lower rates were tried too, and are worse).\n"
+    )
+    yield from _epochs_and_origin(rows)
+    for data in dict.fromkeys(row["data"] for row in rows):
+        of_data = [row for row in rows if row["data"] == data]
+        known = [row for row in of_data if row["method"] in methods.METHODS]
+        yield f"### {data}"
+        for picture in plots.draw_quality(known, folder):
+            yield _picture(picture, f"{data}: accuracy over batch sizes")
+        yield f"VarCon against SupCon: {_by_readout(paired_gains(known, 'VarCon', 'SupCon'))}.\n"
+        yield from _folded(f"{data}: every number", _tables(known))
+    yield from _settings(rows)
+    yield from _folded("Every comparison, in words", _comparisons(rows))
+
+
+def _epochs_and_origin(rows: list[dict[str, Any]]) -> Iterator[str]:
+    dated = [row["environment"] for row in rows if row.get("environment")]
+    without = len(rows) - len(dated)
+    if without:
+        yield (
+            ("All runs" if not dated else f"{without} of the {len(rows)} runs")
+            + " are from before runs carried versions, device, commit and date (2026-11-25): older "
+            "commits, which the history of the files has.\n"
+        )
+    commits = sorted({env["commit"] for env in dated})
+    if commits:
+        old = [commit for commit in commits if results.changed_since(commit)]
+        yield (
+            f"Commits of the others: {', '.join(commits)}"
+            + (f"; `varcon_loss/` has changed since {', '.join(old)}" if old else "")
+            + ".\n"
+        )
+
+
+def _tables(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for value, title in paired.TITLES.items():
+        if not any(row.get(value) is not None for row in rows):
+            continue
+        table = paired.summary(rows, value)
+        for noise, noisy in table.groupby("noise"):
+            sizes = sorted(noisy["batch_size"].unique())
+            share = f", {noise:.0%} wrong labels" if noise else ""
+            yield f"\n{title}{share}; {_seeds(noisy['seeds'] + noisy['collapsed'])}\n"
+            lines = [
+                [method, *(paired.text(line[line["batch_size"] == size]) for size in sizes)]
+                for method, line in noisy.groupby("method", sort=False)
+                if line["mean"].notna().any()
+            ]
+            yield from _grid(["method", *(f"batch {size}" for size in sizes)], lines)
+
+
+def _seeds(counts: pd.Series) -> str:
+    least, most = counts.min(), counts.max()
+    return f"{most} seeds" if least == most else f"{least} to {most} seeds"
+
+
+def _settings(rows: list[dict[str, Any]]) -> Iterator[str]:
+    variants = list(_variants(rows))
+    if not variants:
+        return
+    yield "## Which temperature, and which head?\n"
+    yield (
+        "`python -m benchmarks quality --methods variants`: tau1 = 0.1 and the head mlp-bn unless "
+        "said (epsilon = 0.02; 0.01 at tau1 = 0.05); learning rates chosen as everywhere.\n"
+    )
+    for sentence in _temperature(rows):
+        yield f"- {sentence}"
+    for data, size, here in variants:
+        best = paired.best_by_validation(here, _temperatures("SupCon"))
+        tables = [
+            paired.summary(here, "linear"),
+            paired.summary(here, "knn"),
+            paired.summary(here, "linear", best),
+        ]
+        lines = []
+        for method in ("SupCon", "VarCon", *methods.VARIANTS):
+            found = [table[table["method"] == method] for table in tables]
+            if not found[0].empty:
+                rate = found[0]["learning_rate"].iloc[0]
+                lines.append([method, f"{rate:g}", *map(paired.text, found)])
+        yield from _folded(
+            f"{data} at batch {size}",
+            _grid(
+                ["method", "learning rate", "linear probe (- SupCon)", "kNN (- SupCon)",
+                 f"linear probe (- {best}, SupCon's best by validation)"],
+                lines,
+            ),
+        )  # fmt: skip
+
+
+def _comparisons(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for noisy in (False, True):
+        kept = [row for row in rows if (row["noise"] > 0) == noisy]
+        for method, baseline in PAIRS:
+            for value in ("linear",) if noisy else paired.MAIN:
+                both = [r for r in kept if r["method"] in (method, baseline)]
+                if not any(row.get(value) is not None for row in both):
+                    continue
+                listed = _verdicts(paired.summary(both, value, baseline), method)
+                if listed:
+                    start = "With wrong labels, " if noisy else ""
+                    yield f"- {start}{method} against {baseline}, {paired.TITLES[value]}: {listed}."
+
+
+def _verdicts(table: pd.DataFrame, method: str) -> str:
+    part = table[table["method"] == method]
+    groups: dict[str, list[str]] = {"ahead": [], "behind": [], "undecided": []}
+    part = part.dropna(subset=["gain_half_width"]).sort_values(["data", "noise", "batch_size"])
+    for _, line in part.iterrows():
+        gain, half = line["gain"], line["gain_half_width"]
+        verdict = "undecided" if abs(gain) <= half else "ahead" if gain > 0 else "behind"
+        share = f", {line['noise']:.0%} wrong" if line["noise"] else ""
+        groups[verdict].append(
+            f"{line['data']} at {line['batch_size']}{share} ({100 * gain:+.1f} ± {100 * half:.1f})"
+        )
+    return "; ".join(f"{name}: {', '.join(cells)}" for name, cells in groups.items() if cells)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _swept(folder: Path) -> Iterator[str]:
+    """Results of `settings`, where there are any."""
+    for vary in settings.SETTINGS:
+        for path in sorted(folder.glob(f"{vary}-*.jsonl")):
+            rows = _lines(path)
+            table = settings.tabulate(rows, vary)
+            best = table.loc[table[table["readout"] == "linear"].groupby("method")["mean"].idxmax()]
+            yield f"## Which {vary}? {rows[0]['data']}\n"
+            yield (
+                f"{_origin(f'settings {vary}', rows[-1]['environment'])} Best linear probe: "
+                + ", ".join(
+                    f"{row['method']} at {row[vary]} ({100 * row['mean']:.1f} %)"
+                    for _, row in best.iterrows()
+                )
+                + ".\n"
+            )
+            yield _picture(
+                plots.draw_settings(table, vary, path.with_suffix(".png")), f"accuracy over {vary}"
+            )
+            values = list(dict.fromkeys(table[vary]))
+            for (size, readout), part in table.groupby(["batch_size", "readout"], sort=False):
+                lines = (
+                    [method, *(paired.text(mine[mine[vary] == value]) for value in values)]
+                    for method, mine in part.groupby("method", sort=False)
+                )
+                yield from _folded(
+                    f"batch {size}: {paired.TITLES[readout]}, %",
+                    _grid(["method", *(f"{vary} {value}" for value in values)], lines),
+                )
+
+
+def _robustness(folder: Path) -> Iterator[str]:
+    """Results of `robustness`, where there are any."""
+    for kind, title in (
+        ("corruption", "Do features survive corrupted images?"),
+        ("transfer", "Do features serve other data?"),
+    ):
+        for path in sorted(folder.glob(f"{kind}-*.jsonl")):
+            rows = _lines(path)
+            table = robustness.tabulate(rows)
+            yield f"## {title} {rows[0]['data']}\n"
+            yield f"{_origin(f'robustness {kind}', rows[-1]['environment'])}\n"
+            if kind == "corruption":
+                picture = plots.draw_corruption(table, path.with_suffix(".png"))
+                yield _picture(picture, "accuracy over severity")
+            parts = list(dict.fromkeys(table["readout"]))
+            lines = (
+                [part, *(paired.text(mine[mine["readout"] == part]) for _, mine in
+                         table.groupby("method", sort=False))]
+                for part in parts
+            )  # fmt: skip
+            yield from _folded(
+                "Linear probe (and kNN where named), %: mean ± 95 % interval (difference from "
+                "SupCon)",
+                _grid(["images", *dict.fromkeys(table["method"])], lines),
+            )
+
+
+def _momentum(folder: Path) -> Iterator[str]:
+    path = folder / "momentum.jsonl"
+    if not path.exists():
+        return
+    table = momentum.summary([json.loads(line) for line in path.read_text().splitlines()])
+    best = table.loc[table.groupby(["classes", "batch_size"])["mean"].idxmax()]
+    yield "## Which momentum of the centroid memory?\n"
+    yield (
+        "`python -m benchmarks momentum`: mean of linear probe and kNN on the validation split of "
+        "mnist-pairs, at one learning rate, percent, mean ± half-width of the 95 % interval over "
+        f"{table['seeds'].max()} seeds. Highest mean: "
+        + ", ".join(
+            f"{row['momentum']:g} ({row['classes']:.0f} classes, batch {row['batch_size']:.0f})"
+            for _, row in best.iterrows()
+        )
+        + ".\n"
+    )
+    yield _picture(plots.draw_momentum(table, path.parent), "accuracy over momentum")
+    columns, lines = momentum.by_momentum(table)
+    yield from _folded("Every number", _grid(columns, lines))
+
+
+def _evolution(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("evolution-*.json")):
+        frame, env = results.read(path.stem, folder)
+        yield f"## How do embeddings and temperatures come to be? {frame['data'].iloc[0]}\n"
+        yield (
+            f"{_origin('evolution', env)} Batch {env['batch_size']}, learning rate "
+            f"{env['learning_rate']}, one seed: to look at and not to compare. t-SNE of held-out "
+            "images' features, whose axes mean nothing; τ2 over the last batch of an epoch.\n"
+        )
+        yield _picture(path.with_suffix(".png"), "t-SNE and density of tau2")
+
+
+def _speed_words(folder: Path) -> Iterator[str]:
     frame, env = results.read("speed-cpu", folder)
     full = frame[frame["mode"] == "forward+backward"]
-
-    def cell(name: str, n: int, k: int, value: str = "median") -> float | None:
-        found = full[
-            (full["contender"] == name) & (full["num_rows"] == n) & (full["num_classes"] == k)
-        ][value].dropna()
-        return float(found.iloc[0]) if len(found) else None
-
+    yield "## How fast\n"
     yield (
-        f"**Speed** ({env['device']}, {env['threads']} threads, torch {env['versions']['torch']}, "
-        f"{env['date']}, commit {env['commit']}; float32, D = 128, forward + backward, medians of "
-        "interleaved runs):\n"
+        f"{_origin('speed', env)} float32, D = 128, forward + backward, medians of interleaved "
+        "runs. [Evidence](#how-long-does-a-step-take-and-how-much-memory).\n"
     )
-    for n, k in ((64, 10), (4096, 1000), (8192, 1000), (16384, 1000), (16384, 10)):
-        ours = cell(speed.OURS, n, k)
-        if ours is None:
+    for n, k in SIZES_IN_WORDS:
+        here = full[(full["num_rows"] == n) & (full["num_classes"] == k)].set_index("contender")
+        if OURS not in here.index:
             continue
-        ratios = []
-        for short, name in YARDSTICKS.items():
-            other = cell(name, n, k)
-            title = {"authors": "the authors' operations", "lean": "the lean equations"}.get(
-                short, "pytorch-metric-learning's SupCon"
-            )
-            if other is not None:
-                ratios.append(f"{title} {speed.times(other / ours)} as long")
-        floor = cell(speed.OURS, n, k, "over_two_products")
-        if floor is not None:
-            ratios.append(f"ours is {speed.times(floor)} the two bare matrix products")
-        yield f"- N = {n}, K = {k}: {ours * 1e3:.3g} ms; " + "; ".join(ratios) + "."
+        ours = here.loc[OURS]
+        ratios = [
+            f"{title} {speed.times(here.loc[name, 'median'] / ours['median'])} as long"
+            for title, name in YARDSTICKS.items()
+            if name in here.index and pd.notna(here.loc[name, "median"])
+        ]
+        if pd.notna(ours["over_two_products"]):
+            floor = speed.times(ours["over_two_products"])
+            ratios.append(f"ours is {floor} the two bare matrix products")
+        yield f"- N = {n:,}, K = {k:,}: {ours['median'] * 1e3:.3g} ms; " + "; ".join(ratios) + "."
     slower = _slower_than_authors(full)
     yield (
         "- Slower than the authors' operations beyond the quartiles at: "
         + (", ".join(slower) if slower else "no size measured")
         + "."
     )
-    for k in sorted(full["num_classes"].unique()):
-        ours = full[(full["contender"] == speed.OURS) & (full["num_classes"] == k)]
-        slope = speed.growth(ours, "median")
-        if slope is not None:
-            yield f"- Time grows as N^{slope:.2f} from N = {speed.SLOPE_FROM} at K = {k}."
-    ours, authors = (cell(n, 8192, 1000, "peak_bytes") for n in (speed.OURS, YARDSTICKS["authors"]))
-    if ours and authors:
+    here = full[(full["num_rows"] == 8192) & (full["num_classes"] == 1000)].set_index("contender")
+    authors = YARDSTICKS["the authors' operations"]
+    if {OURS, authors} <= set(here.index):
+        ours, theirs = here.loc[OURS, "peak_bytes"], here.loc[authors, "peak_bytes"]
         yield (
-            f"- Peak extra memory at N = 8192, K = 1000: {ours / 2**20:.0f} MiB against "
-            f"{authors / 2**20:.0f} MiB for the authors' operations ({ours / authors:.2g}x)."
+            f"- Peak extra memory at N = 8,192, K = 1,000: {ours / 2**20:.0f} MiB against "
+            f"{theirs / 2**20:.0f} MiB for the authors' operations ({ours / theirs:.2g}x)."
         )
     yield ""
 
@@ -107,133 +576,134 @@ def _slower_than_authors(full: pd.DataFrame) -> list[str]:
     found = []
     for (n, k), part in full.groupby(["num_rows", "num_classes"]):
         by_name = part.set_index("contender")
-        if not {speed.OURS, YARDSTICKS["authors"]} <= set(by_name.index):
+        authors = YARDSTICKS["the authors' operations"]
+        if not {OURS, authors} <= set(by_name.index):
             continue
-        ours, theirs = by_name.loc[speed.OURS], by_name.loc[YARDSTICKS["authors"]]
+        ours, theirs = by_name.loc[OURS], by_name.loc[authors]
         if pd.notna(theirs["median"]) and ours["q1"] > theirs["q3"]:
             found.append(f"N = {n}, K = {k} ({ours['median'] / theirs['median']:.2f}x)")
     return found
 
 
-HEADLINES = (
-    ("VarCon", "SupCon", "linear"),
-    ("VarCon memory", "SupCon", "linear"),
-    ("VarCon memory", "SupCon memory", "linear"),
-    ("VarCon", "cross-entropy", "linear"),
-    ("VarCon memory", "cross-entropy", "linear"),
-)
-OTHER_COMPARISONS = (
-    ("VarCon", "SupCon", "knn"),
-    ("VarCon epsilon=0", "SupCon", "linear"),
-    ("VarCon epsilon=0", "SupCon", "knn"),
-    ("VarCon epsilon=0", "VarCon", "linear"),
-    ("VarCon leave-one-out", "SupCon", "linear"),
-    ("VarCon leave-one-out", "SupCon", "knn"),
-    ("VarCon leave-one-out", "VarCon", "linear"),
-    ("VarCon memory", "SupCon", "knn"),
-    ("VarCon memory", "VarCon", "linear"),
-    ("VarCon memory", "VarCon", "knn"),
-    ("VarCon memory", "SupCon memory", "knn"),
-    ("VarCon memory", "cross-entropy", "knn"),
-)
-NOISY_COMPARISONS = (
-    ("VarCon epsilon=0", "VarCon", "linear"),
-    ("VarCon memory", "SupCon memory", "linear"),
-    ("VarCon", "cross-entropy", "linear"),
-)
-
-
-def _quality_findings(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield (
-        "**Quality** (small CNN, two views, learning rate chosen for each method, batch size and "
-        "share of wrong training labels on a validation split; differences are paired by seed, in "
-        "points, with 95 % intervals; "
-        "*ahead* and *behind* mean that the interval excludes 0):\n"
-    )
-    yield from _comparisons(rows, HEADLINES)
-    for setting in _settings_of(rows):
-        yield f"- {setting.sentence}"
-    yield from _comparisons(rows, (("VarCon", "SupCon", "linear"),), noisy=True)
-    reported = pd.DataFrame(quality.reported(rows))
-    where = [
-        f"{method} on {data} at {size}"
-        + (f", {noise:.0%} wrong labels" if noise else "")
-        + f": {n}"
-        for (data, method, size, noise), n in reported[reported["collapsed"].astype(bool)]
-        .groupby(["data", "method", "batch_size", "noise"])
-        .size()
-        .items()
-    ]
-    yield (
-        f"- Collapsed runs: {reported['collapsed'].sum()} of {len(reported)} reported ones"
-        + (f" ({'; '.join(where)})" if where else "")
-        + ", left out of means."
-    )
-    yield "- All other comparisons: [below](#every-other-comparison).\n"
-
-
-def _comparisons(
-    rows: list[dict[str, Any]], wanted: tuple[tuple[str, str, str], ...], *, noisy: bool = False
-) -> Iterator[str]:
-    for method, baseline, value in wanted:
-        listed = _verdicts(quality.summary(rows, value, baseline), method, noisy=noisy)
-        if listed:
-            start = "With wrong labels, " if noisy else ""
-            yield f"- {start}{method} against {baseline}, {quality.READOUTS[value]}: {listed}."
-
-
-def _verdicts(table: pd.DataFrame, method: str, *, noisy: bool) -> str:
-    part = table[(table["method"] == method) & ((table["noise"] > 0.0) == noisy)]
-    groups: dict[str, list[str]] = {"ahead": [], "behind": [], "undecided": []}
-    part = part.dropna(subset=["gain_half_width"]).sort_values(["data", "noise", "batch_size"])
-    for _, line in part.iterrows():
-        gain, half = line["gain"], line["gain_half_width"]
-        verdict = "undecided" if abs(gain) <= half else "ahead" if gain > 0 else "behind"
-        share = f", {line['noise']:.0%} wrong" if noisy else ""
-        groups[verdict].append(
-            f"{line['data']} at {line['batch_size']}{share} ({100 * gain:+.1f} ± {100 * half:.1f})"
-        )
-    return "; ".join(f"{name}: {', '.join(cells)}" for name, cells in groups.items() if cells)
-
-
-def _speed_tables(folder: Path) -> Iterator[str]:
+def _speed(folder: Path) -> Iterator[str]:
+    if not (folder / "speed-cpu.json").exists():
+        return
     frame, _ = results.read("speed-cpu", folder)
-    yield "## Speed\n"
+    absent = frame.groupby("contender")["median"].agg(lambda values: values.isna().all())
+    reasons = frame.groupby("contender")["status"].first()
+    names = [
+        f"{name} ({'the same as varcon-loss on a CPU' if 'eager' in str(name) else reasons[name]})"
+        for name, is_absent in absent.items()
+        if is_absent
+    ]
+    frame = frame[~frame["contender"].isin(absent[absent].index)]
+    yield "## How long does a step take, and how much memory?\n"
     yield (
-        "`python -m benchmarks speed`: ms (times ours). *forward* is evaluation, without a "
-        "gradient. Compiled contenders were compiled for each size; compiling is not in the time. "
-        "Memory is the peak of a fresh process's resident set in one forward and backward, beyond "
-        "what it held before; growth is fitted from N = 4096 on.\n"
+        "`python -m benchmarks speed`. Memory is the peak of a fresh process's resident set in one "
+        "forward and backward, beyond what it held before. Compiled contenders were compiled for "
+        "each size; compiling is not in the time."
+        + (f" Not here: {', '.join(names)}." if names else "")
     )
-    absent = frame.groupby("contender")["status"].agg(lambda status: set(status) == {"CUDA only"})
-    names = [str(name) for name, is_absent in absent.items() if is_absent]
-    if names:
-        yield f"Not here, since they need CUDA: {', '.join(names)}.\n"
-        frame = frame[~frame["contender"].isin(names)]
-    for (k, mode), part in frame.groupby(["num_classes", "mode"]):
-        sizes = sorted(part["num_rows"].unique())
-        yield f"\nK = {k}, {mode.replace('+', ' + ')}\n"
-        yield "| contender | " + " | ".join(f"N = {n}" for n in sizes) + " | time ~ | memory ~ |"
-        yield "|---" * (len(sizes) + 3) + "|"
-        ours = part[part["contender"] == speed.OURS].set_index("num_rows")["median"]
-        for name, line in part.groupby("contender", sort=False):
-            cells = []
-            for _, cell in line.sort_values("num_rows").iterrows():
-                if pd.isna(cell["median"]):
-                    cells.append(str(cell["status"]))
-                else:
-                    ratio = cell["median"] / ours[cell["num_rows"]]
-                    cells.append(f"{cell['median'] * 1e3:.3g} ({speed.times(ratio)})")
-            slopes = [speed.growth(line, value) for value in ("median", "peak_bytes")]
-            cells += ["" if s is None else f"N^{s:.2f}" for s in slopes]
-            yield f"| {name} | " + " | ".join(cells) + " |"
-    yield ""
+    yield _picture(
+        plots.draw_hero(frame, folder / "speed-hero.png"), "time and memory over batch size"
+    )
+    for k in sorted(frame["num_classes"].unique()):
+        ours = frame[(frame["contender"] == OURS) & (frame["num_classes"] == k)]
+        slope = speed.growth(ours[ours["mode"] == "forward+backward"], "median")
+        if slope is not None:
+            yield f"- Our time grows as N^{slope:.2f} from N = {speed.SLOPE_FROM:,} at K = {k:,}."
     for picture in plots.draw_speed(frame, folder, "speed-cpu"):
-        yield f"![time, memory and speed-up over batch size](results/{picture.name})\n"
+        yield _picture(picture, "time and memory over batch size, every contender")
+    for (k, mode), part in frame.groupby(["num_classes", "mode"]):
+        title = "forward alone, without a gradient" if mode == "forward" else "forward + backward"
+        yield from _folded(f"K = {k:,}, {title}: ms (times ours)", _speed_table(part))
+
+
+def _speed_table(part: pd.DataFrame) -> Iterator[str]:
+    sizes = sorted(part["num_rows"].unique())
+    ours = part[part["contender"] == OURS].set_index("num_rows")["median"]
+    lines = []
+    for name, line in part.groupby("contender", sort=False):
+        cells = []
+        for _, cell in line.sort_values("num_rows").iterrows():
+            if pd.isna(cell["median"]):
+                cells.append(str(cell["status"]))
+            else:
+                ratio = speed.times(cell["median"] / ours[cell["num_rows"]])
+                cells.append(f"{cell['median'] * 1e3:.3g} ({ratio})")
+        slopes = [speed.growth(line, value) for value in ("median", "peak_bytes")]
+        lines.append([name, *cells, *("" if s is None else f"N^{s:.2f}" for s in slopes)])
+    columns = ["contender", *(f"N = {n:,}" for n in sizes), "time ~", "memory ~"]
+    yield from _grid(columns, lines)
+
+
+def _costs(folder: Path) -> Iterator[str]:
+    """Memories, and exchanges between ranks."""
+    if (folder / "memory-cost.json").exists():
+        frame, env = results.read("memory-cost", folder)
+        yield "## What does the centroid memory cost?\n"
+        yield _origin("memory-cost", env) + "\n"
+        yield from _grid(
+            ["", "N", "classes C", "time, ms", "peak extra memory, MiB"],
+            (
+                [row["contender"], row["N"], f"{row['C']:,}", *measure.time_and_memory(dict(row))]
+                for _, row in frame.iterrows()
+            ),
+        )
+        yield ""
+    if (folder / "metric-learning-memory.json").exists():
+        frame, env = results.read("metric-learning-memory", folder)
+        yield "## What does CrossBatchMemory cost?\n"
+        yield (
+            f"{_origin('metric-learning --cost', env)} One forward and backward, N = 256, memory "
+            "65,536, D = 128.\n"
+        )
+        yield from _grid(
+            ["", "time, ms", "peak extra memory, MiB"],
+            (
+                [row["loss"], *measure.time_and_memory(dict(row))]
+                for _, row in frame.dropna(subset=["status"]).iterrows()
+            ),
+        )
+        for ratio in frame["ratio"].dropna():
+            yield f"\nThe adapter takes {ratio:.2f}x the core's time at N = 4,096, K = 1,000.\n"
+    if (folder / "distributed.json").exists():
+        yield from _distributed(folder)
+
+
+def _distributed(folder: Path) -> Iterator[str]:
+    frame, env = results.read("distributed", folder)
+    yield "## What do centroids over ranks cost?\n"
+    yield (
+        f"{_origin('distributed', env)} gloo processes on one machine, so times are of little "
+        "meaning and bytes are exact.\n"
+    )
+    expected, _ = results.read("distributed-model", folder)
+    picture = plots.draw_bytes(expected.to_dict("records"), folder / "distributed-model.png")
+    yield _picture(picture, "bytes over classes")
+    lines = [
+        [
+            row["contender"], row["ranks"], f"{row['C']:,}", f"{row['bytes_per_rank'] / 1e3:,.0f}",
+            f"{row['bytes_by_model'] / 1e3:,.0f}", f"{row['seconds'] * 1e3:.1f}",
+        ]
+        for _, row in frame.iterrows()
+    ]  # fmt: skip
+    columns = ["", "ranks", "classes C", "sent a rank and step, kB", "by the model, kB", "ms"]
+    yield from _folded("Measured", _grid(columns, lines))
+    pivot = expected.pivot_table(
+        index=["contender", "ranks"], columns="C", values="MB sent", sort=False
+    )
+    yield from _folded(
+        "The same model from 8 to 1024 ranks of 256 samples: MB sent a rank and step",
+        _grid(
+            ["", "ranks", *(f"C = {c:,}" for c in pivot.columns)],
+            ([*key, *(f"{value:,.3g}" for value in row)] for key, row in pivot.iterrows()),
+        ),
+    )
 
 
 def _gpu(folder: Path) -> Iterator[str]:
-    yield "## On a GPU\n"
+    yield "## What happens on a GPU?\n"
     if not (folder / "gpu-proof.json").exists():
         yield (
             "**No kernel has run on a GPU yet.** What is known without one (registers, spills, "
@@ -242,213 +712,17 @@ def _gpu(folder: Path) -> Iterator[str]:
         )
         return
     frame, env = results.read("gpu-proof", folder)
-    yield f"`python -m benchmarks gpu-proof` ({env['device']}, {env['date']}, {env['commit']}).\n"
-    yield "| stage | outcome | seconds | last line |\n|---|---|---|---|"
-    for _, row in frame.iterrows():
-        yield f"| {row['stage']} | {row['status']} | {row['seconds']} | {row['last_line']} |"
+    yield _origin("gpu-proof", env) + "\n"
+    keys = ["stage", "status", "seconds", "last_line"]
+    yield from _grid(
+        ["stage", "outcome", "seconds", "last line"],
+        ([row[key] for key in keys] for _, row in frame.iterrows()),
+    )
     for _, row in frame.dropna(subset=["rows"]).iterrows():
         measured = pd.DataFrame(row["rows"]).drop(columns="names", errors="ignore")
-        yield f"\n{row['stage']}\n"
-        yield "| " + " | ".join(measured.columns) + " |"
-        yield "|---" * len(measured.columns) + "|"
-        for _, line in measured.iterrows():
-            cells = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in line)
-            yield "| " + " | ".join(cells) + " |"
+        lines = (
+            [f"{v:.3g}" if isinstance(v, float) else v for v in line]
+            for line in measured.itertuples(index=False)
+        )
+        yield from _folded(str(row["stage"]), _grid(list(measured.columns), lines))
     yield ""
-
-
-def _evolution(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.glob("evolution-*.json")):
-        frame, env = results.read(path.stem, folder)
-        yield f"## Over training: {frame['data'].iloc[0]}\n"
-        yield (
-            f"`python -m benchmarks evolution` ({env['date']}, commit {env['commit']}): batch "
-            f"{env['batch_size']}, learning rate {env['learning_rate']}, one seed, so to look at "
-            "and not to compare. t-SNE of held-out images' features; τ2 over the last batch of "
-            "an epoch.\n"
-        )
-        yield f"![t-SNE and density of tau2](results/{path.stem}.png)\n"
-
-
-def _momentum(folder: Path) -> Iterator[str]:
-    path = folder / "momentum.jsonl"
-    if not path.exists():
-        return
-    table = quality.momentum_table([json.loads(line) for line in path.read_text().splitlines()])
-    momenta = sorted(table["momentum"].unique())
-    yield "## Momentum of the centroid memory\n"
-    yield (
-        "`python -m benchmarks momentum`: mean of linear probe and kNN on the validation split of "
-        "mnist-pairs, at one learning rate, mean ± half-width of the 95 % interval over "
-        f"{table['seeds'].min()} to {table['seeds'].max()} seeds.\n"
-    )
-    yield "| classes | batch | " + " | ".join(f"momentum {m:g}" for m in momenta) + " |"
-    yield "|---" * (len(momenta) + 2) + "|"
-    for (classes, size), line in table.groupby(["classes", "batch_size"]):
-        by_momentum = line.set_index("momentum")
-        cells = [
-            f"{100 * by_momentum.loc[m, 'mean']:.1f} ± {100 * by_momentum.loc[m, 'half_width']:.1f}"
-            if m in by_momentum.index
-            else ""
-            for m in momenta
-        ]
-        yield f"| {classes:.0f} | {size} | " + " | ".join(cells) + " |"
-    yield f"\n![accuracy over momentum](results/{plots.draw_momentum(table, path.parent).name})\n"
-
-
-def _costs(folder: Path) -> Iterator[str]:
-    """Smaller tables: memories, and exchanges between ranks."""
-    if (folder / "memory-cost.json").exists():
-        frame, env = results.read("memory-cost", folder)
-        yield "## Centroid memory: cost\n"
-        yield f"`python -m benchmarks memory-cost` ({env['date']}, commit {env['commit']}).\n"
-        yield "| | N | C | ms | peak extra memory, MiB |\n|---|---|---|---|---|"
-        for _, row in frame.iterrows():
-            yield f"| {row['contender']} | {row['N']} | {row['C']} | {_time_and_memory(row)} |"
-        yield ""
-    if (folder / "metric-learning-memory.json").exists():
-        frame, env = results.read("metric-learning-memory", folder)
-        yield "## CrossBatchMemory\n"
-        yield (
-            f"`python -m benchmarks metric-learning --cost` ({env['date']}, commit "
-            f"{env['commit']}): one forward and backward, N = 256, memory 65,536, D = 128.\n"
-        )
-        yield "| | ms | peak extra memory, MiB |\n|---|---|---|"
-        for _, row in frame.dropna(subset=["status"]).iterrows():
-            yield f"| {row['loss']} | {_time_and_memory(row)} |"
-        for ratio in frame["ratio"].dropna():
-            yield f"\nThe adapter takes {ratio:.2f}x the core's time at N = 4096, K = 1000.\n"
-    if (folder / "distributed.json").exists():
-        frame, env = results.read("distributed", folder)
-        yield "## Between ranks\n"
-        yield (
-            f"`python -m benchmarks distributed` ({env['date']}, commit {env['commit']}): gloo "
-            "processes on one machine, so times are of little meaning and bytes are exact.\n"
-        )
-        yield "| | ranks | C | KB sent a rank and step | by the model | ms |"
-        yield "|---|---|---|---|---|---|"
-        for _, row in frame.iterrows():
-            sent, model = row["bytes_per_rank"] / 1e3, row["bytes_by_model"] / 1e3
-            yield (
-                f"| {row['contender']} | {row['ranks']} | {row['C']} | {sent:.0f} | {model:.0f} | "
-                f"{row['seconds'] * 1e3:.1f} |"
-            )
-        yield "\nThe same model from 8 to 1024 ranks of 256 samples (MB sent a rank and step):\n"
-        model_frame, _ = results.read("distributed-model", folder)
-        pivot = model_frame.pivot_table(
-            index=["contender", "ranks"], columns="C", values="MB sent", sort=False
-        )
-        yield "| | ranks | " + " | ".join(f"C = {c:,}" for c in pivot.columns) + " |"
-        yield "|---" * (len(pivot.columns) + 2) + "|"
-        for (name, ranks), row in pivot.iterrows():
-            yield f"| {name} | {ranks} | " + " | ".join(f"{v:.3g}" for v in row) + " |"
-        yield "\n![bytes over classes](results/distributed-model.png)\n"
-
-
-def _time_and_memory(row: pd.Series) -> str:
-    if row["status"] != "ok":
-        return f"{row['status']} | "
-    return f"{row['median'] * 1e3:.3g} | {row['peak_bytes'] / 2**20:.0f}"
-
-
-def _quality_tables(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
-    yield "## Quality\n"
-    yield (
-        "Accuracy on held-out images, mean ± half-width of the 95 % interval over seeds; in "
-        "brackets the paired difference from SupCon in points.\n"
-    )
-    yield from _settings(rows)
-    rows = [row for row in rows if row["method"] in methods.METHODS]
-    for data in dict.fromkeys(row["data"] for row in rows):
-        of_data = [row for row in rows if row["data"] == data]
-        for value, title in (quality.READOUTS | quality.DETAILS).items():
-            kept = [row for row in of_data if value in quality.READOUTS or row["noise"] == 0.0]
-            if not any(row.get(value) is not None for row in kept):
-                continue
-            table = quality.summary(kept, value)
-            for noise, noisy in table.groupby("noise"):
-                sizes = sorted(noisy["batch_size"].unique())
-                suffix = f", {noise:.0%} wrong labels" if noise else ""
-                yield f"\n{data}: {title}{suffix}\n"
-                yield "| method | " + " | ".join(f"batch {s}" for s in sizes) + " |"
-                yield "|---" * (len(sizes) + 1) + "|"
-                for method, line in noisy.groupby("method", sort=False):
-                    if line["mean"].isna().all():
-                        continue
-                    cells = [quality.text(line[line["batch_size"] == size]) for size in sizes]
-                    yield f"| {method} | " + " | ".join(cells) + " |"
-        for picture in plots.draw_quality(of_data, folder):
-            yield f"\n![{data}](results/{picture.name})"
-    yield "\n### Every other comparison\n"
-    yield from _comparisons(rows, OTHER_COMPARISONS)
-    yield from _comparisons(rows, NOISY_COMPARISONS, noisy=True)
-    yield ""
-
-
-class _Setting(NamedTuple):
-    """What other temperatures and heads do, where they were tried."""
-
-    data: str
-    batch_size: int
-    rows: list[dict[str, Any]]  # of all methods there
-    best_supcon: str  # by validation, among SupCon's temperatures
-
-    @property
-    def sentence(self) -> str:
-        """VarCon at its best temperature against SupCon at its own, both chosen by validation."""
-        best = quality.best_by_validation(self.rows, _temperatures("VarCon"))
-        cells = [
-            quality.text(table[table["method"] == best])
-            for table in (
-                quality.summary(self.rows, "linear", baseline)
-                for baseline in ("SupCon", self.best_supcon)
-            )
-        ]
-        return (
-            f"Temperature chosen by validation as well, {self.data} at {self.batch_size}, linear "
-            f"probe: {best} {cells[0]} against SupCon at 0.1, {cells[1]} against "
-            f"{self.best_supcon}."
-        )
-
-
-def _temperatures(family: str) -> list[str]:
-    return [family, *(name for name in methods.VARIANTS if name.startswith(f"{family} tau"))]
-
-
-def _settings_of(rows: list[dict[str, Any]]) -> Iterator[_Setting]:
-    variants = [row for row in rows if row["method"] in methods.VARIANTS]
-    for data, size in dict.fromkeys((row["data"], row["batch_size"]) for row in variants):
-        here = [
-            row
-            for row in rows
-            if (row["data"], row["batch_size"], row["noise"]) == (data, size, 0.0)
-        ]
-        best = quality.best_by_validation(here, _temperatures("SupCon"))
-        yield _Setting(data, size, here, best)
-
-
-def _settings(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Tables of temperatures and heads, beside the methods they are variants of."""
-    for data, size, here, best in _settings_of(rows):
-        yield (
-            f"\nSettings, {data} at batch {size}: tau1 = 0.1 and the head mlp-bn unless said "
-            "(epsilon = 0.02; 0.01 at tau1 = 0.05); learning rates chosen as everywhere; in "
-            f"brackets the paired difference from SupCon, and in the last column from {best}, "
-            "SupCon's best temperature by validation.\n"
-        )
-        yield f"| method | learning rate | linear probe | kNN | linear probe, against {best} |"
-        yield "|---|---|---|---|---|"
-        tables = [
-            quality.summary(here, "linear"),
-            quality.summary(here, "knn"),
-            quality.summary(here, "linear", best),
-        ]
-        for method in ("SupCon", "VarCon", *methods.VARIANTS):
-            lines = [table[table["method"] == method] for table in tables]
-            if not lines[0].empty:
-                rate = lines[0]["learning_rate"].iloc[0]
-                yield (
-                    f"| {method} | {rate} | "
-                    + " | ".join(quality.text(line) for line in lines)
-                    + " |"
-                )

@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +62,9 @@ def _load(path: Path, unsafe: bool) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return dict(load_file(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            # Of a file that is refused, or read, all the same: our one line says it.
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
             content = torch.load(path, map_location="cpu", weights_only=not unsafe)
     except pickle.UnpicklingError as error:
         names = _needed_globals(path)

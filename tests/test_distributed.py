@@ -15,7 +15,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.ranks import run_ranks
+from benchmarks.common.ranks import run_ranks
 from varcon_loss import VarConLoss, varcon_loss, varcon_terms
 
 NUM_CLASSES, DIM, WIDTH = 7, 6, 9

@@ -1,6 +1,5 @@
 """The proof of the kernels on a GPU, without one: every stage runs, at tiny sizes."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,9 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu_proof, results
-from benchmarks.contenders import CONTENDERS
-from varcon_loss import proven
+from benchmarks import gpu_proof
+from benchmarks.common.contenders import CONTENDERS
 
 if torch.cuda.is_available():
     pytest.skip("there is a GPU: run the proof itself", allow_module_level=True)
@@ -35,6 +33,7 @@ def test_every_stage_runs_here_at_tiny_sizes(tmp_path: Path) -> None:
     assert (composition["status"], composition["reached"]) == ("CUDA only", None)
     floor, memory = found["large"]
     assert floor["floor"]["operations"] == 4 * 64 * 10 * 128
+    assert floor["floor"]["products_s"] > 0
     assert floor["times_floor"] > 1
     assert memory["times_features"] >= 0
     (tried,) = found["tiles"]
@@ -120,29 +119,7 @@ def test_it_starts_with_torch_and_triton_alone() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
 
 
-def test_targets_name_contenders() -> None:
+def test_the_stages_that_count_exist_and_targets_name_contenders(tmp_path: Path) -> None:
+    assert {*gpu_proof.PROOF, "racecheck", "suite"} <= set(gpu_proof.stages("cuda", tmp_path))
     for num_rows, num_classes, name, _ in (*gpu_proof.TARGETS, *gpu_proof.TINY_TARGETS):
         assert name in CONTENDERS, (num_rows, num_classes)
-
-
-def test_each_default_rests_on_results_that_passed() -> None:
-    for proof in proven.PROVEN:
-        assert gpu_proof.supports(proof, results.RESULTS), proof
-
-
-@pytest.mark.parametrize("flaw", [None, "failed", "left out", "other device", "no file"])
-def test_what_a_default_may_rest_on(flaw: str | None, tmp_path: Path) -> None:
-    proof = proven.Proof((9, 0), torch.bfloat16, (64, 256), "gpu-proof-h100")
-    rows = [{"stage": name, "status": "passed"} for name in gpu_proof.PROOF]
-    if flaw == "failed":
-        rows[1]["status"] = "failed: 1"
-    if flaw == "left out":
-        rows.pop()
-    capability = [8, 9] if flaw == "other device" else [9, 0]
-    if flaw == "no file":
-        with pytest.raises(FileNotFoundError):
-            gpu_proof.supports(proof, tmp_path)
-        return
-    content = {"environment": {"capability": capability}, "rows": rows}
-    (tmp_path / "gpu-proof-h100.json").write_text(json.dumps(content))
-    assert gpu_proof.supports(proof, tmp_path) == (flaw is None)

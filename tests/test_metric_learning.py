@@ -18,7 +18,7 @@ from pytorch_metric_learning import distances, losses, miners, reducers, regular
 from pytorch_metric_learning.utils import distributed as pml_distributed
 
 import varcon_loss as core_package
-from benchmarks.ranks import run_ranks
+from benchmarks.common.ranks import run_ranks
 from tests import oracle
 from tests.conftest import IMPLEMENTATIONS, MakeBatch
 from varcon_loss import varcon_loss

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = ("varcon_loss", "benchmarks", "docs", "tests")
 LOOSE = ("pyproject.toml", "MANIFEST.in", "Makefile", "LICENSE")
-PROSE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+PROSE = ("README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md")
 
 
 def files_under(folder: str) -> set[str]:
@@ -82,7 +82,7 @@ def test_the_tests_run_from_the_unpacked_sdist(unpacked: Path) -> None:
     """With data, the harness, an adapter and doctests; and nothing is taken from this checkout."""
     chosen = [
         "tests/test_golden.py",
-        "tests/test_benchmarks.py::test_results_come_back",
+        "tests/test_benchmarks_speed.py::test_results_come_back",
         "varcon_loss/heads.py",
         "varcon_loss/integrations/metric_learning.py",
     ]
@@ -179,7 +179,11 @@ varcon_loss.ProjectionHead(4)(x)
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_test_says_how_long_it_takes_and_what_is_skipped() -> None:
     done = subprocess.run(
-        ["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "--dry-run", "test"],  # also where make runs the tests
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     *_, length, skipped, command = done.stdout.splitlines()
     assert "minutes on two" in length

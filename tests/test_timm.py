@@ -799,7 +799,7 @@ def remember_over_ranks(rank: int, world_size: int) -> tuple[torch.Tensor | None
 
 
 def test_ranks_remember_the_same(tmp_path: Path) -> None:
-    from benchmarks.ranks import run_ranks
+    from benchmarks.common.ranks import run_ranks
 
     (seen, memory), (_, other) = run_ranks(remember_over_ranks, 2, tmp_path)
     assert seen.all()

@@ -1,17 +1,18 @@
-"""The examples of docs/distributed.md, in two real processes each."""
+"""The examples of docs/trainers.md, in two real processes each."""
 
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.ranks import run_ranks
-from varcon_loss import VarConLoss, varcon_terms
+from benchmarks.common.ranks import run_ranks
+from varcon_loss import ProjectionHead, VarConLoss, varcon_terms
 
-DOCS = Path(__file__).parent.parent / "docs" / "distributed.md"
+DOCS = Path(__file__).parent.parent / "docs" / "trainers.md"
 
 
 def share(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,11 +25,10 @@ def net() -> nn.Module:
     return nn.Linear(6, 4)
 
 
-def example(title: str) -> str:
-    """The code block under a heading of the documentation, as it stands there."""
-    found = re.search(rf"^{title}:\n\n```python\n(.*?)```", DOCS.read_text(), re.S | re.M)
-    assert found is not None
-    return found.group(1)
+def example(title: str, number: int = 0) -> str:
+    """A code block under a heading of the documentation, as it stands there."""
+    section = DOCS.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return re.findall(r"^```python\n(.*?)```", section, re.S | re.M)[number]
 
 
 def after_one_step() -> torch.Tensor:
@@ -52,10 +52,9 @@ def lightning_on_rank(rank: int, world_size: int) -> torch.Tensor:
     launched(rank, world_size)
     import lightning
 
-    scope: dict = {"lightning": lightning, "VarConLoss": VarConLoss}
+    scope: dict = {"torch": torch, "VarConLoss": VarConLoss}
     exec(example("Lightning"), scope)
     module = scope["Encoder"](net())
-    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
     trainer = lightning.Trainer(
         accelerator="cpu", devices=world_size, strategy="ddp", max_steps=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, use_distributed_sampler=False,
@@ -79,12 +78,49 @@ def accelerate_on_rank(rank: int, world_size: int) -> torch.Tensor:
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "loader": [share(rank)],
     }
-    exec(example("Accelerate"), scope)
+    exec(example("Accelerate", 1), scope)
     return model.weight.detach()
 
 
+class Backbone(nn.Module):
+    """What a model of Transformers gives back; `net()` on whole "texts"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=4)
+        self.net = net()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: None) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.net(input_ids)[:, None])
+
+
+def transformers_on_rank(rank: int, world_size: int) -> torch.Tensor:
+    launched(rank, world_size)
+    import transformers
+
+    scope: dict = {"nn": nn, "VarConLoss": VarConLoss, "ProjectionHead": ProjectionHead}
+    exec(example("Hugging Face Trainer"), scope)
+    model = scope["TextEncoder"](Backbone(), num_classes=5)
+    model.head = nn.Identity()  # its BatchNorm sees the samples of a rank
+    parts = [zip(*share(r), strict=True) for r in range(world_size)]
+    args = transformers.TrainingArguments(
+        "out", use_cpu=True, ddp_backend="gloo", per_device_train_batch_size=8, max_steps=1,
+        optim="sgd", learning_rate=0.1, lr_scheduler_type="constant",
+        max_grad_norm=0.0, report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    assert args.world_size == 2
+    data = [{"input_ids": x, "labels": y} for part in parts for x, y in part]
+    transformers.Trainer(model=model, args=args, train_dataset=data).train()
+    return model.backbone.net.weight.detach()
+
+
 @pytest.mark.parametrize(
-    ("host", "on_rank"), [("lightning", lightning_on_rank), ("accelerate", accelerate_on_rank)]
+    ("host", "on_rank"),
+    [
+        ("lightning", lightning_on_rank),
+        ("accelerate", accelerate_on_rank),
+        ("transformers", transformers_on_rank),
+    ],
 )
 def test_the_documented_example_takes_the_true_step(host: str, on_rank, tmp_path: Path) -> None:
     pytest.importorskip(host)

@@ -4,20 +4,16 @@ The interpreter multiplies bfloat16 operands upcast to float32: true bfloat16 pr
 only on a GPU.
 """
 
-import os
-import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from varcon_loss import VarConLoss, VarConTerms, fused, proven, varcon_loss, varcon_terms
+from varcon_loss import VarConLoss, VarConTerms, fused, varcon_loss, varcon_terms
 from varcon_loss.centroids import Centroids
 from varcon_loss.eager import eager_terms
 from varcon_loss.labels import index_classes, read_labels
@@ -376,7 +372,9 @@ def test_forward_alone_keeps_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("in_order", [False, True])
-def test_second_derivatives(in_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_derivatives_are_those_of_the_equations(
+    in_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the reference's equations, from what the kernels keep: rows in the order of the batch.
 
     Lengths of rows that take no part are whatever was in memory.
@@ -395,9 +393,11 @@ def test_second_derivatives(in_order: bool, monkeypatch: pytest.MonkeyPatch) -> 
     found = []
     for impl in ("reference", "triton"):
         anchors = features.clone().requires_grad_()
-        loss = varcon_loss(anchors, labels, 0.5, 0.1, ignore_index=-100, impl=impl)
+        loss = varcon_loss(anchors, labels, 0.5, 0.2, ignore_index=-100, impl=impl)
         (gradient,) = torch.autograd.grad(loss, anchors, create_graph=True)
-        found.append(torch.autograd.grad(loss + gradient.square().sum(), anchors)[0])
+        (second,) = torch.autograd.grad(gradient.square().sum(), anchors, retain_graph=True)
+        found.append((second, torch.autograd.grad(loss + gradient.square().sum(), anchors)[0]))
+    assert found[0][0].abs().max() > 1e-4
     torch.testing.assert_close(found[1], found[0], rtol=2e-4, atol=2e-6)
 
 
@@ -445,163 +445,3 @@ def test_float64_is_an_error_and_wide_rows_too() -> None:
     with pytest.raises(ValueError, match="width 1025"):
         varcon_loss(wide, labels, impl="triton")
     assert varcon_terms(wide, labels).impl == "eager"
-
-
-class Device(NamedTuple):
-    """What torch tells of a CUDA device."""
-
-    major: int
-    minor: int
-    shared_memory_per_block_optin: int
-
-
-A100, L4, H100 = Device(8, 0, 163 * 1024), Device(8, 9, 99 * 1024), Device(9, 0, 227 * 1024)
-
-
-@pytest.fixture
-def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
-    """Features ``[64, dim]`` as on a device that need not be there."""
-
-    def make(device: Device, dim: int, dtype: torch.dtype) -> Tensor:
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-        with FakeTensorMode():
-            return torch.empty(64, dim, dtype=dtype, device="cuda")
-
-    return make
-
-
-@pytest.mark.parametrize("num_rows", [64, 65_536])
-@pytest.mark.parametrize("dtype", fused.DTYPES)
-@pytest.mark.parametrize("dim", [1, 16, 64, 100, 128, 256, 384, 512, 768, 1024])
-@pytest.mark.parametrize("device", [A100, L4, H100, L4._replace(major=12), H100._replace(major=10)])
-def test_tiles_fit_the_device_or_the_reason_is_told(
-    device: Device, dim: int, dtype: torch.dtype, num_rows: int, on_device: Callable[..., Tensor]
-) -> None:
-    obstacle = fused.why_not(on_device(device, dim, dtype), torch.float32)
-    capability, limit = device[:2], device.shared_memory_per_block_optin
-    tiles = fused.choose_tiles(num_rows, dim, dtype.itemsize, capability)
-    fits = tiles.shared_bytes(dim, dtype.itemsize, capability) <= limit
-    assert fits == (obstacle is None)
-    # Only this does not fit anywhere: rows and keys of 4 KiB each, 16 of either at least.
-    assert fits or (dtype == torch.float32 and dim > 512 and limit == 99 * 1024)
-    if obstacle is not None:
-        assert f"width {dim}" in obstacle
-        assert "99 KiB" in obstacle
-
-
-def test_wide_float32_does_not_fit_with_tf32(
-    on_device: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    features = on_device(H100, 768, torch.float32)
-    assert fused.why_not(features, torch.float32) is None
-    monkeypatch.setattr(fused, "float32_precision", lambda: "tf32")
-    assert "257 KiB" in str(fused.why_not(features, torch.float32))
-    assert fused.why_not(on_device(H100, 512, torch.float32), torch.float32) is None
-
-
-def test_every_obstacle_is_told(
-    on_device: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert fused.why_not(on_device(H100, 8, torch.bfloat16), torch.float32) is None
-    turing = on_device(Device(7, 5, 64 * 1024), 8, torch.float16)
-    assert "7.5" in str(fused.why_not(turing, torch.float32))
-    with FakeTensorMode():
-        elsewhere = torch.empty(4, 8, device="xpu" if DEVICE == "cpu" else "cpu")
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert "CUDA devices" in str(fused.why_not(elsewhere, torch.float32))
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert "ROCm 7.0" in str(fused.why_not(on_device(H100, 8, torch.bfloat16), torch.float32))
-    monkeypatch.setattr(fused, "HAS_TRITON", False)
-    assert "not installed" in str(fused.why_not(elsewhere, torch.float32))
-
-
-def test_auto_is_eager_but_where_the_kernels_are_proven(
-    on_device: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    features = on_device(H100, 128, torch.bfloat16)
-    assert not fused.runs_by_default(features, torch.float32)
-    proof = proven.Proof((9, 0), torch.bfloat16, (64, 256), "gpu-proof-h100")
-    monkeypatch.setattr(proven, "PROVEN", (proof,))
-    assert fused.runs_by_default(features, torch.float32)
-    assert not fused.runs_by_default(features, torch.float64)
-    for other in (
-        on_device(H100, 128, torch.float32),
-        on_device(H100, 512, torch.bfloat16),
-        on_device(L4, 128, torch.bfloat16),
-    ):
-        assert not fused.runs_by_default(other, torch.float32)
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert not fused.runs_by_default(on_device(H100, 128, torch.bfloat16), torch.float32)
-
-
-def test_limits_of_a_device_are_no_break_in_a_compiled_graph(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: H100)
-    torch._dynamo.reset()
-
-    def scaled(x: Tensor) -> Tensor:
-        return x * fused._device_limits(torch.device("cuda", 0)).capability[0]
-
-    compiled = torch.compile(scaled, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 9.0))
-
-
-def test_import_leaves_triton_alone() -> None:
-    code = "import sys, varcon_loss.fused; sys.exit('varcon_loss.kernels' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_no_interpreter_no_cpu() -> None:
-    code = (
-        "import torch, varcon_loss\n"
-        "try: varcon_loss.varcon_loss(torch.ones(4, 3), torch.zeros(4).long(), impl='triton')\n"
-        "except ValueError as error: assert 'CUDA' in str(error), error\n"
-        "else: raise SystemExit('no error')"
-    )
-    environment = {"PATH": "/usr/bin:/bin"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
-def test_a_hundred_thousand_classes() -> None:
-    """From a memory, so that few rows do. Float32 equations are wrong by 4e-5 here."""
-    features, _ = batch(16, 2, 8)
-    labels = torch.arange(16, device=DEVICE) * 6001
-    known = torch.nn.functional.normalize(torch.randn(100_000, 8), dim=1)
-    losses, gradients = [], []
-    for impl, x in (("triton", features), ("reference", features.detach().double())):
-        criterion = VarConLoss(
-            num_classes=len(known), feature_dim=8, centroid_momentum=0.9, impl=impl
-        ).to(DEVICE)
-        criterion.centroid_memory.copy_(known)
-        criterion.centroid_seen.fill_(1)
-        loss = criterion(x.requires_grad_(), labels)
-        losses.append(loss)
-        gradients.append(torch.autograd.grad(loss, x)[0])
-    for got, want in (losses, gradients):
-        error = (got.double() - want).norm() / want.norm()
-        assert error < 1e-5
-
-
-NEWER_PRECISION = hasattr(torch.backends.cuda.matmul, "fp32_precision")
-
-
-@pytest.mark.skipif(not NEWER_PRECISION, reason="settings of torch 2.9")
-def test_tf32_follows_either_of_torchs_settings() -> None:
-    """In a process of its own: torch refuses to mix the two."""
-    for setting in (
-        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
-        "torch.backends.cuda.matmul.allow_tf32 = True",
-        "torch.set_float32_matmul_precision('high')",
-    ):
-        program = f"""
-import torch
-from varcon_loss import VarConLoss, fused
-assert fused.float32_precision() == "ieee"
-{setting}
-assert fused.float32_precision() == "tf32"
-VarConLoss(impl="triton")(torch.randn(4, 8, requires_grad=True), torch.arange(4) % 2).backward()
-"""
-        subprocess.run(
-            [sys.executable, "-c", program], check=True, env=os.environ | {"TRITON_INTERPRET": "1"}
-        )

@@ -25,7 +25,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # A block of rows and its gradient stay in registers and shared memory up to this width.
 LARGEST_DIM = 1024
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 in the matrix units
-SMALLEST_SHARED = 99 * 1024  # bytes a block may have on every device from there on
+SMALLEST_SHARED = 99 * 1024  # bytes of shared memory on every device from there on
 SORTED_AT_ONCE = 4096  # up to here torch sorts in one launch, whatever the width of the keys
 LABELS_A_BLOCK = 1024
 LONG_CLASS = 512  # members; the sum of a larger class is shared between programs
@@ -35,7 +35,7 @@ SORTED_FROM = 2**34
 
 def runs_by_default(features: Tensor, dtype: torch.dtype) -> bool:
     """Does ``impl="auto"`` run the kernels? Only where `varcon_loss.proven` has an entry."""
-    if features.device.type != "cuda":
+    if features.device.type != "cuda" or torch.version.hip is not None:
         return False
     capability = _device_limits(features.device).capability
     if not is_proven(capability, features.dtype, features.shape[1]):
@@ -63,14 +63,14 @@ def why_not(features: Tensor, dtype: torch.dtype) -> str | None:
     capability, shared_bytes = _device_limits(device)
     if capability < OLDEST_CAPABILITY:
         return f"{device} has compute capability {capability[0]}.{capability[1]}, older than 8.0"
-    tiles = _largest_tiles(dim, features.itemsize, capability)
-    needed = tiles.shared_bytes(dim, features.itemsize, capability)
-    if features.itemsize == 4 and dim > 512 and float32_precision() == "tf32":
-        needed = 257 * 1024  # what the compiler takes for it, on every target
+    needed = _largest_tiles(dim, features.itemsize, capability).shared_bytes(
+        dim, features.itemsize, capability, float32_precision()
+    )
     if needed > shared_bytes:
+        dtype_name = str(features.dtype).removeprefix("torch.")
         return (
-            f"features of width {dim} and {features.itemsize} bytes a number need up to "
-            f"{needed // 1024} KiB of shared memory, and {device} has {shared_bytes // 1024} KiB"
+            f"{dtype_name} features of width {dim} need {needed // 1024} KiB of shared memory, and "
+            f"{device} has {shared_bytes // 1024} KiB"
         )
     return None
 
@@ -357,10 +357,14 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
 
-    def shared_bytes(self, dim: int, itemsize: int, capability: tuple[int, int]) -> int:
+    def shared_bytes(
+        self, dim: int, itemsize: int, capability: tuple[int, int], precision: str
+    ) -> int:
         """What a block of threads needs at most: its rows, the prefetched keys, barriers."""
         width = max(16, _power_of_two(dim))
         numbers = (self.rows + self.stages * self.keys) * width
+        if itemsize == 4 and width > 512 and precision == "tf32":
+            numbers *= 2  # as compiled, for every target
         if capability[0] == 10:  # products read both operands, and weights, from there
             numbers += self.rows * (width + self.keys)
         return numbers * itemsize + 1024
@@ -417,6 +421,11 @@ def float32_precision() -> str:
     if newer is None:
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return "tf32" if newer == "tf32" else "ieee"
+
+
+# What `torch.compiler.assume_constant_result` does, which first imports all of torch._dynamo:
+# torch.compile takes the answer of its first call instead of looking inside.
+float32_precision._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def sweep(

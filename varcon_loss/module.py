@@ -64,9 +64,10 @@ class VarConLoss(nn.Module):
         exchange: ``"all-reduce"`` (a table of all classes), ``"all-gather"`` (rows of the classes
             each rank holds) or ``"auto"``: the smaller, chosen by all ranks at their first step.
         impl: ``"eager"`` (one pass, any device), ``"triton"`` (fused kernels for CUDA devices; not
-            for float64, nor rows wider than 1,024), ``"auto"`` (``"triton"`` where it can run,
-            else ``"eager"``) or ``"reference"`` (the paper's equations line by line, ``[N, K]``
-            memory). Second derivatives go by these equations whichever is chosen.
+            for float64, nor rows wider than 1,024), ``"auto"`` (``"triton"`` where a proof on such
+            a device is in the repository, none yet; else ``"eager"``) or ``"reference"`` (the
+            paper's equations line by line, ``[N, K]`` memory). Second derivatives go by these
+            equations whichever is chosen.
         feature_dim: width ``D`` of the embeddings; only ``centroid_momentum`` needs it.
         centroid_momentum: an extension of the paper, for many classes in small batches: remember
             one centroid a class (``centroid_memory``, a float32 buffer ``[num_classes, D]``).

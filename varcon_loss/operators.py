@@ -157,7 +157,8 @@ def _options_of_operator(temperature: float, epsilon: float) -> tuple[float, flo
     from torch.fx.experimental import symbolic_shapes
 
     is_fixed = getattr(symbolic_shapes, "has_static_value", None)
-    if is_fixed is not None and is_fixed(temperature) and is_fixed(epsilon):
+    # An older torch cannot tell, and compiles again for each value.
+    if is_fixed is None or (is_fixed(temperature) and is_fixed(epsilon)):
         return temperature, epsilon, None
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     return 0.0, 0.0, torch.stack((zero + temperature, zero + epsilon))
@@ -177,8 +178,12 @@ def make_operator(
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: SweepResult) -> None:
         features, rows, *temperatures, need_grad, _ = inputs
+        ctx.versions = None
         if need_grad:
-            ctx.save_for_backward(features, *output[2:], *_parts(rows))
+            saved = (features, *output[2:], *_parts(rows))
+            ctx.save_for_backward(*saved)
+            if not torch._C._are_functorch_transforms_active():
+                ctx.versions = _versions(saved)
         ctx.temperatures, ctx.dtype = temperatures, features.dtype
         ctx.num_others = len(inputs) - 1
         ctx.set_materialize_grads(False)
@@ -191,7 +196,6 @@ def make_operator(
             loss, others = output[:2]
             if others is not None:
                 ctx.mark_non_differentiable(others)
-            ctx.versions = _versions(ctx.to_save) if inputs[4] else None
             return loss, others
 
         backward = staticmethod(_backward)
@@ -211,7 +215,6 @@ def make_operator(
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: SweepResult) -> None:
             keep(ctx, inputs, output)
             ctx.mark_non_differentiable(*(part for part in output[1:] if part is not None))
-            ctx.versions = None
 
         backward = staticmethod(_backward)
 

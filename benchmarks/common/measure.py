@@ -15,11 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import CONTENDERS, Loss
+from benchmarks.common.contenders import CONTENDERS, Loss
 
 GATE_ROWS = 256  # correctness is judged on the first rows: the oracle is quadratic
 FEWEST_REPEATS = 3
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long and how large a measurement may be."""
+
+    budget: float = 6.0  # seconds of timing at a size and mode, for all contenders together
+    max_repeats: int = 200
+    cell_timeout: float = 2.0  # seconds; a contender slower than this once is not timed
+    memory: int | None = None  # bytes of address space that a measuring process may add (CPU)
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ def in_child(
     ``memory_limit`` (bytes) caps the child's address space; exceeding it reads ``out of memory``.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "benchmarks.contenders"])
+    context.set_forkserver_preload(["torch", "benchmarks.common.contenders"])
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(
         target=_child_main, args=(sender, memory_limit, function, arguments), daemon=True
@@ -84,6 +95,13 @@ def _child_main(
         sender.send({"status": status.splitlines()[0][:200]})
     except Exception as error:  # a contender's failure is a result like any other
         sender.send({"status": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
+
+
+def time_and_memory(row: dict[str, Any]) -> tuple[str, str]:
+    """Milliseconds and MiB of a measured row for people, or how it failed."""
+    if row["status"] != "ok":
+        return row["status"], ""
+    return f"{row['median'] * 1e3:.3g}", f"{row['peak_bytes'] / 2**20:.0f}"
 
 
 def check_and_weigh(name: str, problem: Problem) -> dict[str, Any]:
@@ -189,7 +207,7 @@ def _evaluate(loss: Loss, features: Tensor, labels: Tensor) -> None:
 
 def gate(name: str, loss: Loss, features: Tensor, labels: Tensor) -> float | None:
     """Relative error against float64 on the first rows; raises if it is too large."""
-    from benchmarks.supcon import supcon_loss
+    from benchmarks.common.supcon import supcon_loss
     from varcon_loss import varcon_loss
 
     oracles = {

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.data import ImageData, Split
-from benchmarks.encoders import CifarResNet50, SmallCNN, make_augmentation
-from benchmarks.methods import make_objective
+from benchmarks.common.data import ImageData, Split
+from benchmarks.common.encoders import CifarResNet50, SmallCNN, make_augmentation
+from benchmarks.common.methods import make_objective
 
 COLLAPSE_EPOCHS = 3  # a run counts as collapsed if its last epochs all read so
 
@@ -30,6 +30,7 @@ class Recipe:
     temperature: float = 0.1
     epsilon: float | None = None  # the method's own where None
     centroid_momentum: float | None = None  # likewise
+    augmentation: str = "default"  # or weak, strong
     encoder: str = "small-cnn"
     loss_scale: float = 1.0  # the authors' 8-GPU script trains with 1 / 8
 
@@ -78,7 +79,7 @@ def train(
     objective = make_objective(
         method, encoder.out_dim, data.num_classes, dim=recipe.dim, head=recipe.head, **options
     ).to(device)
-    augment = make_augmentation(flips=data.flips)
+    augment = make_augmentation(flips=data.flips, strength=recipe.augmentation)
 
     images = data.train.images.to(device)
     labels = (data.train.labels if labels is None else labels).to(device)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.supcon import supcon_loss
-from benchmarks.transcriptions import authors_operations, lean_log_space
+from benchmarks.common.supcon import supcon_loss
+from benchmarks.common.transcriptions import authors_operations, lean_log_space
 from varcon_loss import varcon_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+OURS = "varcon-loss"  # with the implementation that "auto" chooses
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ def _cuda(device: str) -> str | None:
 
 def _cuda_with(module: str) -> Callable[[str], str | None]:
     return lambda device: _cuda(device) or _needs(module)(device)
+
+
+def _is_ours_on_cpu(device: str) -> str | None:
+    return None if device == "cuda" else "the same as varcon-loss on a CPU"
 
 
 def _ours(impl: str) -> Callable[[], Loss]:
@@ -74,8 +79,9 @@ def _around_cut_cross_entropy() -> Loss:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "varcon-loss": Contender("varcon", _ours("auto")),
-    "varcon-loss eager": Contender("varcon", _ours("eager"), _cuda),
+    OURS: Contender("varcon", _ours("auto")),
+    "varcon-loss eager": Contender("varcon", _ours("eager"), _is_ours_on_cpu),
+    "varcon-loss triton": Contender("varcon", _ours("triton"), _cuda_with("triton")),
     "varcon-loss reference": Contender("varcon", _ours("reference")),
     "equations, authors' operations": Contender("varcon", lambda: authors_operations),
     "equations, lean": Contender("varcon", lambda: lean_log_space),

@@ -1,14 +1,19 @@
 """The training objectives compared: encoder features in, loss out."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss
+from pytorch_metric_learning.losses import (
+    CrossBatchMemory,
+    NormalizedSoftmaxLoss,
+    SupConLoss,
+)
 from torch import Tensor, nn
 
+from benchmarks.common.supcon import sincere_loss
 from varcon_loss import ProjectionHead, VarConLoss
 
 QUEUE = 2048  # embeddings that "SupCon memory" keeps
@@ -61,6 +66,47 @@ class SupConMemory(SupCon):
         self.criterion = CrossBatchMemory(self.criterion, dim, memory_size=QUEUE)
 
 
+class Sincere(nn.Module):
+    def __init__(
+        self, in_dim: int, num_classes: int, *, dim: int, head: str, temperature: float = 0.1, **_
+    ) -> None:
+        super().__init__()
+        self.head = ProjectionHead(in_dim, dim, head)
+        self.temperature = temperature
+
+    def forward(self, features: Tensor, labels: Tensor) -> Step:
+        loss = sincere_loss(self.head(features), labels, self.temperature)
+        value = float(loss.detach())
+        counts = labels.bincount()[labels]
+        alike = (len(labels) - counts + 1.0).log()[counts > 1]  # of an anchor, all coinciding
+        collapsed = len(alike) > 0 and math.isclose(value, float(alike.mean()), rel_tol=0.005)
+        return Step(loss, {"loss": value}, collapsed)
+
+
+class NormFace(nn.Module):
+    """Cosine softmax over a learned prototype a class (Wang et al., ACM MM 2017).
+
+    The nearest relative of VarCon with memory, whose prototypes are remembered, not learned.
+    """
+
+    def __init__(
+        self, in_dim: int, num_classes: int, *, dim: int, head: str, temperature: float = 0.1, **_
+    ) -> None:
+        super().__init__()
+        self.head = ProjectionHead(in_dim, dim, head)
+        self.criterion = NormalizedSoftmaxLoss(num_classes, dim, temperature=temperature)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Step:
+        embeddings = self.head(features)
+        loss = self.criterion(embeddings, labels)
+        with torch.no_grad():
+            logits = self.criterion.get_logits(embeddings)
+            confidence = float(logits.softmax(1).gather(1, labels.unsqueeze(1)).mean())
+        value = float(loss.detach())
+        collapsed = math.isclose(value, math.log(logits.shape[1]), rel_tol=0.005)
+        return Step(loss, {"loss": value, "confidence": confidence}, collapsed)
+
+
 class VarCon(nn.Module):
     def __init__(self, in_dim: int, num_classes: int, *, dim: int, head: str, **options) -> None:
         super().__init__()
@@ -88,6 +134,8 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "VarCon epsilon=0": lambda *a, **k: VarCon(*a, **k | {"epsilon": 0.0}),
     "VarCon memory": lambda *a, **k: VarCon(*a, **{"centroid_momentum": 0.99} | k),
     "SupCon memory": SupConMemory,
+    "NormFace": NormFace,
+    "SINCERE": Sincere,
 }
 
 # The same with other settings, to see what a difference between methods hangs on.
@@ -107,10 +155,16 @@ def make_objective(
     method: str, in_dim: int, num_classes: int, *, dim: int, head: str, **options: float
 ) -> nn.Module:
     """The objective on encoder features ``[N, in_dim]``; its forward gives a `Step`."""
-    makers = METHODS | VARIANTS
-    if method not in makers:
-        raise ValueError(f"method must be one of {', '.join(makers)}, got {method!r}")
-    return makers[method](in_dim, num_classes, dim=dim, head=head, **options)
+    check_methods([method])
+    return (METHODS | VARIANTS)[method](in_dim, num_classes, dim=dim, head=head, **options)
+
+
+def check_methods(names: Iterable[str]) -> None:
+    """Raise a ValueError that names what is unknown, and what there is."""
+    known = METHODS | VARIANTS
+    for name in names:
+        if name not in known:
+            raise ValueError(f"method must be one of {', '.join(known)}, got {name!r}")
 
 
 def embeddings(objective: nn.Module, features: Tensor) -> Tensor:

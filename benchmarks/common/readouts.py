@@ -1,13 +1,15 @@
 """How good are frozen features? Read out by nearest neighbours and by a linear classifier."""
 
 import numpy as np
+import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import TSNE
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from torch import Tensor, nn
 
-from benchmarks.methods import embeddings
+from benchmarks.common.methods import embeddings
 from varcon_loss import VarConLoss
 
 
@@ -19,8 +21,13 @@ def knn_predictions(train: Tensor, labels: Tensor, test: Tensor, k: int = 10) ->
 
 def linear_predictions(train: Tensor, labels: Tensor, test: Tensor) -> np.ndarray:
     """Multinomial logistic regression on standardised features."""
+    return linear_model(train, labels).predict(test.numpy())
+
+
+def linear_model(train: Tensor, labels: Tensor) -> Pipeline:
+    """The fitted probe of `linear_predictions`."""
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
-    return model.fit(train.numpy(), labels.numpy()).predict(test.numpy())
+    return model.fit(train.numpy(), labels.numpy())
 
 
 def centroid_predictions(objective: nn.Module, test: Tensor) -> np.ndarray | None:
@@ -30,6 +37,19 @@ def centroid_predictions(objective: nn.Module, test: Tensor) -> np.ndarray | Non
         return None
     objective.eval()
     return criterion.predict(embeddings(objective, test)).label.numpy()
+
+
+def class_mean_predictions(train: Tensor, labels: Tensor, test: Tensor) -> np.ndarray:
+    """The class whose mean of unit training features is most similar: nothing is learned."""
+    unit = F.normalize(train, dim=1)
+    sums = unit.new_zeros(int(labels.max()) + 1, unit.shape[1]).index_add_(0, labels, unit)
+    return (F.normalize(test, dim=1) @ F.normalize(sums, dim=1).T).argmax(1).numpy()
+
+
+def flat_map(features: Tensor) -> np.ndarray:
+    """``[N, 2]`` by t-SNE, whose axes mean nothing."""
+    few = min(30.0, (len(features) - 1) / 3)
+    return TSNE(init="pca", random_state=0, perplexity=few).fit_transform(features.numpy())
 
 
 def accuracy(predictions: np.ndarray, labels: Tensor) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("torch", "triton", "varcon-loss", "pytorch-metric-learning", "timm", "numpy")
 
 
@@ -55,10 +55,16 @@ def read(name: str, folder: Path = RESULTS) -> tuple[pd.DataFrame, dict[str, Any
     return pd.DataFrame(content["rows"]), content["environment"]
 
 
+def changed_since(commit: str) -> bool:
+    """Whether the package has changed since; False also where git cannot say."""
+    count = _git("rev-list", "--count", f"{commit.rstrip('+')}..HEAD", "--", "../varcon_loss")
+    return count.isdigit() and int(count) > 0
+
+
 def _git(*arguments: str) -> str:
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
+            ["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True
         )
     except FileNotFoundError:
         return "unknown"

@@ -1,0 +1,1 @@
+"""What the questions share: data, training, measuring, statistics, pictures, saved results."""

@@ -1,0 +1,61 @@
+"""Do similar classes lie near one another? The tree of class means."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.common import options, plots
+from benchmarks.common.cells import Cell, Store, tune_and_run
+from benchmarks.common.paired import summary, text
+from benchmarks.common.terminal import print_table, written
+
+TITLES = {
+    "cophenetic": "cophenetic correlation",
+    "groups found": "mutual information with known groups",
+}
+
+
+def command(
+    data: options.Data = "fashion",
+    methods: options.Methods = "cross-entropy,SupCon,VarCon,VarCon memory",
+    batch_size: Annotated[int, typer.Option(min=2, help="images a step")] = 256,
+    learning_rates: options.LearningRates = "0.05,0.15,0.45",
+    seeds: options.Seeds = 5,
+    epochs: options.Epochs = 12,
+    budget: options.Budget = 0.0,
+    workers: options.Workers = 2,
+    root: options.Root = None,
+    device: options.Device = "cpu",
+    out: options.Out = Path("runs/hierarchy"),
+) -> None:
+    """Average-linkage tree of the class means of held-out features, by cosine distance.
+
+    How well the tree keeps the distances (cophenetic correlation), and, where classes have known
+    groups, how well cutting it finds them (normalised mutual information).
+    """
+    options.require(device)
+    images = options.loaded(data, root)
+    base = Cell(data, "", batch_size, 0.0, 0, "test", epochs, extra="hierarchy")
+    bases = [replace(base, method=method) for method in options.chosen_methods(methods)]
+    store = Store(out / f"hierarchy-{data}.jsonl")
+    rows = tune_and_run(
+        bases, options.floats(learning_rates), seeds, store, workers=workers, root=root,
+        device=device, budget=budget, title=f"{data}: hierarchy",
+    )  # fmt: skip
+    flat = [row | (row.get("further") or {}) for row in rows]
+    parts = [key for key in TITLES if any(key in row for row in flat)]
+    tables = {part: summary(flat, part) for part in parts}
+    print_table(
+        f"{data}, batch {batch_size}, percent, mean ± 95 % interval (difference from SupCon)",
+        ["method", *(TITLES[part] for part in parts)],
+        [
+            [row["method"], *(text(t[t["method"] == row["method"]]) for t in tables.values())]
+            for row in flat
+            if row["seed"] == 0
+        ],
+    )
+    trees = {row["method"]: row["tree"] for row in flat if row["seed"] == 0 and row.get("tree")}
+    picture = plots.draw_trees(trees, images.class_names, out / f"hierarchy-{data}.png")
+    written(store.path, picture)

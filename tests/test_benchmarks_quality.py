@@ -1,0 +1,162 @@
+"""`python -m benchmarks quality`: methods, read-outs, statistics, and going on after a stop."""
+
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+
+pytest.importorskip("sklearn")
+from benchmarks import quality
+from benchmarks.common import cells, data, paired
+from benchmarks.common.methods import METHODS, VARIANTS, make_objective
+from benchmarks.common.readouts import class_mean_predictions
+from benchmarks.common.supcon import sincere_loss
+from benchmarks.common.training import Recipe, train
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_digits_in_a_few_epochs(method: str) -> None:
+    digits = data.load("digits")
+    run = train(digits, method, Recipe(epochs=3, batch_size=128, learning_rate=0.2), seed=0)
+    scores = cells.read_out(run, digits, digits.validation, digits.train.labels, "cpu")
+    assert not run.collapsed
+    assert scores["linear"] is not None
+    assert scores["linear"] > 0.8
+
+
+def _loop(x: torch.Tensor, y: torch.Tensor, temperature: float) -> list[list[float]]:
+    """``z_i z_j / temperature`` in plain Python."""
+    rows = x.tolist()
+    unit = [[v / math.sqrt(sum(w * w for w in row)) for v in row] for row in rows]
+    return [[sum(a * b for a, b in zip(u, v, strict=True)) / temperature for v in unit]
+            for u in unit]  # fmt: skip
+
+
+def test_sincere_has_the_values_of_its_equation() -> None:
+    x, y = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) % 4
+    y[0] = 9  # an anchor without a positive
+    scores, labels = _loop(x, y, 0.3), y.tolist()
+    anchors = []
+    for i, label in enumerate(labels):
+        positives = [j for j, other in enumerate(labels) if other == label and j != i]
+        others = sum(math.exp(scores[i][j]) for j, other in enumerate(labels) if other != label)
+        terms = [-math.log(math.exp(scores[i][j]) / (math.exp(scores[i][j]) + others))
+                 for j in positives]  # fmt: skip
+        anchors += [sum(terms) / len(terms)] if terms else []
+    want = sum(anchors) / len(anchors)
+    assert float(sincere_loss(x, y, 0.3)) == pytest.approx(want, rel=1e-12)
+
+
+def test_sincere_without_other_classes_has_a_gradient_of_zero() -> None:
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    sincere_loss(x, torch.zeros(6, dtype=torch.int64)).backward()
+    torch.testing.assert_close(x.grad, torch.zeros_like(x))
+
+
+def test_normface_has_the_values_of_its_equation() -> None:
+    objective = make_objective("NormFace", 5, 4, dim=5, head="linear", temperature=0.3).double()
+    features, labels = torch.randn(9, 5, dtype=torch.float64), torch.arange(9) % 4
+    z = objective.head(features).detach()
+    together = torch.cat([z, objective.criterion.W.detach().T])
+    scores = [row[9:] for row in _loop(together, labels, 0.3)[:9]]
+    want = sum(
+        math.log(sum(map(math.exp, row))) - row[label]
+        for row, label in zip(scores, labels.tolist(), strict=True)
+    )
+    assert float(objective(features, labels).loss.detach()) == pytest.approx(want / 9, rel=1e-12)
+
+
+def test_nearest_class_mean_by_hand() -> None:
+    train = torch.tensor([[1.0, 0.0], [9.0, 1.0], [0.0, 2.0]])  # lengths do not count
+    test = torch.tensor([[5.0, 1.0], [1.0, 3.0]])
+    assert class_mean_predictions(train, torch.tensor([0, 0, 1]), test).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("method", VARIANTS)
+def test_variants_differ_from_what_they_vary(method: str) -> None:
+    base = METHODS[method.split()[0]]
+    losses = []
+    for make in (base, VARIANTS[method]):
+        torch.manual_seed(0)
+        objective = make(8, 5, dim=4, head="mlp-bn", temperature=0.1)
+        losses.append(float(objective(torch.randn(40, 8), torch.arange(40) % 5).loss.detach()))
+    assert losses[0] != losses[1]
+
+
+def test_collapse_is_noticed() -> None:
+    """Losses on embeddings that all coincide."""
+    for method in ("SupCon", "VarCon", "SINCERE"):
+        objective = make_objective(method, 8, 5, dim=4, head="linear")
+        step = objective(torch.ones(40, 8), torch.arange(40) % 5)
+        assert step.collapsed
+        assert not objective(torch.randn(40, 8), torch.arange(40) % 5).collapsed
+
+
+class TestQuality:
+    def test_a_sweep_resumes_and_reports_pairs(self, tmp_path: Path) -> None:
+        path = tmp_path / "digits.jsonl"
+        methods = ["SupCon", "VarCon"]
+        grid = {"batch_sizes": [256], "learning_rates": [0.1, 0.2], "seeds": 2, "epochs": 2}
+        rows = quality.sweep("digits", methods, **grid, store=cells.Store(path))
+        lines = path.read_text().splitlines()
+        assert len(rows) == 4
+        assert len(lines) == 8
+        path.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:40])  # cut short by a crash
+        again = quality.sweep("digits", methods, **grid, store=cells.Store(path))
+        for a, b in zip(rows, again, strict=True):
+            assert a["linear"] == b["linear"]  # the same seed gives the same run
+        assert len(path.read_text().splitlines()) == 9
+        assert rows[0]["environment"]["versions"]["torch"] in torch.__version__
+        quality.save(again, tmp_path / "digits.csv")
+        saved = pd.read_csv(tmp_path / "digits.csv").set_index(["readout", "method"])
+        console = Console(record=True, width=120)
+        quality.show(again, console)
+        for value in ("linear", "knn"):
+            mean = saved.loc[(value, "VarCon"), "mean"]
+            assert mean == pytest.approx(
+                sum(r[value] for r in again if r["method"] == "VarCon") / 2
+            )
+            assert f"{100 * mean:.1f} ±" in console.export_text(clear=False)
+        table = paired.summary(again, "linear").set_index("method")
+        assert math.isnan(table.loc["SupCon", "gain"])
+        expected = table.loc["VarCon", "mean"] - table.loc["SupCon", "mean"]
+        assert table.loc["VarCon", "gain"] == pytest.approx(expected)
+
+    def test_collapsed_runs_are_counted_and_not_averaged(self) -> None:
+        base = {"data": "d", "noise": 0.0, "batch_size": 8, "split": "test", "learning_rate": 0.1}
+        rows = [
+            base | {"method": m, "seed": s, "linear": v, "collapsed": c}
+            for m, s, v, c in [
+                ("SupCon", 0, 0.8, False), ("SupCon", 1, 0.9, False), ("SupCon", 2, 0.1, True),
+                ("VarCon", 0, 0.9, False), ("VarCon", 1, 1.0, False), ("VarCon", 2, 0.9, False),
+            ]
+        ]  # fmt: skip
+        table = paired.summary(rows, "linear").set_index("method")
+        assert table.loc["SupCon", "collapsed"] == 1
+        assert table.loc["SupCon", "mean"] == pytest.approx(0.85)
+        assert table.loc["VarCon", "gain"] == pytest.approx(0.1)
+
+    def test_a_wider_grid_overtakes_what_was_reported_before(self) -> None:
+        base = {"data": "d", "noise": 0.0, "batch_size": 8, "collapsed": False, "seed": 0}
+        rows = [
+            base | {"method": m, "split": split, "learning_rate": rate, "linear": v, "knn": v}
+            for m, split, rate, v in [
+                ("SupCon", "validation", 0.1, 0.8), ("SupCon", "test", 0.1, 0.7),
+                ("VarCon", "validation", 0.1, 0.6), ("VarCon", "test", 0.1, 0.5),
+                ("VarCon", "validation", 0.4, 0.7), ("VarCon", "test", 0.4, 0.8),
+                ("VarCon tau1=0.5", "validation", 0.4, 0.9),
+            ]
+        ]  # fmt: skip
+        table = paired.summary(rows, "linear").set_index("method")
+        assert table.loc["VarCon", ["learning_rate", "mean"]].tolist() == [0.4, 0.8]
+        assert paired.best_by_validation(rows, ["SupCon", "VarCon"]) == "SupCon"
+
+    def test_interval(self) -> None:
+        mean, half = paired.interval([1.0, 2.0, 3.0])
+        assert mean == 2
+        assert half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+        json.dumps(half)

@@ -1,0 +1,101 @@
+"""`python -m benchmarks report`: what RESULTS.md says, from the committed files and from others."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+from benchmarks import report
+from benchmarks.common import paired, results
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The committed results, and the report made from them."""
+    folder = tmp_path_factory.mktemp("report")
+    return report.write(Path(shutil.copytree(results.RESULTS, folder / "results")))
+
+
+def test_the_report_rebuilds_from_the_saved_results(rebuilt: Path) -> None:
+    text = rebuilt.read_text()
+    assert text.startswith("# Results")
+    assert text.index("## When to choose VarCon") < text.index("## Which features are better?")
+    assert "nan" not in re.findall(r"\w+", text)
+    for picture in re.findall(r"\]\(results/(.+?)\)", text):
+        assert (rebuilt.parent / "results" / picture).stat().st_size > 10_000
+    titles = {_anchor(line) for line in text.splitlines() if line.startswith("#")}
+    assert set(re.findall(r"\]\(#(.+?)\)", text)) <= titles
+
+
+def _anchor(title: str) -> str:
+    kept = re.sub(r"[^\w\- ]", "", title.lstrip("# ").lower())
+    return kept.replace(" ", "-")
+
+
+def test_the_first_page_tells_few_shot_losses(rebuilt: Path) -> None:
+    page = rebuilt.read_text().partition("## Which features")[0]
+    assert re.search(r"linear probe on 5 images a class: \d+ ahead, [1-9]\d* behind", page)
+
+
+def test_gains_are_judged_by_their_intervals() -> None:
+    base = {"data": "digits", "noise": 0.0, "split": "test", "learning_rate": 0.1}
+    rows = [
+        base
+        | {"method": method, "batch_size": size, "seed": seed, "collapsed": False}
+        | dict.fromkeys(("linear", "knn"), 0.8 + gain * (method == "VarCon") + 0.001 * seed)
+        for size, gain in ((8, -0.1), (64, 0.1))
+        for method in ("SupCon", "VarCon")
+        for seed in range(3)
+    ]
+    for row in rows:
+        row["knn"] += 0.05 * row["seed"] * (row["method"] == "VarCon")  # an interval around 0.05
+    gains = report.paired_gains(rows, "VarCon", "SupCon").set_index(["readout", "batch_size"])
+    assert gains.loc[("linear", 8), "verdict"] == "behind"
+    assert gains.loc[("linear", 64), "verdict"] == "ahead"
+    assert gains.loc[("knn", 8), "verdict"] == "undecided"
+    assert gains.loc[("linear", 8), "images"] == pytest.approx(1.6)
+    words = report._by_images(gains.reset_index())
+    assert words.startswith("few images a class (under 4): 0 ahead, 1 behind, 1 undecided")
+
+
+def test_one_seed_has_no_interval_and_collapse_is_said_in_words() -> None:
+    base = {"data": "digits", "noise": 0.0, "split": "test", "learning_rate": 0.1, "batch_size": 8}
+    rows = [
+        base | {"method": method, "seed": seed, "linear": 0.5, "collapsed": collapsed}
+        for method, seed, collapsed in (("SupCon", 0, False), ("VarCon", 0, True))
+    ]
+    table = paired.summary(rows, "linear")
+    assert paired.text(table[table["method"] == "SupCon"]) == "50.0"
+    assert paired.text(table[table["method"] == "VarCon"]) == "all 1 collapsed"
+
+
+def test_results_of_an_older_commit_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = {"device": "d", "threads": 1, "versions": {"torch": "2"}, "date": "today", "commit": "c"}
+    monkeypatch.setattr(results, "changed_since", lambda commit: commit == "c")
+    assert "an older commit" in report._origin("speed", env)
+    assert "older" not in report._origin("speed", env | {"commit": "other"})
+
+
+def test_a_folder_without_results_gives_a_page_that_says_little(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    text = report.write(tmp_path / "results").read_text()
+    assert "No kernel has run on a GPU yet" in text
+
+
+def test_a_single_batch_size_still_draws_points(tmp_path: Path) -> None:
+    """A line of one point would be invisible without a marker."""
+    from PIL import Image
+
+    from benchmarks.common import plots, style
+
+    lines = (results.RESULTS / "quality-digits.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["batch_size"] == 128]
+    (path,) = plots.draw_quality(rows, tmp_path)
+    colour = [int(style.ORANGE[i : i + 2], 16) for i in (1, 3, 5)]
+    pixels = np.array(Image.open(path).convert("RGB"))
+    axes = pixels[: len(pixels) * 8 // 10]  # without the legend
+    assert (axes == colour).all(2).sum() > 100

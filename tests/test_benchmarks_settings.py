@@ -1,0 +1,142 @@
+"""`settings`, `robustness` and `hierarchy`: further questions about the features, in small."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner, Result
+
+pytest.importorskip("sklearn")
+from benchmarks import report
+from benchmarks.__main__ import app
+from benchmarks.common import data, probes
+from benchmarks.common.cells import Cell, run_cell
+from benchmarks.common.data import ImageData, Split
+
+SMALL = ["--data", "digits", "--methods", "SupCon,VarCon", "--learning-rates", "0.2", "--epochs",
+         "1", "--workers", "1"]  # fmt: skip
+
+
+def ask(*arguments: str) -> Result:
+    outcome = CliRunner().invoke(app, list(arguments))
+    assert "Traceback" not in outcome.output
+    return outcome
+
+
+def reported(files: list[Path], tmp_path: Path) -> str:
+    """What the report says of result files."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for file in files:
+        shutil.copy(file, folder)
+    return report.write(folder).read_text()
+
+
+def test_accuracy_over_a_setting(tmp_path: Path) -> None:
+    command = ["settings", "temperature", "--values", "0.1,0.3", "--batch-sizes", "256",
+               "--seeds", "2", "--out", str(tmp_path), *SMALL]  # fmt: skip
+    outcome = ask(*command)
+    assert outcome.exit_code == 0, outcome.output
+    assert "temperature 0.3" in outcome.output
+    path = tmp_path / "temperature-digits.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 2 * 2 + 2 * 2 * 2  # learning rates, then seeds
+    losses = {row["temperature"]: row["history"][0]["loss"] for row in rows
+              if row["method"] == "VarCon" and row["seed"] == 0}  # fmt: skip
+    assert losses[0.1] != losses[0.3]
+    assert (tmp_path / "temperature-digits.png").exists()
+    assert ask(*command).exit_code == 0
+    assert len(path.read_text().splitlines()) == len(rows)  # nothing was run again
+    page = reported([path], tmp_path)
+    assert "## Which temperature? digits" in page
+    assert "| method | temperature 0.1 | temperature 0.3 |" in page
+
+
+def test_an_unknown_setting_is_named() -> None:
+    outcome = ask("settings", "temprature")
+    assert outcome.exit_code == 2
+    assert "got 'temprature'" in " ".join(re.sub("[│]", " ", outcome.output).split())
+
+
+def test_augmentation_has_a_strength() -> None:
+    cells = [Cell("digits", "VarCon", 256, 0.2, 0, "test", 1, augmentation=strength)
+             for strength in (None, "default", "weak", "strong")]  # fmt: skip
+    losses = [run_cell(cell)["history"][0]["loss"] for cell in cells]
+    assert losses[0] == losses[1]
+    assert losses[2] < losses[1] < losses[3]
+    with pytest.raises(ValueError, match="augmentation must be one of weak, default, strong"):
+        run_cell(Cell("digits", "VarCon", 256, 0.2, 0, "test", 1, augmentation="stronk"))
+
+
+def test_a_budget_stops_a_sweep_and_keeps_what_is_done(tmp_path: Path) -> None:
+    outcome = ask("quality", "--batch-sizes", "256", "--seeds", "2", "--budget", "0.0001",
+                  "--out", str(tmp_path), *SMALL)  # fmt: skip
+    assert outcome.exit_code == 1
+    lines = (tmp_path / "digits.jsonl").read_text().splitlines()
+    assert 1 <= len(lines) < 2 + 4
+
+
+class TestCorruption:
+    digits = data.load("digits")
+
+    @pytest.mark.parametrize("name", probes.CORRUPTIONS)
+    def test_each_severity_changes_more(self, name: str) -> None:
+        clean = self.digits.test.images
+        changes = []
+        for severity in probes.SEVERITIES:
+            images = probes.corrupted(self.digits, name, severity).images
+            torch.testing.assert_close(
+                images, probes.corrupted(self.digits, name, severity).images, rtol=0, atol=0
+            )
+            assert images.shape == clean.shape
+            assert images.min() >= self.digits.train.images.min() - 1e-4
+            assert images.max() <= self.digits.train.images.max() + 1e-4
+            changes.append(float((images - clean).square().mean()))
+        assert changes == sorted(changes)
+        assert changes[0] > 0
+
+    def test_the_command(self, tmp_path: Path) -> None:
+        outcome = ask("robustness", "corruption", "--batch-size", "256", "--seeds", "1", "--out",
+                      str(tmp_path), *SMALL)  # fmt: skip
+        assert outcome.exit_code == 0, outcome.output
+        assert "occlusion, mean" in outcome.output
+        assert "nan" not in outcome.output
+        assert (tmp_path / "corruption-digits.png").exists()
+        page = reported([tmp_path / "corruption-digits.jsonl"], tmp_path)
+        assert "## Do features survive corrupted images? digits" in page
+        assert re.search(r"\| noise, 5 \| \d+\.\d \| \d+\.\d \(", page)
+
+
+def test_transfer_reads_out_on_the_other_sets() -> None:
+    row = run_cell(Cell("digits", "VarCon", 256, 0.2, 0, "test", 2, extra="transfer"))
+    scores = row["further"]
+    assert {"linear on mnist5k", "kNN on mnist5k"} <= set(scores)
+    assert not any("digits" in name for name in scores)
+    assert scores["linear on mnist5k"] > 0.5
+
+
+class TestHierarchy:
+    def test_known_groups_are_found(self) -> None:
+        """Pairs whose left digit decides where a class lies, and whose right digit hardly does."""
+        labels = torch.arange(100).repeat(3)
+        images = torch.zeros(300, 1, 1, 12)
+        images[torch.arange(300), 0, 0, labels // 10] = 1.0
+        images[..., 10] = (labels % 10)[:, None, None] * 0.01
+        split = Split(images, labels)
+        pairs = ImageData("mnist-pairs", split, split, split, 100)
+        scores = probes.hierarchy_scores(nn.Flatten(), pairs, "cpu")
+        assert scores["groups found"] == pytest.approx(1.0)
+        assert scores["cophenetic"] > 0.99
+        assert np.array(scores["tree"]).shape == (99, 4)
+
+    def test_the_command(self, tmp_path: Path) -> None:
+        outcome = ask("hierarchy", "--batch-size", "256", "--seeds", "1", "--out", str(tmp_path),
+                      *SMALL)  # fmt: skip
+        assert outcome.exit_code == 0, outcome.output
+        assert "cophenetic correlation" in outcome.output
+        assert (tmp_path / "hierarchy-digits.png").stat().st_size > 10_000

@@ -1,0 +1,168 @@
+"""`python -m benchmarks speed` and what it measures with, on sizes that take seconds."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("sklearn")
+from benchmarks import speed
+from benchmarks.__main__ import app
+from benchmarks.common import measure, results
+from benchmarks.common.contenders import CONTENDERS
+from benchmarks.common.measure import Problem
+from benchmarks.common.supcon import supcon_loss
+from benchmarks.common.transcriptions import authors_operations, lean_log_space
+from varcon_loss import varcon_loss
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 9])
+@pytest.mark.parametrize("transcription", [authors_operations, lean_log_space])
+def test_the_yardsticks_compute_the_same_loss(transcription, num_classes: int) -> None:
+    x = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
+    y = torch.arange(30) % num_classes
+    got, want = transcription(x, y), varcon_loss(x, y, impl="reference")
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, x), torch.autograd.grad(want, x), rtol=1e-8, atol=1e-10
+    )
+
+
+def test_a_composition_around_a_fused_cross_entropy() -> None:
+    """`nll_of` stands where cut-cross-entropy goes on a GPU."""
+
+    def nll_of(z, w, slots):
+        return torch.nn.functional.cross_entropy(z @ w.T, slots, reduction="none")
+
+    x, y = torch.randn(30, 8, dtype=torch.float64), torch.arange(30) % 7
+    torch.testing.assert_close(lean_log_space(x, y, nll_of=nll_of), lean_log_space(x, y))
+
+
+def test_supcon_is_pytorch_metric_learnings() -> None:
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    x, y = torch.randn(40, 8, dtype=torch.float64), torch.arange(40) % 6
+    y[0] = 99  # an anchor without a positive
+    expected = losses.SupConLoss(temperature=0.1)(x, y)
+    # Its AvgNonZeroReducer also leaves out anchors without positives.
+    torch.testing.assert_close(supcon_loss(x, y), expected)
+    views = supcon_loss(x.view(20, 2, 8), y[:20])
+    torch.testing.assert_close(views, supcon_loss(x, y[:20].repeat_interleave(2)))
+
+
+class TestMeasure:
+    problem = Problem(64, 5, 8, "float32", "cpu")
+
+    def test_a_contender_is_checked_weighed_and_timed(self) -> None:
+        row = measure.in_child(
+            measure.check_and_weigh, "varcon-loss", self.problem, timeout=60, memory_limit=None
+        )
+        assert row["status"] == "ok"
+        assert row["error"] < 1e-5
+        timed = measure.in_child(
+            measure.time_together,
+            ["varcon-loss", "equations, lean"],
+            self.problem,
+            "forward+backward",
+            0.1,
+            4,
+            timeout=60,
+            memory_limit=None,
+        )
+        assert timed["status"] == "ok"
+        for timing in timed["timings"].values():
+            assert 0 < timing["q1"] <= timing["median"] <= timing["q3"]
+
+    def test_a_wrong_contender_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        wrong = dataclasses.replace(
+            CONTENDERS["varcon-loss"], make=lambda: lambda x, y: 1.001 * varcon_loss(x, y)
+        )
+        monkeypatch.setitem(CONTENDERS, "wrong", wrong)
+        with pytest.raises(ValueError, match="not timed"):
+            measure.check_and_weigh("wrong", self.problem)
+
+    def test_running_out_of_memory_is_a_result(self) -> None:
+        big = Problem(20_000, 5, 8, "float32", "cpu")
+        row = measure.in_child(
+            measure.check_and_weigh, "SupCon (one matrix)", big, timeout=100, memory_limit=2**29
+        )
+        assert row["status"] == "out of memory"
+
+    def test_taking_too_long_is_a_result(self) -> None:
+        row = measure.in_child(
+            measure.time_together, ["varcon-loss"], self.problem, "forward", 1e9, 10**9,
+            timeout=3, memory_limit=None,
+        )  # fmt: skip
+        assert row["status"] == "over 3 s"
+
+    def test_memory_sees_what_a_loss_holds(self) -> None:
+        problem = Problem(3000, 500, 8, "float32", "cpu")
+        rows = {
+            name: measure.in_child(
+                measure.check_and_weigh, name, problem, timeout=100, memory_limit=None
+            )
+            for name in ("varcon-loss", "equations, authors' operations", "SupCon (one matrix)")
+        }
+        peaks = {name: row["peak_bytes"] for name, row in rows.items()}
+        assert peaks["SupCon (one matrix)"] > 3000 * 3000 * 4
+        assert peaks["equations, authors' operations"] > 2 * 3000 * 500 * 4
+        assert peaks["varcon-loss"] < peaks["equations, authors' operations"] / 2
+
+
+def test_growth_recovers_an_exponent() -> None:
+    sizes = np.array([4096, 8192, 16384, 65536])
+    frame = pd.DataFrame({"num_rows": sizes, "median": 3e-9 * sizes**1.7})
+    assert speed.growth(frame, "median") == pytest.approx(1.7)
+    assert speed.growth(frame.head(2), "median") is None
+
+
+def test_results_come_back(tmp_path: Path) -> None:
+    rows = [{"a": 1, "b": None}, {"a": 2, "b": 0.5}]
+    results.save("x", rows, results.environment(), tmp_path)
+    frame, env = results.read("x", tmp_path)
+    assert frame["a"].tolist() == [1, 2]
+    assert {"date", "commit", "device", "versions"} <= set(env)
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_says_what_it_kept(tmp_path: Path) -> None:
+    small = ["speed", "--classes", "5", "--dims", "8", "--contenders", "lean,eager", "--budget",
+             "0.2", "--no-compiled", "--out", str(tmp_path), "--rows"]  # fmt: skip
+    first = CliRunner().invoke(app, [*small, "64"])
+    assert first.exit_code == 0, first.output
+    assert re.search(r"\d \(1x\)", first.output)
+    assert re.search(r"\d to \d", first.output)  # quartiles
+    assert "the same as varcon-loss on a CPU" in " ".join(re.sub("[│┃]", " ", first.output).split())
+    assert "kept" not in first.output
+    frame, before = results.read("speed-cpu", tmp_path)
+    again = CliRunner().invoke(app, [*small, "64,32"])
+    assert "kept 1 of 2 sizes" in again.output
+    both, env = results.read("speed-cpu", tmp_path)
+    assert env["kept_from"]["date"] == before["date"]
+    medians = [f[f["num_rows"] == 64]["median"].dropna().tolist() for f in (frame, both)]
+    assert medians[0] == medians[1]
+    assert set(both["num_rows"]) == {32, 64}
+    anew = CliRunner().invoke(app, [*small, "64", "--no-resume"])
+    assert "kept" not in anew.output
+
+
+def test_the_bar_moves_within_a_size() -> None:
+    told = []
+    limits = measure.Limits(budget=0.1, max_repeats=4)
+    problem = Problem(32, 5, 8, "float32", "cpu")
+    speed._measure_problem(problem, ["varcon-loss", "varcon-loss eager"], limits, told.append)
+    assert told == ["varcon-loss", "varcon-loss eager", *speed.MODES, "two bare products"]
+
+
+def test_a_noisy_machine_is_said() -> None:
+    row = {"contender": "x", "mode": "forward", "num_rows": 64, "num_classes": 5,
+           "q1": 0.9, "median": 1.0, "q3": 1.1}  # fmt: skip
+    assert speed.doubts([row], 0.0) == []
+    (busy,) = speed.doubts([row], 99.0)
+    assert "load 99.0" in busy
+    (wide,) = speed.doubts([row, row | {"q3": 1.5, "num_rows": 128}], 0.0)
+    assert "in 1 of 2 cells" in wide
+    assert "N = 128" in wide

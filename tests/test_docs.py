@@ -1,0 +1,234 @@
+"""What the README and the site say is run, and their links lead somewhere."""
+
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("myst_nb")
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+import varcon_loss
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+NOTEBOOKS = sorted(DOCS.glob("*.ipynb"))
+
+
+def blocks(page: Path, language: str) -> Iterator[Token]:
+    for token in MarkdownIt().parse(page.read_text()):
+        if token.type == "fence" and token.info == language:
+            yield token
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_from_the_top(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """And prints what the `text` block right after it shows."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    fences = [token for token in MarkdownIt().parse(page.read_text()) if token.type == "fence"]
+    scope: dict = {"__name__": "__main__"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module="varcon_loss")
+        for block, after in itertools.zip_longest(fences, fences[1:]):
+            if block.info != "python":
+                continue
+            capsys.readouterr()
+            assert block.map is not None
+            start, end = block.map
+            # In the line numbers of the page, so that a traceback points at it.
+            exec(compile("\n" * (start + 1) + block.content, str(page), "exec"), scope)
+            if after is not None and after.info == "text" and after.map and after.map[0] == end + 1:
+                assert capsys.readouterr().out == after.content
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_code_is_read_without_scrolling(page: Path) -> None:
+    for language in ("python", "sh", "text"):
+        for block in blocks(page, language):
+            assert max(len(line) for line in block.content.splitlines()) <= 84
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Every command line of the `sh` blocks: its page and its words."""
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            for line in block.content.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    yield page.name, words
+
+
+def test_the_commands_that_are_shown_exist() -> None:
+    from typer.main import get_command
+
+    from benchmarks.__main__ import app
+
+    benchmarks = get_command(app).commands  # type: ignore[attr-defined]
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    help_text = subprocess.run(
+        [sys.executable, "-m", "varcon_loss.integrations.timm_train", "--help"],
+        check=True, capture_output=True, text=True, cwd=ROOT,
+    ).stdout  # fmt: skip
+    launcher = set(re.findall(r"--[\w-]+", help_text))
+    seen = set()
+    for page, words in commands():
+        where = f"{page}: {' '.join(words)}"
+        assert {word for word in words if word.startswith("--varcon")} <= launcher, where
+        if words[:3] == ["python", "-m", "benchmarks"]:
+            assert words[3] in benchmarks, where
+            flags = {flag for option in benchmarks[words[3]].params for flag in option.opts}
+            assert {word for word in words[4:] if word.startswith("--")} <= flags, where
+        elif words[0] == "make":
+            assert set(words[1:]) <= targets, where
+        seen.add(words[0])
+    assert {"python", "make", "varcon-timm"} <= seen
+
+
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def slug(heading: str) -> str:
+    """The anchor that hosts and the site give a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *NOTEBOOKS],
+    ids=lambda page: page.name,
+)
+def test_links_in_the_sources_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text()):
+        parts = urlsplit(target)
+        if parts.scheme:
+            assert parts.scheme == "https", target
+            continue
+        path = page.parent / parts.path if parts.path else page
+        assert path.exists(), f"{page.name}: {target}"
+        if parts.fragment:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+            assert parts.fragment in {slug(h) for h in headings}, f"{page.name}: {target}"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole site, notebook executed, as `make docs` builds it; a warning is an error."""
+    out = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", DOCS, out],
+        capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+class _Page(HTMLParser):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: set[str] = set()
+        self.anchors: set[str] = set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.anchors |= {value for name in ("id", "name") if (value := found.get(name))}
+        self.links |= {value for name in ("href", "src") if (value := found.get(name))}
+
+
+def test_no_link_of_the_site_is_broken(site: Path) -> None:
+    pages = {path: _Page(path) for path in site.rglob("*.html")}
+    assert {"index.html", "start.html", "digits.html", "api.html"} <= {p.name for p in pages}
+    broken = []
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            if not target.exists() or (
+                parts.fragment and target in pages and parts.fragment not in pages[target].anchors
+            ):
+                broken.append(f"{path.name}: {link}")
+    assert not broken
+
+
+def test_the_site_can_be_searched(site: Path) -> None:
+    index = (site / "searchindex.js").read_text()
+    for stem in ("temperatur", "centroid", "lightn"):
+        assert f'"{stem}"' in index
+
+
+def test_the_public_names_are_in_the_reference(site: Path) -> None:
+    anchors = _Page(site / "api.html").anchors
+    names = [name for name in varcon_loss.__all__ if not name.startswith("_")]
+    assert {f"varcon_loss.{name}" for name in names} <= anchors
+
+
+def test_the_notebook_was_executed(site: Path) -> None:
+    page = (site / "digits.html").read_text()
+    scores = [float(found) for found in re.findall(r"linear probe: ([\d.]+)%", page)]
+    before, after = scores
+    assert after > max(before, 97)
+    assert page.count("<img") >= 3
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_are_kept_without_outputs(path: Path) -> None:
+    for cell in json.loads(path.read_text())["cells"]:
+        assert not cell.get("outputs")
+        assert not cell.get("execution_count")
+
+
+def test_a_release_has_absolute_links(tmp_path: Path) -> None:
+    """A package index shows the README alone."""
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    script = ROOT / ".github" / "absolute_links.py"
+    repository = "https://example.org/owner/varcon-loss"
+    subprocess.run([sys.executable, script, readme, repository, "v1.2.3"], check=True)
+    targets = LINK.findall(readme.read_text())
+    assert all(target.startswith("https://") for target in targets)
+    assert f"{repository}/blob/v1.2.3/docs/settings.md" in targets
+    assert any(target.startswith(f"{repository}/raw/v1.2.3/benchmarks/") for target in targets)
+    for target in targets:
+        if target.startswith(repository):
+            path = urlsplit(target).path.split("/v1.2.3/")[1]
+            assert (ROOT / path).exists(), target
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_one_version_everywhere() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == varcon_loss.__version__
+    assert re.search(
+        rf"^## {re.escape(varcon_loss.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    release = (ROOT / ".github/workflows/release.yml").read_text()
+    pattern = re.search(r"sed -n '(s/.*?/p)' varcon_loss/__init__.py", release)
+    assert pattern is not None
+    found = subprocess.run(
+        ["sed", "-n", pattern[1], ROOT / "varcon_loss/__init__.py"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert found.stdout.strip() == varcon_loss.__version__
