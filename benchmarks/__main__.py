@@ -1,8 +1,6 @@
 """``python -m benchmarks``: one subcommand a question, each in the module of its name."""
 
 import importlib
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -19,6 +17,8 @@ QUESTIONS = {
     "memory-cost": "Time and memory of the centroid memory and of SupCon's queue.",
     "metric-learning": "Retrieval among unseen classes, in pytorch-metric-learning.",
     "paper": "The paper's CIFAR-100 recipe. Wants a GPU.",
+    "gpu-proof": "What only a GPU can show of the kernels: tests, sanitizers, times, targets.",
+    "kernel-code": "What the compiler makes of the kernels: registers, spills. Wants no GPU.",
     "report": "Rebuild benchmarks/RESULTS.md and its pictures from the saved results.",
 }
 
@@ -47,30 +47,6 @@ def _register(name: str, line: str) -> None:
 
 for _name, _line in QUESTIONS.items():
     _register(_name, _line)
-
-
-@app.command(name="gpu-proof")
-def gpu_proof(
-    only: Annotated[str, typer.Option(help="comma-separated stages; all by default")] = "",
-    out: Annotated[Path, typer.Option(help="folder of the result files")] = Path("runs/gpu-proof"),
-) -> None:
-    """What only a GPU can show: tests, sanitizers, launches, times against floors and targets.
-
-    Each stage takes under eight minutes and is not run again once it has left its file.
-    """
-    from benchmarks import gpu_proof as harness
-    from benchmarks.common import options, results
-    from benchmarks.common.terminal import print_table, written
-
-    options.require("cuda")
-    rows = harness.run(out, "cuda", options.names(only) or None)
-    keys = ("stage", "status", "seconds", "last_line")
-    lines = [[row[key] for key in keys] for row in rows]
-    print_table("On this GPU", ("stage", "outcome", "seconds", "last line"), lines)
-    written(results.save("gpu-proof", rows, results.environment("cuda"), out))
-    print(f"copy it to {results.RESULTS} and run report")
-    if any(row["status"] != "passed" for row in rows):
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

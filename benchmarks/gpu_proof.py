@@ -1,14 +1,16 @@
 """Everything that is still to be shown on a GPU, in stages that fit a short loan of one.
 
-A stage is a process of its own with a time limit, and leaves a file; stages that have one are not
-run again. Each answers one question of `docs/kernels.md`.
+A stage is a process of its own with a time limit, and leaves a file; one that passed is not run
+again. Needs torch, Triton and pytest alone: ``python -m benchmarks.gpu_proof run OUT [STAGE ...]``.
 """
 
+import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import json
-import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -18,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.common import measure, results
-from benchmarks.common.contenders import CONTENDERS
+from benchmarks.common import measure
+from benchmarks.common.contenders import CONTENDERS, Loss
 from benchmarks.common.measure import Problem
+from varcon_loss import VarConLoss, fused
+from varcon_loss.proven import Proof
 
-LIMIT = 460  # seconds a stage
+LIMIT = 400  # seconds a stage
 OURS = "varcon-loss"
 # What to reach, in bfloat16 with D = 128: (N, K, contender, times as slow as ours at least).
 TARGETS = (
@@ -36,78 +41,194 @@ TARGETS = (
     (512, 100, "equations, lean, compiled", 1.0),
     (512, 100, "varcon-loss eager", 1.0),
 )
+TINY_TARGETS = (
+    (64, 10, "equations, lean", 1.0),
+    (64, 10, "cut-cross-entropy composition", 1.5),
+)
+SIZES = ((512, 100), (8_192, 1_000), (65_536, 10_000))
+TINY_SIZES = ((64, 10),) * 3
 FLOOR_TARGET = (65_536, 10_000, 2.5)  # N, K, times the floor of two products at most
 MEMORY_TARGET = (65_536, 10_000, 3.0)  # N, K, times the bytes of the features at most
-KERNEL_TESTS = ["tests/test_triton.py", "tests/test_cuda.py"]
-SANITIZED = "odd_shapes or options or sorted_labels or half_operands or many"
+# Tiles to be timed against those that ship, bfloat16 with D = 128.
+CANDIDATES = (
+    fused.Tiles(64, 128, 4, 2),
+    fused.Tiles(64, 64, 4, 3),
+    fused.Tiles(128, 64, 8, 3),
+    fused.Tiles(128, 128, 8, 2),
+    fused.Tiles(64, 64, 8, 3),
+    fused.Tiles(32, 64, 4, 3),
+)
+SANITIZED = ("odd_shapes", "options", "sorted_labels", "half_operands", "large_classes", "order_of")
+# The files of the test suite that need more than torch, Triton and pytest.
+NEEDS = {
+    "test_metric_learning.py": ("pytorch_metric_learning", "pandas"),
+    "test_trainers.py": ("lightning", "accelerate"),
+    "test_values.py": ("hypothesis",),
+    "test_golden.py": ("numpy",),
+    "test_kernel_code.py": ("typer", "rich", "pandas"),
+    "test_gpu_proof.py": ("typer", "rich", "pandas"),
+}
+# What a machine that was made for something else may lack, and what needs an hour.
+NOT_IN_SUITE = ("test_timm.py", "test_triton.py", "test_cuda.py", "test_benchmarks.py")
 
 
-def pytest_command(*arguments: str) -> list[str]:
-    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    return [sys.executable, "-m", "pytest", "-q", *workers, *arguments]
+def command(only: str = "", out: Path = Path("runs/gpu-proof")) -> None:
+    """What only a GPU can show: tests, sanitizers, launches, times against floors and targets.
+
+    Each stage takes under seven minutes; one that passed is not run again. --only names stages,
+    separated by commas; --out is the folder of the result files.
+    """
+    # Imported only now: `python -m benchmarks.gpu_proof run` does without them.
+    import typer
+
+    from benchmarks.common import options, results
+    from benchmarks.common.terminal import print_table, written
+
+    options.require("cuda")
+    rows = run(out, "cuda", options.names(only) or None)
+    keys = ("stage", "status", "seconds", "last_line")
+    lines = [[row[key] for key in keys] for row in rows]
+    print_table("On this GPU", ("stage", "outcome", "seconds", "last line"), lines)
+    env = results.environment("cuda") | environment("cuda")
+    written(results.save("gpu-proof", rows, env, out))
+    print(f"copy it to {results.RESULTS} and run report")
+    if any(row["status"] != "passed" for row in rows):
+        raise typer.Exit(1)
 
 
-def sanitizer_command(tool: str) -> list[str]:
-    return [
+def pytest_command(*arguments: str, tiny: bool) -> list[str]:
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not tiny else []
+    only_look = ["--collect-only"] if tiny else []
+    return [sys.executable, "-m", "pytest", "-q", *only_look, *workers, *arguments]
+
+
+def sanitizer_command(tool: str, *, tiny: bool) -> list[str]:
+    sanitizer = [
         "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all",
+    ]  # fmt: skip
+    tests = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/test_triton.py",
-        "-k", SANITIZED,
+        "-k", " or ".join(SANITIZED),
+    ]  # fmt: skip
+    return [*tests, "--collect-only"] if tiny else sanitizer + tests
+
+
+def suite_command(*, tiny: bool) -> list[str]:
+    """What can be run of the test suite with the packages that are there."""
+    left_out = [
+        *NOT_IN_SUITE,
+        *(
+            name
+            for name, packages in NEEDS.items()
+            if any(importlib.util.find_spec(package) is None for package in packages)
+        ),
+    ]
+    return pytest_command("tests", *(f"--ignore=tests/{name}" for name in left_out), tiny=tiny)
+
+
+def speed_command(num_rows: int, num_classes: int, device: str, out: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "benchmarks", "speed", "--device", device, "--name",
+        f"speed-{device}-{num_rows}-{num_classes}", "--rows", str(num_rows), "--classes",
+        str(num_classes), "--dtypes", "bfloat16" if device == "cuda" else "float32",
+        "--budget", "1", "--cell-timeout", "20", "--no-compiled", "--out", str(out),
     ]  # fmt: skip
 
 
-def stages(device: str) -> dict[str, list[str]]:
-    """The command of each stage, in the order in which they are worth running."""
+def stages(device: str, out: Path, *, tiny: bool = False) -> dict[str, list[str]]:
+    """The command of each stage, in the order in which they are worth running.
+
+    ``tiny``: sizes for a CPU, and tests are collected only: shows that the commands are right.
+    """
+    size = ["tiny"] if tiny else []
     here = [sys.executable, "-m", "benchmarks.gpu_proof"]
+    measured = {name: [*here, name, device, *size] for name in MEASURED}
+    sizes = TINY_SIZES[:1] if tiny else SIZES
     return {
-        "kernels": pytest_command(*KERNEL_TESTS),
-        "floors": [*here, "floors", device],
-        "targets": [*here, "targets", device],
-        "launches": [*here, "launches", device],
-        "memcheck": sanitizer_command("memcheck"),
-        "racecheck": sanitizer_command("racecheck"),
-        "suite": pytest_command("tests", "--ignore=tests/test_timm.py"),
-        "speed": [
-            sys.executable, "-m", "benchmarks", "speed", "--device", device, "--name",
-            f"speed-{device}", "--dtypes", "bfloat16,float32", "--cell-timeout", "1",
-            "--budget", "1", "--no-compiled", "--resume",
-        ],
-    }  # fmt: skip
+        "kernels": pytest_command("tests/test_triton.py", tiny=tiny),
+        "device": pytest_command("tests/test_cuda.py", tiny=tiny),
+        "launches": measured["launches"],
+        "targets": measured["targets"],
+        "large": measured["large"],
+        "memcheck": sanitizer_command("memcheck", tiny=tiny),
+        "tiles": measured["tiles"],
+        "racecheck": sanitizer_command("racecheck", tiny=tiny),
+        "initcheck": sanitizer_command("initcheck", tiny=tiny),
+        "suite": suite_command(tiny=tiny),
+        **{f"speed-{n}-{k}": speed_command(n, k, device, out) for n, k in sizes},
+    }
 
 
-def run(out: Path, device: str, only: list[str] | None = None) -> list[dict[str, Any]]:
-    """Run the stages without a file in ``out``; one row each, saved as they end.
+# The stages without which nothing becomes a default.
+PROOF = ("kernels", "device", "targets", "memcheck")
 
-    ``TRITON_INTERPRET`` is taken out of the environment: this is about compiled kernels.
+
+def supports(proof: Proof, folder: Path) -> bool:
+    """Does the results file that ``proof`` names say that its device passed?
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    content = json.loads((folder / f"{proof.results}.json").read_text())
+    passed = {row["stage"] for row in content["rows"] if row["status"] == "passed"}
+    capability = content["environment"]["capability"]
+    return passed >= set(PROOF) and tuple(capability) == proof.capability
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device and versions, with nothing but torch."""
+    versions = {
+        package: importlib.metadata.version(package)
+        for package in ("torch", "triton", "numpy")
+        if importlib.util.find_spec(package)
+    }
+    on_gpu = device == "cuda"
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "capability": torch.cuda.get_device_capability() if on_gpu else None,
+        "versions": {"python": sys.version.split()[0], **versions},
+    }
+
+
+def run(
+    out: Path, device: str, only: list[str] | None = None, *, tiny: bool = False
+) -> list[dict[str, Any]]:
+    """Run the stages that have not passed yet, one at a time; a row each, saved as they end.
+
+    On CUDA ``TRITON_INTERPRET`` is taken out of the environment: this is about compiled kernels.
     """
     out.mkdir(parents=True, exist_ok=True)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    commands = stages(device, out, tiny=tiny)
+    unknown = set(only or ()) - set(commands)
+    if unknown:
+        raise ValueError(f"no stage {sorted(unknown)}: there are {', '.join(commands)}")
     rows = []
-    for name, command in stages(device).items():
+    for name, command in commands.items():
         path = out / f"{name}.json"
         if only and name not in only:
             continue
-        if not path.exists():
-            row = _run_stage(name, command, out, environment)
-            path.write_text(json.dumps(row | {"environment": results.environment(device)}))
-        rows.append(json.loads(path.read_text()))
+        row = json.loads(path.read_text()) if path.exists() else None
+        if row is None or row["status"] != "passed":
+            row = _run_stage(name, command, out, device)
+            path.write_text(json.dumps(row | {"environment": environment(device)}))
+        rows.append(row)
+        print(f"{name}: {row['status']}, {row['seconds']} s: {row['last_line']}", flush=True)
     return rows
 
 
-def _run_stage(
-    name: str, command: list[str], out: Path, environment: dict[str, str]
-) -> dict[str, Any]:
+def _run_stage(name: str, command: list[str], out: Path, device: str) -> dict[str, Any]:
+    variables = dict(os.environ)
+    if device == "cuda":
+        variables.pop("TRITON_INTERPRET", None)
+    if "compute-sanitizer" in command:
+        # Inside torch's caching allocator nothing is out of bounds, and nothing uninitialised.
+        variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     start = time.perf_counter()
     log = out / f"{name}.log"
     with log.open("w") as file:
-        try:
-            code: int | str = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT, env=environment
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = f"over {LIMIT} s"
-        except FileNotFoundError as error:
-            code = f"{error.filename} is not installed"
-    lines = log.read_text().splitlines()
+        code = _run_to_the_end(command, file, variables)
+    lines = log.read_text(errors="replace").splitlines()
     measured = next((json.loads(line) for line in reversed(lines) if line.startswith("[{")), None)
     return {
         "stage": name,
@@ -118,20 +239,81 @@ def _run_stage(
     }
 
 
-def _median_seconds(function: Callable[[], object], device: str) -> float:
-    """Median of many calls; on CUDA by Triton's ``do_bench``, caches emptied between calls."""
-    if device == "cuda":
-        from triton.testing import do_bench
+def _run_to_the_end(command: list[str], log: Any, variables: dict[str, str]) -> int | str:
+    """The exit status, or what kept it from one; nothing that it started is left."""
+    try:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=variables, start_new_session=True
+        )
+    except FileNotFoundError as error:
+        return f"{error.filename} is not installed"
+    try:
+        return process.wait(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return f"over {LIMIT} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # all gone, as they should be
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
-        milliseconds: Any = do_bench(function, warmup=25, rep=100, return_mode="median")
-        return milliseconds / 1e3
-    function()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
+
+def wall_seconds(function: Callable[[], object], device: str) -> float:
+    """Time a call takes where one follows the other, the host's part included."""
+    on_gpu = device == "cuda"  # elsewhere this only shows that it runs
+    for _ in range(3 if on_gpu else 1):
         function()
-        times.append(time.perf_counter() - start)
+    _synchronize(device)
+    start = time.perf_counter()
+    function()
+    _synchronize(device)
+    calls = max(1, min(1000, round(0.1 / (time.perf_counter() - start))))
+    times = []
+    for _ in range(5 if on_gpu else 1):
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        _synchronize(device)
+        times.append((time.perf_counter() - start) / calls)
     return statistics.median(times)
+
+
+def graph_seconds(function: Callable[[], object], device: str) -> float | None:
+    """The same as a CUDA graph: what the GPU needs alone. None where it cannot be captured."""
+    if device != "cuda":
+        return None
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+    except Exception as error:  # a contender that reads values, say
+        print(f"no graph: {type(error).__name__}: {error}".splitlines()[0][:200])
+        torch.cuda.synchronize()
+        return None
+    return wall_seconds(graph.replay, device)
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _step(loss: Loss, features: Tensor, labels: Tensor) -> Tensor:
+    """Forward and backward; nothing is added to a gradient of before."""
+    return torch.autograd.grad(loss(features, labels), features)[0]
+
+
+def _make(name: str, num_classes: int) -> Loss:
+    """A contender; ours are told the number of classes and what to run, as users are advised."""
+    impls = {OURS: "triton", "varcon-loss eager": "eager"}
+    if name in impls:
+        return VarConLoss(num_classes=num_classes, impl=impls[name])
+    return CONTENDERS[name].make()
 
 
 def floors(device: str, sizes: list[tuple[int, int]], dim: int = 128) -> list[dict[str, Any]]:
@@ -139,12 +321,12 @@ def floors(device: str, sizes: list[tuple[int, int]], dim: int = 128) -> list[di
 
     The rates are those that a large ``torch.mm`` and a large copy reach here, in bfloat16.
     """
-    side = 8192 if device == "cuda" else 512
+    side = 8192 if device == "cuda" else 256
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
-    rate = 2 * side**3 / _median_seconds(lambda: a @ a, device)
+    rate = 2 * side**3 / wall_seconds(lambda: a @ a, device)
     source = torch.empty(side * side * 4, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    copy_seconds = _median_seconds(lambda: target.copy_(source), device)
+    copy_seconds = wall_seconds(lambda: target.copy_(source), device)
     bandwidth = 2 * source.numel() * source.element_size() / copy_seconds
     rows = []
     for num_rows, num_classes in sizes:
@@ -162,72 +344,82 @@ def floors(device: str, sizes: list[tuple[int, int]], dim: int = 128) -> list[di
 
 
 def targets(
-    device: str, wanted: tuple[tuple[int, int, str, float], ...] = TARGETS, rounds: int = 3
+    device: str, wanted: tuple[tuple[int, int, str, float], ...], rounds: int = 3
 ) -> list[dict[str, Any]]:
     """Each contender against ours, medians of interleaved rounds, after the correctness gate."""
     rows = []
     for num_rows, num_classes in dict.fromkeys((n, k) for n, k, *_ in wanted):
         problem = Problem(num_rows, num_classes, 128, "bfloat16", device)
         features, labels = problem.inputs()
-        seconds: dict[str, list[float]] = {}
-        status: dict[str, str] = {}
         names = [OURS, *(name for n, k, name, _ in wanted if (n, k) == (num_rows, num_classes))]
-        steps = {}
+        steps: dict[str, Callable[[], object]] = {}
+        status: dict[str, str] = {}
         for name in names:
-            missing = CONTENDERS[name].missing(device)
+            missing = None if name in (OURS, "varcon-loss eager") else _missing(name, device)
             if missing:
                 status[name] = missing
                 continue
-            loss = CONTENDERS[name].make()
             try:
+                loss = _make(name, num_classes)
                 measure.gate(name, loss, features, labels)
-                steps[name] = functools.partial(measure.step, loss, features, labels)
-                steps[name]()
+                step = functools.partial(_step, loss, features, labels)
+                step()
             except Exception as error:  # a contender's failure is a result like any other
-                steps.pop(name, None)
                 status[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            else:
+                steps[name] = step
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(rounds):
             for name, step in steps.items():
-                features.grad = None
-                seconds.setdefault(name, []).append(_median_seconds(step, device))
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
+                seconds[name].append(wall_seconds(step, device))
+        wall = {name: statistics.median(values) for name, values in seconds.items()}
+        graph = {name: graph_seconds(step, device) for name, step in steps.items()}
         for n, k, name, least in wanted:
             if (n, k) != (num_rows, num_classes):
                 continue
-            ratio = medians[name] / medians[OURS] if name in medians and OURS in medians else None
+            ratio = _ratio(wall.get(name), wall.get(OURS))
             rows.append(
                 {
-                    "N": n, "K": k, "contender": name, "ours_s": medians.get(OURS),
-                    "theirs_s": medians.get(name), "times_ours": ratio, "wanted": least,
+                    "N": n, "K": k, "contender": name, "ours_s": wall.get(OURS),
+                    "theirs_s": wall.get(name), "times_ours": ratio, "wanted": least,
                     "reached": None if ratio is None else ratio >= least,
-                    "status": status.get(name, "ok"),
+                    "ours_graph_s": graph.get(OURS), "theirs_graph_s": graph.get(name),
+                    "times_ours_graphs": _ratio(graph.get(name), graph.get(OURS)),
+                    "status": status.get(name, status.get(OURS, "ok")),
                 }
             )  # fmt: skip
     return rows
+
+
+def _missing(name: str, device: str) -> str | None:
+    return CONTENDERS[name].missing(device)
+
+
+def _ratio(theirs: float | None, ours: float | None) -> float | None:
+    return None if theirs is None or ours is None else theirs / ours
 
 
 def against_floor(device: str, num_rows: int, num_classes: int, most: float) -> dict[str, Any]:
     """Our time as a multiple of the floor of two products."""
     (floor,) = floors(device, [(num_rows, num_classes)])
     features, labels = Problem(num_rows, num_classes, 128, "bfloat16", device).inputs()
-    loss = CONTENDERS[OURS].make()
-    ours = _median_seconds(lambda: measure.step(loss, features, labels), device)
+    step = functools.partial(_step, _make(OURS, num_classes), features, labels)
+    ours, graph = wall_seconds(step, device), graph_seconds(step, device)
     ratio = ours / floor["products_s"]
     return {
         "N": num_rows, "K": num_classes, "contender": "floor of two products", "ours_s": ours,
-        "theirs_s": floor["products_s"], "times_floor": ratio, "wanted": most,
-        "reached": ratio <= most, "status": "ok",
+        "ours_graph_s": graph, "theirs_s": floor["products_s"], "times_floor": ratio,
+        "wanted": most, "reached": ratio <= most, "status": "ok", "floor": floor,
     }  # fmt: skip
 
 
 def memory(device: str, num_rows: int, num_classes: int, most: float) -> dict[str, Any]:
     """Peak extra memory of one step as a multiple of the features' bytes."""
     features, labels = Problem(num_rows, num_classes, 128, "bfloat16", device).inputs()
-    loss = CONTENDERS[OURS].make()
-    measure.step(loss, features, labels)
-    features.grad = None
+    loss = _make(OURS, num_classes)
+    _step(loss, features, labels)
     before = measure.reset_peak(device)
-    measure.step(loss, features, labels)
+    _step(loss, features, labels)
     ratio = (measure.peak(device) - before) / (features.numel() * features.element_size())
     return {
         "N": num_rows, "K": num_classes, "contender": "bytes of the features",
@@ -235,55 +427,94 @@ def memory(device: str, num_rows: int, num_classes: int, most: float) -> dict[st
     }  # fmt: skip
 
 
-def launches(device: str, num_rows: int = 512, num_classes: int = 100) -> list[dict[str, Any]]:
-    """Kernels that one forward and backward starts, and the time of the same as a CUDA graph."""
+def launches(device: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Kernels that one forward and backward starts, with their times, and the step's time."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    from varcon_loss import VarConLoss
-
-    features, labels = Problem(num_rows, num_classes, 128, "bfloat16", device).inputs()
-    criterion = VarConLoss(num_classes=num_classes)
-
-    def step() -> None:
-        criterion(features, labels).backward()
-
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
+    on_gpu = device == "cuda"
+    rows = []
+    for num_rows, num_classes in sizes:
+        features, labels = Problem(num_rows, num_classes, 128, "bfloat16", device).inputs()
+        step = functools.partial(_step, _make(OURS, num_classes), features, labels)
         for _ in range(3):
             step()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as record:
-        step()
-        torch.cuda.synchronize()
-    kernels = [event.name for event in record.events() or () if "Mem" not in event.name]
-    eager_seconds = _median_seconds(step, device)
-    features.grad = None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return [
-        {
-            "N": num_rows, "K": num_classes, "kernels": len(kernels), "names": kernels,
-            "eager_s": eager_seconds, "graph_s": _median_seconds(graph.replay, device),
-        }
-    ]  # fmt: skip
+        _synchronize(device)
+        activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+        with profile(activities=[activity]) as record:
+            step()
+            _synchronize(device)
+        where = DeviceType.CUDA if on_gpu else DeviceType.CPU
+        events = [
+            event
+            for event in record.events() or ()
+            if event.device_type == where and "Mem" not in event.name
+        ]
+        rows.append(
+            {
+                "N": num_rows, "K": num_classes, "kernels": len(events) if on_gpu else None,
+                "microseconds": [
+                    [event.name[:60], event.time_range.elapsed_us()] for event in events
+                ],
+                "wall_s": wall_seconds(step, device), "graph_s": graph_seconds(step, device),
+            }
+        )  # fmt: skip
+    return rows
 
 
-def main(stage: str, device: str) -> None:
-    """One measuring stage: its rows as a line of JSON."""
-    if stage == "floors":
-        sizes = dict.fromkeys((target[0], target[1]) for target in (*TARGETS, FLOOR_TARGET))
-        rows = floors(device, list(sizes))
-    elif stage == "targets":
-        rows = targets(device)
-        rows += [against_floor(device, *FLOOR_TARGET), memory(device, *MEMORY_TARGET)]
-    else:
-        rows = launches(device)
-    clean = [
-        {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
-        for row in rows
-    ]
-    print(json.dumps(clean))
+def tiles(
+    device: str, sizes: list[tuple[int, int]], candidates: tuple[fused.Tiles, ...]
+) -> list[dict[str, Any]]:
+    """Other ways to cut up the sweep: bfloat16, D = 128. The shipped one is `fused.TILES`."""
+    shipped = fused.choose_tiles
+    rows = []
+    for num_rows, num_classes in sizes:
+        features, labels = Problem(num_rows, num_classes, 128, "bfloat16", device).inputs()
+        step = functools.partial(_step, _make(OURS, num_classes), features, labels)
+        expected = step()
+        for candidate in candidates:
+            fused.choose_tiles = lambda *_, chosen=candidate: chosen
+            row: dict[str, Any] = {"N": num_rows, "K": num_classes, "tiles": list(candidate)}
+            try:
+                row["error"] = float((step() - expected).abs().max() / expected.abs().max())
+                row["wall_s"] = wall_seconds(step, device)
+                row["graph_s"] = graph_seconds(step, device)
+            except Exception as error:  # too large for this device, say
+                row["status"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            finally:
+                fused.choose_tiles = shipped
+            rows.append(row)
+    return rows
+
+
+def _measure(stage: str, device: str, *, tiny: bool) -> list[dict[str, Any]]:
+    small, middle, large = TINY_SIZES if tiny else SIZES
+    if stage == "launches":
+        return launches(device, [small] if tiny else [small, middle, large])
+    if stage == "targets":
+        return targets(device, TINY_TARGETS if tiny else TARGETS, rounds=1 if tiny else 3)
+    if stage == "tiles":
+        chosen = (fused.Tiles(32, 16, 4, 2),) if tiny else CANDIDATES
+        return tiles(device, [small] if tiny else [middle, large], chosen)
+    floor, peak = ((64, 10, 2.5), (64, 10, 3.0)) if tiny else (FLOOR_TARGET, MEMORY_TARGET)
+    return [against_floor(device, *floor), memory(device, *peak)]
+
+
+MEASURED = ("launches", "targets", "large", "tiles")
+
+
+def main(stage: str, *arguments: str) -> None:
+    """``run OUT [STAGE ...]``, or one measuring stage: its rows as a line of JSON."""
+    if stage == "run":
+        out, *only = arguments
+        rows = run(Path(out), "cuda", only)
+        Path(out, "gpu-proof.json").write_text(
+            json.dumps({"environment": environment("cuda"), "rows": rows}, indent=1)
+        )
+        raise SystemExit(any(row["status"] != "passed" for row in rows))
+    if stage not in MEASURED:
+        raise SystemExit(f"no stage {stage!r}: there are {', '.join(MEASURED)}, and run")
+    print(json.dumps(_measure(stage, arguments[0], tiny="tiny" in arguments)))
 
 
 if __name__ == "__main__":

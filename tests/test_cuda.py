@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from varcon_loss import VarConLoss, proven, varcon_loss, varcon_terms
+from varcon_loss import VarConLoss, fused, proven, varcon_loss, varcon_terms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -126,6 +126,29 @@ def test_auto_picks_the_kernels_where_they_are_proven(monkeypatch: pytest.Monkey
     assert varcon_terms(features.double(), labels).impl == "eager"
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256, 512, 768, 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("num_rows", [100, 20_000])
+def test_every_width_runs_or_says_why_not(num_rows: int, dim: int, dtype: torch.dtype) -> None:
+    """Tiles of every width, in small and large batches; true half products, not upcast ones."""
+    features, labels = batch(num_rows, 300, dim, dtype)
+    obstacle = fused.why_not(features, torch.float32)
+    if obstacle is not None:
+        assert "shared memory" in obstacle
+        with pytest.raises(ValueError, match="shared memory"):
+            varcon_loss(features, labels, impl="triton")
+        return
+    loss = varcon_loss(features, labels, impl="triton", num_classes=300)
+    (gradient,) = torch.autograd.grad(loss, features)
+    exact = features.detach().double().requires_grad_()
+    expected = varcon_loss(exact, labels, impl="eager", num_classes=300)
+    (expected_gradient,) = torch.autograd.grad(expected, exact)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
+    error = (gradient.double() - expected_gradient).norm() / expected_gradient.norm()
+    assert error < tolerance
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_classes(dtype: torch.dtype) -> None:
     """K = 100,000, and more logits than a 32-bit offset could count."""
@@ -176,7 +199,7 @@ def test_two_runs_give_identical_bits_at_size() -> None:
 def test_extra_memory_stays_small() -> None:
     """At most three times the features: no matrix of samples by classes is kept."""
     features, labels = batch(65_536, 10_000, 128, torch.bfloat16)
-    criterion = VarConLoss(num_classes=10_000)
+    criterion = VarConLoss(num_classes=10_000, impl="triton")
     criterion(features, labels).backward()  # compile
     features.grad = None
     torch.cuda.synchronize()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from benchmarks.common.results import RESULTS
+from benchmarks.gpu_proof import PROOF, supports
 from varcon_loss import fused, proven, varcon_loss
 
 pytest.importorskip("triton")
@@ -24,6 +26,7 @@ class Device(NamedTuple):
 
 
 A100, L4, H100 = Device(8, 0, 163 * 1024), Device(8, 9, 99 * 1024), Device(9, 0, 227 * 1024)
+B200, RTX5090 = H100._replace(major=10), L4._replace(major=12, minor=0)
 
 
 @pytest.fixture
@@ -59,14 +62,32 @@ def test_auto_is_eager_but_where_the_kernels_are_proven(
 
 def test_each_default_rests_on_results_that_passed() -> None:
     for proof in proven.PROVEN:
-        content = json.loads((RESULTS / f"{proof.results}.json").read_text())
-        assert content["rows"], proof
-        assert all(row["status"] == "passed" for row in content["rows"]), proof
+        assert supports(proof, RESULTS), proof
+
+
+@pytest.mark.parametrize("flaw", [None, "failed", "left out", "nothing", "other device", "no file"])
+def test_what_a_default_may_rest_on(flaw: str | None, tmp_path: Path) -> None:
+    proof = proven.Proof((9, 0), torch.bfloat16, (64, 256), "gpu-proof-h100")
+    rows = [{"stage": name, "status": "passed"} for name in PROOF]
+    if flaw == "failed":
+        rows[1]["status"] = "failed: 1"
+    if flaw == "left out":
+        rows.pop()
+    if flaw == "nothing":
+        rows = []
+    capability = [8, 9] if flaw == "other device" else [9, 0]
+    if flaw == "no file":
+        with pytest.raises(FileNotFoundError):
+            supports(proof, tmp_path)
+        return
+    content = {"environment": {"capability": capability}, "rows": rows}
+    (tmp_path / "gpu-proof-h100.json").write_text(json.dumps(content))
+    assert supports(proof, tmp_path) == (flaw is None)
 
 
 @pytest.mark.parametrize("dtype", fused.DTYPES)
-@pytest.mark.parametrize("dim", [1, 128, 512, 513, 768, 1024])
-@pytest.mark.parametrize("device", [A100, L4, H100])
+@pytest.mark.parametrize("dim", [1, 16, 64, 100, 128, 256, 384, 512, 513, 768, 1024])
+@pytest.mark.parametrize("device", [A100, L4, H100, B200, RTX5090], ids=lambda d: f"{d[0]}.{d[1]}")
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_wide_float32_where_a_device_has_room(
     precision: str,
@@ -79,11 +100,16 @@ def test_wide_float32_where_a_device_has_room(
     monkeypatch.setattr(fused, "float32_precision", lambda: precision)
     obstacle = fused.why_not(on_device(device, dim, dtype), torch.float32)
     wide = dtype == torch.float32 and dim > 512
-    fits = not wide or (precision == "ieee" and device != L4)
+    fits = not wide or (precision == "ieee" and device not in (L4, RTX5090))
     assert fits == (obstacle is None)
+    capability, limit = device[:2], device.shared_memory_per_block_optin
+    for num_rows in (64, 65_536):
+        tiles = fused.choose_tiles(num_rows, dim, dtype.itemsize, capability)
+        needed = tiles.shared_bytes(dim, dtype.itemsize, capability, precision)
+        assert (needed <= limit) == fits
     if obstacle is not None:
-        assert f"width {dim}" in obstacle
-        assert "KiB of shared memory" in obstacle
+        assert f"float32 features of width {dim} need {needed // 1024} KiB" in obstacle
+        assert f"{limit // 1024} KiB" in obstacle
 
 
 def test_every_obstacle_is_told(
@@ -101,3 +127,21 @@ def test_every_obstacle_is_told(
     monkeypatch.setattr(fused, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="Triton is not installed"):
         varcon_loss(features, labels, impl="triton")
+
+
+@pytest.mark.parametrize("dim", [64, 768])
+def test_what_a_device_lacks_is_no_break_in_a_compiled_graph(
+    dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The precision of products, and the limits of a device, are asked for while tracing."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: H100)
+    torch._dynamo.reset()
+
+    def scaled(x: Tensor) -> Tensor:
+        capability, limit = fused._device_limits(torch.device("cuda", 0))
+        tiles = fused.choose_tiles(64, dim, 4, capability)
+        needed = tiles.shared_bytes(dim, 4, capability, fused.float32_precision())
+        return x * capability[0] if needed <= limit else x
+
+    compiled = torch.compile(scaled, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 9.0))

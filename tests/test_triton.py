@@ -4,9 +4,8 @@ The interpreter multiplies bfloat16 operands upcast to float32: true bfloat16 pr
 only on a GPU.
 """
 
-import os
-import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +13,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from varcon_loss.centroids import Centroids
-from varcon_loss.labels import index_classes, read_labels
-
 from varcon_loss import VarConLoss, VarConTerms, fused, varcon_loss, varcon_terms
-from varcon_loss.eager import eager_terms
-from varcon_loss.rows import Rows, Samples
+from varcon_loss.classes import Centroids, index_classes
+from varcon_loss.eager import EAGER
+from varcon_loss.options import Options
+from varcon_loss.rows import Rows
+from varcon_loss.samples import Batch, Samples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOAT32 = {"rtol": 2e-5, "atol": 2e-6}
@@ -145,23 +144,22 @@ def test_half_operands(dtype: torch.dtype, shape: tuple[int, int, int], normaliz
 
     def sweep(run, w: Tensor, anchors: Samples) -> tuple[Tensor, Tensor]:
         count = torch.tensor(len(w), device=DEVICE)
-        rows = Rows(anchors, labels, Centroids(w, None, count, True), None, None, None)
-        terms = run(rows, 0.1, 0.02, True)
+        centroids = Centroids(unit=w, present=None, num_present=count, packed=True)
+        terms = run(Rows(anchors, labels, centroids), 0.1, 0.02, True)
         return terms.loss, torch.autograd.grad(terms.loss.sum(), anchors.features)[0]
 
     ours = features.detach().requires_grad_()
-    loss, gradient = sweep(fused.fused_terms, w, Samples(ours, None, norms))
+    loss, gradient = sweep(fused.FUSED.sweep, w, Samples(ours, labels, norms=norms))
     theirs = z.detach().requires_grad_()
     # The own class is float32 in the kernel: only the other centroids are rounded.
+    count = torch.tensor(len(w), device=DEVICE)
     rounded = Rows(
-        Samples(theirs, unit, norms),
+        Samples(theirs, labels, unit=unit, norms=norms),
         labels,
-        Centroids(w.to(dtype).float(), None, torch.tensor(len(w), device=DEVICE), True),
-        w.index_select(0, labels),
-        None,
-        None,
+        Centroids(unit=w.to(dtype).float(), present=None, num_present=count, packed=True),
+        own=w.index_select(0, labels),
     )
-    terms = eager_terms(rounded, 0.1, 0.02, True)
+    terms = EAGER.sweep(rounded, 0.1, 0.02, True)
     (expected,) = torch.autograd.grad(terms.loss.sum(), theirs)
 
     unit_roundoff = torch.finfo(dtype).eps / 2
@@ -190,7 +188,7 @@ def test_small_gradients_survive_float16() -> None:
 
 @pytest.mark.parametrize("ignore_index", [None, -100, 3, 2**63 - 1])
 @pytest.mark.parametrize("num_classes", [None, 6, 10_000])
-@pytest.mark.parametrize("num_rows", [0, 1, 15, 16, 17, 2049])
+@pytest.mark.parametrize("num_rows", [0, 1, 17, 1024, 2049])
 def test_sorted_labels(num_rows: int, num_classes: int | None, ignore_index: int | None) -> None:
     """Slots, members and classes as the torch path finds them; nothing outside is touched."""
     generator = torch.Generator().manual_seed(num_rows)
@@ -203,25 +201,114 @@ def test_sorted_labels(num_rows: int, num_classes: int | None, ignore_index: int
         values[::5] = ignore_index
     labels = values.to(DEVICE)
 
-    got = fused.sort_labels(labels, num_classes, ignore_index)
-    expected = read_labels(labels, num_classes, ignore_index)
+    options = Options(num_classes=num_classes, ignore_index=ignore_index)
+    rows = Batch(torch.zeros(num_rows, 1, device=DEVICE), labels, "labels")
+    got, lookup, groups = fused.sort_labels(rows, options)
+    expected = EAGER.read(rows, options, torch.float32)
     _, slots = index_classes(expected, num_classes)
     valid = torch.ones_like(labels, dtype=torch.bool) if expected.valid is None else expected.valid
     present = torch.unique(labels[valid])
-    assert got.labels.valid is not None
-    assert got.classes.classes is not None
-    assert torch.equal(got.labels.valid, valid)
-    assert torch.equal(got.labels.values[valid], labels[valid])
+    assert got.valid is not None
+    assert got.slots is not None
+    assert lookup.ascending is not None
+    assert torch.equal(got.valid, valid)
+    assert torch.equal(got.labels[valid], labels[valid])
     assert torch.equal(got.slots[valid], slots[valid])
-    assert int(got.classes.num_present) == len(present)
-    assert float(got.labels.divisor) == max(1, int(valid.sum()))
-    assert torch.equal(got.classes.classes[: len(present)], present)
-    assert torch.equal(got.classes.classes, got.classes.classes.sort().values)
-    assert len(got.classes.classes) == max(1, min(num_rows, num_classes or num_rows))
-    order, starts, ends = got.groups
+    assert int(lookup.num_present) == len(present)
+    assert float(got.num_valid) == max(1, int(valid.sum()))
+    assert torch.equal(lookup.ascending[: len(present)], present)
+    assert torch.equal(lookup.ascending, lookup.ascending.sort().values)
+    assert len(lookup.ascending) == max(1, min(num_rows, num_classes or num_rows))
+    order, runs, starts, ends = groups
     for slot, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         members = (valid & (got.slots == slot)).nonzero().flatten()
         assert torch.equal(order[start:end], members)
+    assert torch.equal(runs, torch.where(valid, got.slots, -1)[order].int())
+
+
+def test_narrow_keys_sort_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels far out of range do not come back into it, whatever the width of the keys."""
+    labels = torch.randint(300, (1500,), generator=torch.Generator().manual_seed(0))
+    labels[::7] = 2**40 + 5
+    labels[1::7] = -(2**16) + 3
+    labels[2::7] = -100
+    for device_may_not_be_read in (True, False):
+        if not device_may_not_be_read:
+            labels[::7] = labels[1::7] = -100
+        monkeypatch.setattr(
+            fused, "values_may_be_read", lambda tensor, blind=device_may_not_be_read: not blind
+        )
+        results = []
+        for at_once in (4096, 0):
+            monkeypatch.setattr(fused, "SORTED_AT_ONCE", at_once)
+            rows = Batch(torch.zeros(len(labels), 1), labels.to(DEVICE), "labels")
+            found, lookup, groups = fused.sort_labels(rows, Options(num_classes=300))
+            order, runs, starts, ends = groups
+            kept = runs >= 0  # the others may come in any order
+            read = (found.labels, found.valid, found.broken, found.num_valid, found.slots)
+            results.append((*read, lookup.ascending, order[kept]))
+            assert torch.equal((ends - starts).sum(), kept.sum())
+        for narrow, wide in zip(*results, strict=True):
+            assert torch.equal(narrow, wide)
+
+
+@pytest.mark.parametrize("sizes", [(1024, 1024), (511, 512, 1), (700, 1300, 2, 40)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sums_of_large_classes(
+    sizes: tuple[int, ...], normalize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of classes that start and end anywhere in a stretch of the sorted rows."""
+    monkeypatch.setattr(fused, "LONG_CLASS", 64)
+    sizes = tuple(-(-size // 8) for size in sizes)
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    if len(sizes) > 2:  # else large classes start where stretches do
+        labels[3] = -100
+    features, _ = batch(len(labels), 2, 5)
+    rows = Batch(features, labels.to(DEVICE), "labels")
+    found, _, groups = fused.sort_labels(rows, Options(num_classes=len(sizes)))
+    assert found.slots is not None
+    sums, counts, unit, norms = fused.class_sums(features, *groups, normalize)
+    lengths = torch.linalg.vector_norm(features, dim=1)
+    rows = features / lengths[:, None] if normalize else features
+    valid = labels.to(DEVICE) >= 0
+    expected = torch.zeros(len(sums), 5, device=DEVICE)
+    expected.index_add_(0, found.slots[valid], rows[valid])
+    torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(counts, torch.bincount(found.slots[valid], minlength=len(sums)).float())
+    torch.testing.assert_close(
+        unit, torch.nn.functional.normalize(expected, dim=1), rtol=1e-4, atol=1e-4
+    )
+    if normalize:
+        torch.testing.assert_close(norms[valid], lengths[valid])
+
+
+@pytest.mark.parametrize(("num_rows", "num_classes"), [(49, 40), (40, 1)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.02, "epsilon": 0.01},
+        {"leave_one_out": True, "num_classes": 41},
+        {"ignore_index": 0},
+    ],
+    ids=str,
+)
+def test_rows_in_order_of_class(
+    num_rows: int, num_classes: int, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large batches are swept in order of class, where only a few tiles of keys have a mask."""
+    monkeypatch.setattr(fused, "SORTED_FROM", 0)
+    monkeypatch.setitem(fused.TILES[4], 64, fused.Tiles(32, 16, 8, 2))
+    compare(*batch(num_rows, num_classes, 24), **options)
+
+
+def test_memory_and_reference_set_in_order_of_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots with gaps, and slots of rows that take no part."""
+    monkeypatch.setattr(fused, "SORTED_FROM", 0)
+    test_memory()
+    test_reference_set_views_and_strides()
+    test_as_on_a_gpu(3, monkeypatch)
 
 
 def test_a_reference_set_with_nothing_valid_has_no_class_0() -> None:
@@ -291,16 +378,34 @@ def test_forward_alone_keeps_no_gradient() -> None:
     torch.testing.assert_close(got, varcon_loss(features, labels, impl="reference"), **FLOAT32)
 
 
-def test_second_derivatives_are_those_of_the_equations() -> None:
-    features, labels = batch(9, 3, 6, torch.float32)
-    features.requires_grad_()
+@pytest.mark.parametrize("in_order", [False, True])
+def test_second_derivatives_are_those_of_the_equations(
+    in_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the reference's equations, from what the kernels keep: rows in the order of the batch.
+
+    Lengths of rows that take no part are whatever was in memory.
+    """
+    monkeypatch.setattr(fused, "SORTED_FROM", 0 if in_order else 2**62)
+    make_sums = fused.class_sums
+
+    def with_unset_norms(*arguments: Any) -> tuple[Tensor, ...]:
+        *others, norms = make_sums(*arguments)
+        norms[::4] = 0.0
+        return *others, norms
+
+    monkeypatch.setattr(fused, "class_sums", with_unset_norms)
+    features, labels = batch(13, 4, 8)
+    labels[::4] = -100
     found = []
-    for impl in ("triton", "reference"):
-        loss = varcon_loss(features, labels, 0.5, 0.2, impl=impl)
-        (first,) = torch.autograd.grad(loss, features, create_graph=True)
-        found += torch.autograd.grad(first.square().sum(), features)
-    assert found[1].abs().max() > 1e-4
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    for impl in ("reference", "triton"):
+        anchors = features.clone().requires_grad_()
+        loss = varcon_loss(anchors, labels, 0.5, 0.2, ignore_index=-100, impl=impl)
+        (gradient,) = torch.autograd.grad(loss, anchors, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), anchors, retain_graph=True)
+        found.append((second, torch.autograd.grad(loss + gradient.square().sum(), anchors)[0]))
+    assert found[0][0].abs().max() > 1e-4
+    torch.testing.assert_close(found[1], found[0], rtol=2e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("num_classes", [5, None])
@@ -322,17 +427,18 @@ def test_operators_follow_the_rules(dtype: torch.dtype) -> None:
     features, labels = batch(9, 4, 6, dtype)
     valid = labels != 2
     norms = fused.row_norms(features, valid)
-    found = fused.sort_labels(labels, 4, 2)
+    rows = Batch(features, labels, "labels")
+    found, lookup, groups = fused.sort_labels(rows, Options(num_classes=4, ignore_index=2))
     operators = torch.ops.varcon_loss
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for operator, arguments in (
         (operators.row_norms, (features, valid)),
         (operators.sort_labels, (labels, 2, 4)),
-        (operators.class_sums, (features, *found.groups, True)),
+        (operators.class_sums, (features, *groups, True)),
     ):
         torch.library.opcheck(operator.default, arguments, test_utils=checks)
-    _, counts, w, _ = fused.class_sums(features, *found.groups, True)
-    present, count = counts > 0, found.classes.num_present
+    _, counts, w, _ = fused.class_sums(features, *groups, True)
+    present, count = counts > 0, lookup.num_present
     features.requires_grad_()
     differentiated = (features, norms, w, True, True)  # need_grad, need_terms
     rest = (None, found.slots, present, count, False, None, valid, None, 0.1, 0.02, None)
@@ -347,80 +453,3 @@ def test_float64_is_an_error_and_wide_rows_too() -> None:
     with pytest.raises(ValueError, match="width 1025"):
         varcon_loss(wide, labels, impl="triton")
     assert varcon_terms(wide, labels).impl == "eager"
-
-
-def test_import_leaves_triton_alone() -> None:
-    code = "import sys, varcon_loss.fused; sys.exit('varcon_loss.kernels' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_no_interpreter_no_cpu() -> None:
-    code = (
-        "import torch, varcon_loss\n"
-        "try: varcon_loss.varcon_loss(torch.ones(4, 3), torch.zeros(4).long(), impl='triton')\n"
-        "except ValueError as error: assert 'CUDA' in str(error), error\n"
-        "else: raise SystemExit('no error')"
-    )
-    environment = {"PATH": "/usr/bin:/bin"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
-@pytest.mark.parametrize("everything", [False, True])
-def test_the_compiler_takes_what_the_interpreter_takes(everything: bool) -> None:
-    """For a GPU that need not be there: the compiler has rules that the interpreter lacks."""
-    code = (
-        "import torch\n"
-        "from benchmarks.kernel_code import compile_helpers, compile_smallest, compile_sweep\n"
-        "for dtype in (torch.bfloat16, torch.float16, torch.float32):\n"
-        f"    made = compile_sweep(dtype, 128, 65536, everything={everything})\n"
-        "    assert made.matrix_instructions > 0 and made.shared_bytes <= 232448, made\n"
-        "    assert made.loop_spills in (0, None), made\n"
-        "    compile_helpers(dtype, 128)\n"
-        "    compile_smallest(dtype)\n"
-    )
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
-def test_a_hundred_thousand_classes() -> None:
-    """From a memory, so that few rows do. Float32 equations are wrong by 4e-5 here."""
-    features, _ = batch(16, 2, 8)
-    labels = torch.arange(16, device=DEVICE) * 6001
-    known = torch.nn.functional.normalize(torch.randn(100_000, 8), dim=1)
-    losses, gradients = [], []
-    for impl, x in (("triton", features), ("reference", features.detach().double())):
-        criterion = VarConLoss(
-            num_classes=len(known), feature_dim=8, centroid_momentum=0.9, impl=impl
-        ).to(DEVICE)
-        criterion.centroid_memory.copy_(known)
-        criterion.centroid_seen.fill_(1)
-        loss = criterion(x.requires_grad_(), labels)
-        losses.append(loss)
-        gradients.append(torch.autograd.grad(loss, x)[0])
-    for got, want in (losses, gradients):
-        error = (got.double() - want).norm() / want.norm()
-        assert error < 1e-5
-
-
-NEWER_PRECISION = hasattr(torch.backends.cuda.matmul, "fp32_precision")
-
-
-@pytest.mark.skipif(not NEWER_PRECISION, reason="settings of torch 2.9")
-def test_tf32_follows_either_of_torchs_settings() -> None:
-    """In a process of its own: torch refuses to mix the two."""
-    for setting in (
-        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
-        "torch.backends.cuda.matmul.allow_tf32 = True",
-        "torch.set_float32_matmul_precision('high')",
-    ):
-        program = f"""
-import torch
-from varcon_loss import VarConLoss, fused
-assert fused.float32_precision() == "ieee"
-{setting}
-assert fused.float32_precision() == "tf32"
-VarConLoss(impl="triton")(torch.randn(4, 8, requires_grad=True), torch.arange(4) % 2).backward()
-"""
-        subprocess.run(
-            [sys.executable, "-c", program], check=True, env=os.environ | {"TRITON_INTERPRET": "1"}
-        )

@@ -5,7 +5,6 @@ torch.compile does not look into, so one path serves eager mode, compiled graphs
 interpreter, under which the kernels run on CPU tensors (``TRITON_INTERPRET=1``).
 """
 
-import contextlib
 import functools
 import importlib.util
 import os
@@ -29,9 +28,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_DIM = 1024
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 in the matrix units
 SMALLEST_SHARED = 99 * 1024  # bytes of shared memory on every device from there on
-# All else fits that; float32 rows wider than this take so much, by precision, as compiled.
-NARROW_FLOAT32 = 512
-WIDE_FLOAT32_BYTES = {"ieee": 129 * 1024, "tf32": 257 * 1024}
+SORTED_AT_ONCE = 4096  # up to here torch sorts in one launch, whatever the width of the keys
+LABELS_A_BLOCK = 1024
+LONG_CLASS = 512  # members; the sum of a larger class is shared between programs
+# From this many multiplications of one product on, sorting the rows by class pays: see `sweep`.
+SORTED_FROM = 2**34
 
 
 def runs_by_default(features: Tensor, dtype: torch.dtype) -> bool:
@@ -64,13 +65,15 @@ def why_not(features: Tensor, dtype: torch.dtype) -> str | None:
     capability, shared_bytes = _device_limits(device)
     if capability < OLDEST_CAPABILITY:
         return f"{device} has compute capability {capability[0]}.{capability[1]}, older than 8.0"
-    if features.itemsize == 4 and dim > NARROW_FLOAT32:
-        needed = WIDE_FLOAT32_BYTES[float32_precision()]
-        if needed > shared_bytes:
-            return (
-                f"float32 features of width {dim} need {needed // 1024} KiB of shared memory, and "
-                f"{device} has {shared_bytes // 1024} KiB"
-            )
+    needed = _largest_tiles(dim, features.itemsize, capability).shared_bytes(
+        dim, features.itemsize, capability, float32_precision()
+    )
+    if needed > shared_bytes:
+        dtype_name = str(features.dtype).removeprefix("torch.")
+        return (
+            f"{dtype_name} features of width {dim} need {needed // 1024} KiB of shared memory, and "
+            f"{device} has {shared_bytes // 1024} KiB"
+        )
     return None
 
 
@@ -82,6 +85,8 @@ class DeviceLimits(NamedTuple):
 
 
 def _device_limits(device: torch.device) -> DeviceLimits:
+    if device.type == "cpu":  # Triton's interpreter
+        return DeviceLimits((9, 0), 227 * 1024)
     properties = torch.cuda.get_device_properties(device)
     shared_bytes = getattr(properties, "shared_memory_per_block_optin", SMALLEST_SHARED)
     return DeviceLimits((properties.major, properties.minor), shared_bytes)
@@ -95,14 +100,18 @@ def _power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any) -> None:
-    """``arguments`` end in a dict of the kernel's constants."""
-    *tensors, constants = arguments
-    if 0 in grid:
+def _launch(kernel: Any, programs: int, device: torch.device, **arguments: Any) -> None:
+    if programs == 0:
         return
-    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
-        kernel[grid](*tensors, **constants)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[(programs,)](**arguments)
+    else:
+        with torch.cuda.device(device):
+            kernel[(programs,)](**arguments)
+
+
+def _strides(features: Tensor) -> dict[str, int]:
+    return {"stride_row": features.stride(0), "stride_dim": features.stride(1)}
 
 
 def _operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -134,13 +143,19 @@ def row_norms(features: Tensor, valid: Tensor | None) -> Tensor:
     norms = features.new_empty(num_rows, dtype=torch.float32)
     block_d = _power_of_two(dim)
     block_n = 4096 // block_d
-    constants = {"BLOCK_N": block_n, "BLOCK_D": block_d, "HAS_VALID": valid is not None}
     _launch(
         kernels.row_norms_kernel,
-        (-(-num_rows // block_n),),
+        -(-num_rows // block_n),
         features.device,
-        *(features, valid, norms, num_rows, dim, *features.stride()),
-        constants,
+        x_ptr=features,
+        valid_ptr=valid,
+        norms_ptr=norms,
+        num_rows=num_rows,
+        dim=dim,
+        **_strides(features),
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        HAS_VALID=valid is not None,
     )
     return norms
 
@@ -149,6 +164,7 @@ class Groups(NamedTuple):
     """Samples sorted by class, and in each class by their place in the batch."""
 
     order: Tensor  # [N] int64 sample numbers
+    runs: Tensor  # [N] int32 slots in that order, -1 where a sample is in no class
     starts: Tensor  # [S] int32, where the samples of a slot start in `order`
     ends: Tensor  # [S] int32, and where they end
 
@@ -161,7 +177,7 @@ def _new_labels(labels: Tensor, ignored: int | None, num_classes: int | None) ->
         torch.empty_like(labels, dtype=torch.bool),
         labels.new_empty(0 if num_classes is None else num_rows, dtype=torch.bool),
         torch.empty_like(labels),
-        torch.empty_like(labels),
+        torch.empty_like(labels, dtype=torch.int32),
         labels.new_empty(size, dtype=torch.int32),
         labels.new_empty(size, dtype=torch.int32),
         labels.new_empty(size),
@@ -170,31 +186,76 @@ def _new_labels(labels: Tensor, ignored: int | None, num_classes: int | None) ->
     )
 
 
-@_operator("sort_labels", _new_labels)
+def _fake_labels(
+    labels: Tensor, ignored: int | None, num_classes: int | None
+) -> tuple[Tensor, ...]:
+    values, valid, broken, slots, *others = _new_labels(labels, ignored, num_classes)
+    return values, valid, broken, slots, torch.empty_like(labels), *others
+
+
+def _sort(labels: Tensor, num_classes: int | None) -> tuple[Tensor, Tensor]:
+    """Stable sort. Known classes by narrow keys, if there are many: a radix sort reads each byte.
+
+    Keys of labels out of range are out of range.
+    """
+    if num_classes is not None and len(labels) > SORTED_AT_ONCE and num_classes < 2**31:
+        labels = labels.clamp(-1, num_classes).to(_smallest_integer(num_classes))
+    return labels.sort(stable=True)
+
+
+def _smallest_integer(largest: int) -> torch.dtype:
+    return torch.int16 if largest < 2**15 else torch.int32
+
+
+@_operator("sort_labels", _fake_labels)
 def _sort_labels(
     labels: Tensor, ignore_index: int | None, num_classes: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from varcon_loss import kernels
 
-    ordered, order = labels.sort(stable=True)
-    values, valid, broken, slots, _, *per_slot, num_present, divisor = _new_labels(
+    ordered, order = _sort(labels, num_classes)
+    values, valid, broken, slots, runs, starts, ends, classes, num_present, divisor = _new_labels(
         labels, ignore_index, num_classes
     )
-    constants = {
+    num_rows, num_blocks = len(labels), max(1, -(-len(labels) // LABELS_A_BLOCK))
+    shared = {
+        "labels_ptr": labels,
+        "sorted_ptr": ordered,
+        "order_ptr": order,
+        "num_rows": num_rows,
+        "ignore_index": ignore_index or 0,
+        "num_classes": num_classes or 0,
         "HAS_IGNORE": ignore_index is not None,
         "HAS_RANGE": num_classes is not None,
-        "BLOCK": min(2048, max(16, _power_of_two(len(labels)))),
+        "BLOCK": LABELS_A_BLOCK,
     }
+    counts = divisor
+    if num_blocks > 1:
+        counts = labels.new_empty(num_blocks, 3)
+        kernel = kernels.count_segments_kernel
+        _launch(kernel, num_blocks, labels.device, counts_ptr=counts, **shared)
     _launch(
         kernels.segments_kernel,
-        (1,),
+        num_blocks,
         labels.device,
-        *(ordered, order, values, valid, broken, slots, *per_slot, num_present, divisor),
-        *(len(labels), len(per_slot[0]), ignore_index or 0, num_classes or 0),
-        constants,
+        counts_ptr=counts,
+        values_ptr=values,
+        valid_ptr=valid,
+        broken_ptr=broken,
+        slots_ptr=slots,
+        runs_ptr=runs,
+        starts_ptr=starts,
+        ends_ptr=ends,
+        classes_ptr=classes,
+        num_present_ptr=num_present,
+        divisor_ptr=divisor,
+        num_slots=len(starts),
+        num_blocks=num_blocks,
+        HAS_COUNTS=num_blocks > 1,
+        **shared,
     )
-    starts, ends, classes = per_slot
-    return values, valid, broken, slots, order, starts, ends, classes, num_present, divisor
+    found = (runs, starts, ends, classes, num_present, divisor)
+    return values, valid, broken, slots, order, *found
 
 
 def read(batch: Batch, options: Options, dtype: torch.dtype) -> Samples:
@@ -204,35 +265,42 @@ def read(batch: Batch, options: Options, dtype: torch.dtype) -> Samples:
     return Samples(features=batch.features, labels=labels, valid=valid, broken=broken, norms=norms)
 
 
-def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool) -> Classes:
-    """As `varcon_loss.classes.summarise`, in one sort, and nothing waits for ``K``.
+def sort_labels(batch: Batch, options: Options) -> tuple[Samples, ClassIndex, Groups]:
+    """The labels read, their classes indexed and grouped in one sort; nothing waits for ``K``.
 
-    Lengths, counts and centroids fall out of the sums.
+    Lengths are not measured yet.
     """
     num_classes, ignore_index = options.num_classes, options.ignore_index
     if values_may_be_read(batch.labels):
         read_labels(batch, options)  # raises
-    labels, valid, broken, slots, order, starts, ends, ascending, num_present, num_valid = (
+    labels, valid, broken, slots, order, runs, starts, ends, ascending, num_present, num_valid = (
         _sort_labels(batch.labels.to(torch.int64), ignore_index, num_classes)
     )
-    sums, counts, unit, norms = class_sums(batch.features, order, starts, ends, options.normalize)
-    members = Samples(
+    samples = Samples(
         features=batch.features,
         labels=labels,
         valid=valid,
         broken=None if num_classes is None else broken,
         num_valid=num_valid,
         slots=slots,
-        norms=norms if options.normalize else None,
     )
+    lookup = ClassIndex(
+        size=len(ascending), gaps="last", ascending=ascending, num_present=num_present
+    )
+    return samples, lookup, Groups(order=order, runs=runs, starts=starts, ends=ends)
+
+
+def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool) -> Classes:
+    """As `varcon_loss.classes.summarise`; lengths, counts and centroids fall out of the sums."""
+    samples, lookup, groups = sort_labels(batch, options)
+    sums, counts, unit, norms = class_sums(batch.features, *groups, options.normalize)
+    assert lookup.num_present is not None
     return Classes(
-        lookup=ClassIndex(
-            size=len(ascending), gaps="last", ascending=ascending, num_present=num_present
-        ),
+        lookup=lookup,
         sums=sums,
         counts=counts,
-        members=members,
-        centroids=Centroids(unit=unit, present=None, num_present=num_present, packed=True),
+        members=samples.measured(norms) if options.normalize else samples,
+        centroids=Centroids(unit=unit, present=None, num_present=lookup.num_present, packed=True),
     )
 
 
@@ -242,7 +310,9 @@ def group_slots(slots: Tensor, valid: Tensor | None, size: int) -> Groups:
     ordered, order = keys.to(torch.int32).sort(stable=True)
     borders = torch.arange(size + 1, dtype=torch.int32, device=slots.device)
     borders = torch.searchsorted(ordered, borders, out_int32=True)
-    return Groups(order, borders[:-1].contiguous(), borders[1:].contiguous())
+    runs = ordered if valid is None else ordered.masked_fill(ordered == size, -1)
+    starts, ends = borders[:-1].contiguous(), borders[1:].contiguous()
+    return Groups(order=order, runs=runs, starts=starts, ends=ends)
 
 
 def sum_slots(rows: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> Tensor:
@@ -251,7 +321,7 @@ def sum_slots(rows: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> T
 
 
 def _new_sums(
-    features: Tensor, order: Tensor, starts: Tensor, ends: Tensor, normalize: bool
+    features: Tensor, order: Tensor, runs: Tensor, starts: Tensor, ends: Tensor, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (num_rows, dim), size = features.shape, starts.shape[0]
     return (
@@ -264,7 +334,7 @@ def _new_sums(
 
 @_operator("class_sums", _new_sums)
 def class_sums(
-    features: Tensor, order: Tensor, starts: Tensor, ends: Tensor, normalize: bool
+    features: Tensor, order: Tensor, runs: Tensor, starts: Tensor, ends: Tensor, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sum the rows ``[N, D]`` of each class, divided by their lengths if ``normalize``.
 
@@ -276,33 +346,45 @@ def class_sums(
     """
     from varcon_loss import kernels
 
-    (num_rows, dim), size = features.shape, starts.shape[0]
-    sums, counts, unit, norms = _new_sums(features, order, starts, ends, normalize)
-    # Large classes are cut into pieces that run side by side.
-    pieces = min(64, _power_of_two(num_rows // (32 * size)))
-    partial = sums if pieces == 1 else sums.new_empty(size, pieces, dim)
+    num_rows, dim = features.shape
+    sums, counts, unit, norms = _new_sums(features, order, runs, starts, ends, normalize)
     block_d = _power_of_two(dim)
-    constants = {
-        "PIECES": pieces,
+    shared = {
+        "x_ptr": features,
+        "order_ptr": order,
+        "starts_ptr": starts,
+        "ends_ptr": ends,
+        "norms_ptr": norms,
+        "dim": dim,
+        "LONG": LONG_CLASS,
         "BLOCK_N": max(1, 4096 // block_d),
         "BLOCK_D": block_d,
         "NORMALIZE": normalize,
-    }
+    } | _strides(features)
+    pieces = sums
+    if num_rows > LONG_CLASS:
+        # Large classes are cut into pieces that run side by side.
+        stretches = -(-num_rows // LONG_CLASS)
+        pieces = sums.new_empty(stretches, 2, dim)
+        _launch(
+            kernels.class_pieces_kernel,
+            stretches,
+            features.device,
+            runs_ptr=runs,
+            pieces_ptr=pieces,
+            num_rows=num_rows,
+            **shared,
+        )
     _launch(
         kernels.class_sums_kernel,
-        (size, pieces),
+        len(starts),
         features.device,
-        *(features, order, starts, ends, partial, unit, counts, norms, dim, *features.stride()),
-        constants,
+        pieces_ptr=pieces,
+        sums_ptr=sums,
+        unit_ptr=unit,
+        counts_ptr=counts,
+        **shared,
     )
-    if pieces > 1:
-        _launch(
-            kernels.join_pieces_kernel,
-            (size,),
-            features.device,
-            *(partial, sums, unit, dim),
-            {"PIECES": pieces, "BLOCK_D": block_d},
-        )
     return sums, counts, unit, norms
 
 
@@ -314,21 +396,61 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
 
+    def shared_bytes(
+        self, dim: int, itemsize: int, capability: tuple[int, int], precision: str
+    ) -> int:
+        """What a block of threads needs at most: its rows, the prefetched keys, barriers."""
+        width = max(16, _power_of_two(dim))
+        numbers = (self.rows + self.stages * self.keys) * width
+        if itemsize == 4 and width > 512 and precision == "tf32":
+            numbers *= 2  # as compiled, for every target
+        if capability[0] == 10:  # products read both operands, and weights, from there
+            numbers += self.rows * (width + self.keys)
+        return numbers * itemsize + 1024
 
-def choose_tiles(num_rows: int, dim: int, itemsize: int) -> Tiles:
+
+# By bytes of a number, and width up to which. Two blocks of 4 warps share the registers of
+# a multiprocessor: while one waits for its products, the other computes exponentials.
+# `benchmarks/kernel_code.py` shows what the compiler makes of them: no loop spills registers.
+TILES = {
+    2: {
+        64: Tiles(64, 128, 4, 3),
+        128: Tiles(64, 128, 4, 2),
+        256: Tiles(64, 64, 8, 2),
+        512: Tiles(32, 32, 8, 2),
+        1024: Tiles(16, 16, 8, 2),
+    },
+    4: {
+        64: Tiles(64, 32, 8, 2),
+        128: Tiles(64, 16, 8, 2),
+        256: Tiles(32, 16, 8, 2),
+        512: Tiles(16, 16, 8, 2),
+        1024: Tiles(16, 16, 8, 1),
+    },
+}
+# The same by the major number of the compute capability, where those would spill.
+OTHER_TILES = {
+    (8, 2, 64): Tiles(64, 64, 4, 3),
+    (8, 2, 128): Tiles(64, 64, 4, 2),
+    (12, 2, 64): Tiles(64, 64, 4, 3),
+    (12, 2, 128): Tiles(64, 64, 4, 2),
+    (10, 2, 128): Tiles(64, 64, 4, 2),
+    (10, 4, 128): Tiles(32, 16, 8, 2),
+    (12, 4, 128): Tiles(32, 16, 8, 2),
+}
+
+
+def _largest_tiles(dim: int, itemsize: int, capability: tuple[int, int]) -> Tiles:
+    width = max(64, _power_of_two(dim))
+    return OTHER_TILES.get((capability[0], itemsize, width), TILES[itemsize][width])
+
+
+def choose_tiles(num_rows: int, dim: int, itemsize: int, capability: tuple[int, int]) -> Tiles:
     """Rows as many as registers allow, fewer where a small batch would leave the GPU idle."""
-    width = max(16, _power_of_two(dim))
-    if itemsize == 2:
-        rows, keys = {16: (128, 128), 32: (128, 128), 64: (128, 64), 128: (128, 64)}.get(
-            width, (max(16, 16384 // width), max(16, 16384 // width))
-        )
-    else:
-        rows, keys = max(16, min(64, 8192 // width)), max(16, min(32, 4096 // width))
-    while rows > 16 and num_rows < 128 * rows:
-        rows //= 2
-    # One block fills a multiprocessor's registers, so its shared memory is free for prefetching.
-    stages = 3 if itemsize == 2 and width <= 128 else 2
-    return Tiles(rows, keys, 8 if rows >= 128 or rows * width >= 16384 else 4, stages)
+    tiles = _largest_tiles(dim, itemsize, capability)
+    if num_rows < 64 * tiles.rows and tiles.rows > 16:
+        tiles = tiles._replace(rows=tiles.rows // 2)
+    return tiles
 
 
 def float32_precision() -> str:
@@ -338,6 +460,11 @@ def float32_precision() -> str:
     if newer is None:
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return "tf32" if newer == "tf32" else "ieee"
+
+
+# What `torch.compiler.assume_constant_result` does, which first imports all of torch._dynamo:
+# torch.compile takes the answer of its first call instead of looking inside.
+float32_precision._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def sweep(
@@ -351,43 +478,63 @@ def sweep(
 
     anchors, centroids = rows.anchors, rows.centroids
     features, norms, valid, broken = anchors.features, anchors.norms, anchors.valid, anchors.broken
-    w, present, num_present = centroids.unit, centroids.present, centroids.num_present
-    packed, slots, own = centroids.packed, rows.slots, rows.own
-    num_rows, dim = features.shape
+    w, present, slots, own = centroids.unit, centroids.present, rows.slots, rows.own
+    (num_rows, dim), num_slots = features.shape, len(w)
     loss = w.new_empty(num_rows)
     others = w.new_empty(4, num_rows)
     gradient = features.new_empty((num_rows, dim) if need_grad else 0)
     scale = w.new_empty(num_rows if need_grad else 0)
     w = w.contiguous()
     own = None if own is None else own.contiguous()
-    tiles = choose_tiles(num_rows, dim, features.itemsize)
-    constants = {
-        "BLOCK_N": tiles.rows,
-        "BLOCK_K": tiles.keys,
-        "BLOCK_D": max(16, _power_of_two(dim)),
-        "HAS_NORMS": norms is not None,
-        "HAS_VALID": valid is not None,
-        "HAS_PRESENT": present is not None and not packed,
-        "HAS_OWN": own is not None,
-        "HAS_BROKEN": broken is not None,
-        "PACKED": packed,
-        # A small logit's exponential fits float32, but as an operand of a product not float16.
-        "PLAIN_EXP": rows.have_small_logits(temperature) and features.dtype != torch.float16,
-        "NEED_GRAD": need_grad,
-        "PRECISION": float32_precision(),
-        # Triton's interpreter multiplies bfloat16 as if its bits were integers.
-        "UPCAST": features.device.type == "cpu",
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-    }
+    order = None
+    if num_rows * num_slots * dim >= SORTED_FROM:
+        # Rows in order of class: then few keys need a mask, which costs as much as all the rest.
+        slots, order = slots.to(_smallest_integer(num_slots)).sort(stable=True)
+    tiles = choose_tiles(num_rows, dim, features.itemsize, _device_limits(features.device)[0])
     _launch(
         kernels.sweep_kernel,
-        (-(-num_rows // tiles.rows),),
+        -(-num_rows // tiles.rows),
         features.device,
-        *(features, norms, valid, slots, w, w.to(features.dtype), w.sum(0), present, num_present),
-        *(own, broken, loss, others, gradient, scale, num_rows, len(w), dim, *features.stride()),
-        *(temperature, epsilon),
-        constants,
+        x_ptr=features,
+        order_ptr=order,
+        norms_ptr=norms,
+        valid_ptr=valid,
+        slots_ptr=slots,
+        w_ptr=w,
+        keys_ptr=w.to(features.dtype),
+        key_sum_ptr=w.sum(0),
+        present_ptr=present,
+        num_present_ptr=centroids.num_present,
+        own_ptr=own,
+        broken_ptr=broken,
+        loss_ptr=loss,
+        others_ptr=others,
+        gradient_ptr=gradient,
+        scale_ptr=scale,
+        num_rows=num_rows,
+        num_slots=num_slots,
+        dim=dim,
+        **_strides(features),
+        temperature=temperature,
+        epsilon=epsilon,
+        BLOCK_N=tiles.rows,
+        BLOCK_K=tiles.keys,
+        BLOCK_D=max(16, _power_of_two(dim)),
+        HAS_ORDER=order is not None,
+        HAS_NORMS=norms is not None,
+        HAS_VALID=valid is not None,
+        HAS_PRESENT=present is not None and not centroids.packed,
+        HAS_OWN=own is not None,
+        HAS_BROKEN=broken is not None,
+        PACKED=centroids.packed,
+        # A small logit's exponential fits float32, but as an operand of a product not float16.
+        PLAIN_EXP=rows.have_small_logits(temperature) and features.dtype != torch.float16,
+        NEED_GRAD=need_grad,
+        PRECISION=float32_precision(),
+        # Triton's interpreter multiplies bfloat16 as if its bits were integers.
+        UPCAST=features.device.type == "cpu",
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )
     return loss, others, gradient, scale
 

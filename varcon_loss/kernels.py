@@ -5,7 +5,7 @@ it to about unit size without rounding; what is left of the length, a factor nea
 float32 to what comes out of the products. So bfloat16 and float16 operands are the exact features.
 """
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
@@ -13,6 +13,8 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 SMALLEST_LABEL = tl.constexpr(-(2**63))
+# One program serves every batch: these are not compiled in, not even whether 16 divides them.
+SIZES = ("num_rows", "num_slots", "num_blocks", "ignore_index", "num_classes")
 TINY = tl.constexpr(1e-30)  # below any sum of exponentials but the empty one
 
 
@@ -53,7 +55,7 @@ def _lengths(x):
     return tl.where(squares == 0.0, float("inf"), norms)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def row_norms_kernel(
     x_ptr, valid_ptr, norms_ptr, num_rows, dim, stride_row, stride_dim,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -72,84 +74,119 @@ def row_norms_kernel(
 
 
 @triton.jit
-def segments_kernel(
-    sorted_ptr, order_ptr, values_ptr, valid_ptr, broken_ptr, slots_ptr, starts_ptr, ends_ptr,
-    classes_ptr, num_present_ptr, divisor_ptr, num_rows, num_slots, ignore_index, num_classes,
+def _read_segment(
+    labels_ptr, sorted_ptr, order_ptr, at, num_rows, ignore_index, num_classes,
+    HAS_IGNORE: tl.constexpr, HAS_RANGE: tl.constexpr,
+):  # fmt: skip
+    """Row, label, is it valid, is it in range, does its class start here? Of places ``at``.
+
+    The sorted keys may be narrower than the labels: equal for all that are valid, and that is all.
+    """
+    inside = at < num_rows
+    key = tl.load(sorted_ptr + at, mask=inside, other=0)
+    before = tl.load(sorted_ptr + at - 1, mask=inside & (at > 0), other=0)
+    row = tl.load(order_ptr + at, mask=inside, other=0)
+    label = tl.load(labels_ptr + row, mask=inside, other=0)
+    valid = inside
+    if HAS_IGNORE:
+        valid = valid & (label != ignore_index)
+    broken = valid
+    if HAS_RANGE:
+        in_range = (label >= 0) & (label < num_classes)
+        broken = valid & (in_range == 0)
+        valid = valid & in_range
+    is_first = valid & ((at == 0) | (before != key))
+    return row, label, valid, broken, is_first
+
+
+@triton.jit(do_not_specialize=SIZES)
+def count_segments_kernel(
+    labels_ptr, sorted_ptr, order_ptr, counts_ptr, num_rows, ignore_index, num_classes,
     HAS_IGNORE: tl.constexpr, HAS_RANGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sorted labels to slots: one program walks over them with a running count of classes.
+    """Of each block of sorted labels: classes that start, valid labels, the last valid label."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    _, label, valid, _, is_first = _read_segment(
+        labels_ptr, sorted_ptr, order_ptr, at, num_rows, ignore_index, num_classes,
+        HAS_IGNORE, HAS_RANGE,
+    )  # fmt: skip
+    counts_at = counts_ptr + tl.program_id(0) * 3
+    tl.store(counts_at, tl.sum(is_first.to(tl.int64), 0))
+    tl.store(counts_at + 1, tl.sum(valid.to(tl.int64), 0))
+    tl.store(counts_at + 2, tl.max(tl.where(valid, label, SMALLEST_LABEL), 0))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def segments_kernel(
+    labels_ptr, sorted_ptr, order_ptr, counts_ptr, values_ptr, valid_ptr, broken_ptr, slots_ptr,
+    runs_ptr, starts_ptr, ends_ptr, classes_ptr, num_present_ptr, divisor_ptr, num_rows, num_slots,
+    num_blocks, ignore_index, num_classes,
+    HAS_IGNORE: tl.constexpr, HAS_RANGE: tl.constexpr, HAS_COUNTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sorted labels to slots, a block of labels a program; ``counts`` tell what is before it.
 
     Writes, for each sample: its label (0 where invalid), whether it is valid or out of range, and
-    its slot; for each slot: where its samples start and end among the sorted ones, and its label.
+    its slot; for each place among the sorted: its slot, -1 where invalid; for each slot: where its
+    samples start and end among the sorted ones, and its label.
     """
-    num_present = tl.full([], 0, tl.int32)
-    num_valid = tl.full([], 0, tl.int32)
-    last_class = tl.full([], SMALLEST_LABEL, tl.int64)
-    for start in range(0, num_rows, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < num_rows
-        label = tl.load(sorted_ptr + at, mask=inside, other=0)
-        before = tl.load(sorted_ptr + at - 1, mask=inside & (at > 0), other=0)
-        after = tl.load(sorted_ptr + at + 1, mask=at + 1 < num_rows, other=0)
-        row = tl.load(order_ptr + at, mask=inside, other=0)
-        valid = inside
-        if HAS_IGNORE:
-            valid = valid & (label != ignore_index)
-        if HAS_RANGE:
-            in_range = (label >= 0) & (label < num_classes)
-            tl.store(broken_ptr + row, valid & (in_range == 0), mask=inside)
-            valid = valid & in_range
-        is_first = valid & ((at == 0) | (before != label))
-        is_last = valid & ((at == num_rows - 1) | (after != label))
-        slot = num_present + tl.cumsum(is_first.to(tl.int32), 0) - 1
-        tl.store(values_ptr + row, tl.where(valid, label, 0), mask=inside)
-        tl.store(valid_ptr + row, valid, mask=inside)
-        tl.store(slots_ptr + row, tl.where(valid, slot, 0).to(tl.int64), mask=inside)
-        tl.store(starts_ptr + slot, at, mask=is_first)
-        tl.store(ends_ptr + slot, at + 1, mask=is_last)
-        tl.store(classes_ptr + slot, label, mask=is_first)
-        num_present += tl.sum(is_first.to(tl.int32), 0)
-        num_valid += tl.sum(valid.to(tl.int32), 0)
-        last_class = tl.maximum(last_class, tl.max(tl.where(valid, label, SMALLEST_LABEL), 0))
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num_rows
+    row, label, valid, broken, is_first = _read_segment(
+        labels_ptr, sorted_ptr, order_ptr, at, num_rows, ignore_index, num_classes,
+        HAS_IGNORE, HAS_RANGE,
+    )  # fmt: skip
+    key = tl.load(sorted_ptr + at, mask=inside, other=0)
+    after = tl.load(sorted_ptr + at + 1, mask=at + 1 < num_rows, other=0)
+    is_last = valid & ((at == num_rows - 1) | (after != key))
+    if HAS_COUNTS:
+        earlier = tl.full([], 0, tl.int64)
+        num_present = tl.full([], 0, tl.int64)
+        num_valid = tl.full([], 0, tl.int64)
+        last_class = tl.full([], SMALLEST_LABEL, tl.int64)
+        for start in range(0, num_blocks, BLOCK):
+            block = start + tl.arange(0, BLOCK)
+            counts_at = counts_ptr + block * 3
+            there = block < num_blocks
+            firsts = tl.load(counts_at, mask=there, other=0)
+            num_present += tl.sum(firsts, 0)
+            earlier += tl.sum(tl.where(block < tl.program_id(0), firsts, 0), 0)
+            num_valid += tl.sum(tl.load(counts_at + 1, mask=there, other=0), 0)
+            last = tl.load(counts_at + 2, mask=there, other=SMALLEST_LABEL)
+            last_class = tl.maximum(last_class, tl.max(last, 0))
+    else:
+        earlier = tl.full([], 0, tl.int64)
+        num_present = tl.sum(is_first.to(tl.int64), 0)
+        num_valid = tl.sum(valid.to(tl.int64), 0)
+        last_class = tl.max(tl.where(valid, label, SMALLEST_LABEL), 0)
+    slot = earlier.to(tl.int32) + tl.cumsum(is_first.to(tl.int32), 0) - 1
+    if HAS_RANGE:
+        tl.store(broken_ptr + row, broken, mask=inside)
+    tl.store(values_ptr + row, tl.where(valid, label, 0), mask=inside)
+    tl.store(valid_ptr + row, valid, mask=inside)
+    tl.store(slots_ptr + row, tl.where(valid, slot, 0).to(tl.int64), mask=inside)
+    tl.store(runs_ptr + at, tl.where(valid, slot, -1), mask=inside)
+    tl.store(starts_ptr + slot, at, mask=is_first)
+    tl.store(ends_ptr + slot, at + 1, mask=is_last)
+    tl.store(classes_ptr + slot, label, mask=is_first)
+
     # Empty slots: no samples, and the last label again, so that the labels stay sorted.
     last_class = tl.where(num_present > 0, last_class, 0)
-    for start in range(0, num_slots, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        empty = (slot >= num_present) & (slot < num_slots)
-        tl.store(starts_ptr + slot, tl.zeros([BLOCK], tl.int32), mask=empty)
-        tl.store(ends_ptr + slot, tl.zeros([BLOCK], tl.int32), mask=empty)
-        tl.store(classes_ptr + slot, tl.zeros([BLOCK], tl.int64) + last_class, mask=empty)
-    tl.store(num_present_ptr, num_present.to(tl.int64))
-    tl.store(divisor_ptr, tl.maximum(num_valid, 1).to(tl.float32))
+    empty = (at >= num_present) & (at < num_slots)
+    tl.store(starts_ptr + at, tl.zeros([BLOCK], tl.int32), mask=empty)
+    tl.store(ends_ptr + at, tl.zeros([BLOCK], tl.int32), mask=empty)
+    tl.store(classes_ptr + at, tl.zeros([BLOCK], tl.int64) + last_class, mask=empty)
+    if tl.program_id(0) == 0:
+        tl.store(num_present_ptr, num_present)
+        tl.store(divisor_ptr, tl.maximum(num_valid, 1).to(tl.float32))
 
 
 @triton.jit
-def _store_unit(sums_ptr, unit_ptr, at, mask, total):
-    """A class sum, and its direction: zero if its members cancel out."""
-    scale = _inverse_power_of_two(tl.max(tl.abs(total), 0))
-    norm = tl.sum(_lengths(total[None, :]), 0)
-    tl.store(sums_ptr + at, total, mask=mask)
-    tl.store(unit_ptr + at, total * scale / (norm * scale), mask=mask)
-
-
-@triton.jit
-def class_sums_kernel(
-    x_ptr, order_ptr, starts_ptr, ends_ptr, sums_ptr, unit_ptr, counts_ptr, norms_ptr, dim,
-    stride_row, stride_dim,
-    PIECES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
+def _sum_members(
+    x_ptr, order_ptr, norms_ptr, begin, end, dims, dim, stride_row, stride_dim,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Sum one piece of one class, its members taken in the order of the batch; and their lengths.
-
-    No two programs write to one place, so two runs give the same bits. A class in one piece gets
-    its centroid here; else ``sums`` is ``[S, PIECES, D]``, for `join_pieces_kernel`.
-    """
-    slot = tl.program_id(0).to(tl.int64)
-    piece = tl.program_id(1)
-    dims = tl.arange(0, BLOCK_D)
-    first, last = tl.load(starts_ptr + slot), tl.load(ends_ptr + slot)
-    length = (last - first + PIECES - 1) // PIECES
-    begin = first + piece * length
-    end = tl.minimum(begin + length, last)
+    """Sum of the rows in places ``begin`` to ``end`` of the order, unit rows if ``NORMALIZE``."""
     total = tl.zeros([BLOCK_D], tl.float32)
     for start in range(begin, end, BLOCK_N):
         members = start + tl.arange(0, BLOCK_N)
@@ -164,39 +201,129 @@ def class_sums_kernel(
             scale = _inverse_power_of_two(norms)
             x = x * scale[:, None] / (norms * scale)[:, None]
         total += tl.sum(x, 0)
-    at = (slot * PIECES + piece) * dim + dims
-    if PIECES == 1:
-        _store_unit(sums_ptr, unit_ptr, at, dims < dim, total)
-    else:
-        tl.store(sums_ptr + at, total, mask=dims < dim)
-    if piece == 0:
-        tl.store(counts_ptr + slot, (last - first).to(tl.float32))
+    return total
 
 
-@triton.jit
-def join_pieces_kernel(
-    pieces_ptr, sums_ptr, unit_ptr, dim, PIECES: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Sums of pieces ``[S, PIECES, D]`` to sums of classes and unit centroids ``[S, D]``."""
+@triton.jit(do_not_specialize=SIZES)
+def class_pieces_kernel(
+    x_ptr, order_ptr, runs_ptr, starts_ptr, ends_ptr, pieces_ptr, norms_ptr, num_rows, dim,
+    stride_row, stride_dim,
+    LONG: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Sums over ``LONG`` places of the order, of the classes with more members than that.
+
+    At most two such classes meet in one stretch: one that is there at its start, one that starts
+    later. ``pieces`` is ``[stretches, 2, D]``.
+    """
+    stretch = tl.program_id(0)
+    dims = tl.arange(0, BLOCK_D)
+    begin = stretch * LONG
+    end = tl.minimum(begin + LONG, num_rows)
+    for which in range(2):
+        slot = tl.load(runs_ptr + tl.where(which == 0, begin, end - 1))
+        first = tl.load(starts_ptr + slot, mask=slot >= 0, other=0)
+        last = tl.load(ends_ptr + slot, mask=slot >= 0, other=0)
+        starts_here = first > begin
+        if (last - first > LONG) & (starts_here == (which == 1)):
+            total = _sum_members(
+                x_ptr, order_ptr, norms_ptr, tl.maximum(first, begin), tl.minimum(last, end),
+                dims, dim, stride_row, stride_dim, BLOCK_N, BLOCK_D, NORMALIZE,
+            )  # fmt: skip
+            at = (stretch.to(tl.int64) * 2 + which) * dim + dims
+            tl.store(pieces_ptr + at, total, mask=dims < dim)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def class_sums_kernel(
+    x_ptr, order_ptr, starts_ptr, ends_ptr, pieces_ptr, sums_ptr, unit_ptr, counts_ptr, norms_ptr,
+    dim, stride_row, stride_dim,
+    LONG: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Sum of a class, a program each, its members taken in the order of the batch; their lengths.
+
+    No two programs write to one place, so two runs give the same bits. The sum of a class with more
+    than ``LONG`` members is that of its pieces.
+    """
     slot = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
-    mask = dims < dim
-    total = tl.zeros([BLOCK_D], tl.float32)
-    for piece in range(PIECES):
-        at = (slot * PIECES + piece) * dim + dims
-        total += tl.load(pieces_ptr + at, mask=mask, other=0.0)
-    _store_unit(sums_ptr, unit_ptr, slot * dim + dims, mask, total)
+    first, last = tl.load(starts_ptr + slot), tl.load(ends_ptr + slot)
+    is_long = last - first > LONG
+    total = _sum_members(
+        x_ptr, order_ptr, norms_ptr, first, tl.where(is_long, first, last), dims, dim, stride_row,
+        stride_dim, BLOCK_N, BLOCK_D, NORMALIZE,
+    )  # fmt: skip
+    stretches = tl.where(is_long, (last - 1) // LONG + 1, 0)
+    for start in range(first // LONG, stretches, BLOCK_N):
+        stretch = start + tl.arange(0, BLOCK_N)
+        which = (first > stretch * LONG).to(tl.int32)
+        at = (stretch * 2 + which).to(tl.int64)[:, None] * dim + dims[None, :]
+        mask = (stretch < stretches)[:, None] & (dims < dim)[None, :]
+        total += tl.sum(tl.load(pieces_ptr + at, mask=mask, other=0.0), 0)
+
+    scale = _inverse_power_of_two(tl.max(tl.abs(total), 0))
+    norm = tl.sum(_lengths(total[None, :]), 0)
+    at = slot * dim + dims
+    tl.store(sums_ptr + at, total, mask=dims < dim)
+    # A direction; zero if the members cancel out.
+    tl.store(unit_ptr + at, total * scale / (norm * scale), mask=dims < dim)
+    tl.store(counts_ptr + slot, (last - first).to(tl.float32))
 
 
 @triton.jit
+def _sweep_tile(
+    x, slots, to_log2, shift, total, mixed, keys_ptr, present_ptr, start, bound, dims, dim,
+    MASKED: tl.constexpr, BLOCK_K: tl.constexpr, HAS_PRESENT: tl.constexpr,
+    PLAIN_EXP: tl.constexpr, NEED_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: the sums ``total`` of exponentials, and of keys weighed by them."""
+    operand = keys_ptr.dtype.element_ty
+    slot = start + tl.arange(0, BLOCK_K)
+    keys_at = tl.arange(0, BLOCK_K)[:, None] * dim + dims[None, :]
+    keys_mask = (dims < dim)[None, :]
+    if MASKED:
+        keys_mask = keys_mask & (slot < bound)[:, None]
+    keys = tl.load(keys_ptr + start.to(tl.int64) * dim + keys_at, mask=keys_mask, other=0.0)
+    if UPCAST:
+        keys = keys.to(tl.float32)
+    logits = tl.dot(x, tl.trans(keys), input_precision=PRECISION) * to_log2[:, None]
+    if MASKED:
+        # The own class stays out: with it, 1 - p would be lost to rounding.
+        taken = slot < bound
+        if HAS_PRESENT:
+            taken = taken & (tl.load(present_ptr + slot, mask=taken, other=0) != 0)
+        other = taken[None, :] & (slot[None, :] != slots[:, None])
+        logits = tl.where(other, logits, float("-inf"))
+    if PLAIN_EXP:
+        weights = tl.exp2(logits)
+    else:
+        higher = tl.maximum(shift, tl.max(logits, 1))
+        from_shift = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(logits - from_shift[:, None])
+        rescale = tl.exp2(shift - from_shift)
+        shift = higher
+        total = total * rescale
+        if NEED_GRAD:
+            mixed = mixed * rescale[:, None]
+    total += tl.sum(weights, 1)
+    if NEED_GRAD:
+        weights = weights.to(operand)
+        if UPCAST:
+            weights = weights.to(tl.float32)
+        mixed = tl.dot(weights, keys, acc=mixed, input_precision=PRECISION)
+    return shift, total, mixed
+
+
+@triton.jit(do_not_specialize=SIZES)
 def sweep_kernel(
-    x_ptr, norms_ptr, valid_ptr, slots_ptr, w_ptr, keys_ptr, key_sum_ptr, present_ptr,
-    num_classes_ptr, own_ptr, broken_ptr, loss_ptr, others_ptr, gradient_ptr, scale_ptr,
+    x_ptr, order_ptr, norms_ptr, valid_ptr, slots_ptr, w_ptr, keys_ptr, key_sum_ptr, present_ptr,
+    num_present_ptr, own_ptr, broken_ptr, loss_ptr, others_ptr, gradient_ptr, scale_ptr,
     num_rows, num_slots, dim, stride_row, stride_dim, temperature, epsilon,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_NORMS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_PRESENT: tl.constexpr,
-    HAS_OWN: tl.constexpr, HAS_BROKEN: tl.constexpr, PACKED: tl.constexpr, PLAIN_EXP: tl.constexpr,
-    NEED_GRAD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_ORDER: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_VALID: tl.constexpr,
+    HAS_PRESENT: tl.constexpr, HAS_OWN: tl.constexpr, HAS_BROKEN: tl.constexpr,
+    PACKED: tl.constexpr, PLAIN_EXP: tl.constexpr, NEED_GRAD: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Loss terms of a block of rows and their gradient: one pass over the keys.
 
@@ -205,9 +332,12 @@ def sweep_kernel(
     each row keeps small gradients in the range of float16.
     """
     operand = x_ptr.dtype.element_ty
-    rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     inside = rows < num_rows
+    slots = tl.load(slots_ptr + rows, mask=inside, other=0).to(tl.int32)
+    if HAS_ORDER:
+        rows = tl.load(order_ptr + rows, mask=inside, other=0)
     dim_mask = dims < dim
     taking_part = inside
     if HAS_VALID:
@@ -223,13 +353,12 @@ def sweep_kernel(
     else:
         norms = tl.full([BLOCK_N], 1.0, tl.float32)
         to_unit = norms
-    slots = tl.load(slots_ptr + rows, mask=inside, other=0)
     if UPCAST:
         x = x.to(tl.float32)
 
-    num_classes = tl.load(num_classes_ptr)
+    num_present = tl.load(num_present_ptr)
     if PACKED:
-        bound = tl.minimum(num_classes, num_slots).to(tl.int32)
+        bound = tl.minimum(num_present, num_slots).to(tl.int32)
     else:
         bound = num_slots
     to_log2 = to_unit * (LOG2_E / temperature)
@@ -238,39 +367,36 @@ def sweep_kernel(
         shift = tl.zeros([BLOCK_N], tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     mixed = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in range(0, bound, BLOCK_K):
-        slot = start + tl.arange(0, BLOCK_K)
-        taken = slot < bound
-        keys_at = slot[:, None].to(tl.int64) * dim + dims[None, :]
-        keys = tl.load(keys_ptr + keys_at, mask=taken[:, None] & dim_mask[None, :], other=0.0)
-        if UPCAST:
-            keys = keys.to(tl.float32)
-        if HAS_PRESENT:
-            taken = taken & (tl.load(present_ptr + slot, mask=taken, other=0) != 0)
-        logits = tl.dot(x, tl.trans(keys), input_precision=PRECISION) * to_log2[:, None]
-        # The own class stays out: with it, 1 - p would be lost to rounding.
-        other = taken[None, :] & (slot[None, :] != slots[:, None])
-        logits = tl.where(other, logits, float("-inf"))
-        if PLAIN_EXP:
-            weights = tl.exp2(logits)
-        else:
-            higher = tl.maximum(shift, tl.max(logits, 1))
-            from_shift = tl.where(higher == float("-inf"), 0.0, higher)
-            weights = tl.exp2(logits - from_shift[:, None])
-            rescale = tl.exp2(shift - from_shift)
-            shift = higher
-            total = total * rescale
-            if NEED_GRAD:
-                mixed = mixed * rescale[:, None]
-        total += tl.sum(weights, 1)
-        if NEED_GRAD:
-            weights = weights.to(operand)
-            if UPCAST:
-                weights = weights.to(tl.float32)
-            mixed = tl.dot(weights, keys, acc=mixed, input_precision=PRECISION)
+
+    # In order of class, only the tiles of keys from `first` to `end` hold own classes of the block:
+    # they need a mask, and so does the last one if it is not full. (Scalars that are loaded, not
+    # reduced from `slots`: so the compiler knows that they are the same for all threads.)
+    num_full = bound // BLOCK_K
+    num_tiles = tl.cdiv(bound, BLOCK_K)
+    first, end = tl.minimum(bound, 0), num_tiles
+    if HAS_ORDER and not HAS_PRESENT:
+        block = tl.program_id(0).to(tl.int64) * BLOCK_N
+        lowest = tl.load(slots_ptr + block).to(tl.int32)
+        highest = tl.load(slots_ptr + tl.minimum(block + BLOCK_N, num_rows) - 1).to(tl.int32)
+        first = tl.minimum(lowest // BLOCK_K, num_full)
+        end = tl.minimum(highest // BLOCK_K + 1, num_tiles)
+        end = tl.maximum(end, first)
+        for step in range(0, first + tl.maximum(num_full - end, 0)):
+            tile = tl.where(step < first, step, step - first + end)
+            shift, total, mixed = _sweep_tile(
+                x, slots, to_log2, shift, total, mixed, keys_ptr, present_ptr, tile * BLOCK_K,
+                bound, dims, dim, False, BLOCK_K, HAS_PRESENT, PLAIN_EXP, NEED_GRAD, PRECISION,
+                UPCAST,
+            )  # fmt: skip
+    for step in range(0, end - first + num_tiles - tl.maximum(end, num_full)):
+        tile = tl.where(first + step < end, first + step, num_full)
+        shift, total, mixed = _sweep_tile(
+            x, slots, to_log2, shift, total, mixed, keys_ptr, present_ptr, tile * BLOCK_K, bound,
+            dims, dim, True, BLOCK_K, HAS_PRESENT, PLAIN_EXP, NEED_GRAD, PRECISION, UPCAST,
+        )  # fmt: skip
 
     # Everything below is float32, a few numbers a row. As in `objective.row_objective`.
-    slot_at = slots[:, None] * dim + dims[None, :]
+    slot_at = slots[:, None].to(tl.int64) * dim + dims[None, :]
     row_mask = inside[:, None] & dim_mask[None, :]
     own_at = rows[:, None] * dim + dims[None, :]
     w_slot = tl.load(w_ptr + slot_at, mask=row_mask, other=0.0)
@@ -283,7 +409,7 @@ def sweep_kernel(
         w_own = tl.load(own_ptr + own_at, mask=row_mask, other=0.0)
         t = tl.sum(x.to(tl.float32) * w_own, 1) * to_unit / temperature
 
-    num_others = tl.maximum(num_classes.to(tl.float32) - 1.0, 0.0)
+    num_others = tl.maximum(num_present.to(tl.float32) - 1.0, 0.0)
     lse_others = (shift + tl.log2(total)) * LN_2
     margin = lse_others - t
     p_own, p_rest = _sigmoid(-margin), _sigmoid(margin)

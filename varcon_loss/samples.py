@@ -1,6 +1,6 @@
 """One entry a sample: features without views, labels read, lengths."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,16 +43,11 @@ class Samples(NamedTuple):
 
     def placed(self, slots: Tensor) -> "Samples":
         """The same in these slots ``[N]``."""
-        return Samples(
-            features=self.features,
-            labels=self.labels,
-            valid=self.valid,
-            broken=self.broken,
-            num_valid=self.num_valid,
-            slots=slots,
-            unit=self.unit,
-            norms=self.norms,
-        )
+        return self._with(slots=slots)
+
+    def measured(self, norms: Tensor) -> "Samples":
+        """The same with their lengths ``[N]``."""
+        return self._with(norms=norms)
 
     def narrowed(self, kept: Tensor, broken: Tensor | None = None) -> "Samples":
         """The same, valid only where ``kept`` ``[N]``; ``broken`` ``[N]`` where more are."""
@@ -60,15 +55,13 @@ class Samples(NamedTuple):
             if values_may_be_read(kept) and bool(kept.all()):
                 return self
             broken = self.broken
-        return Samples(
-            features=self.features,
-            labels=self.labels,
-            valid=kept if self.valid is None else self.valid & kept,
-            broken=broken,
-            slots=self.slots,
-            unit=self.unit,
-            norms=self.norms,
-        )
+        valid = kept if self.valid is None else self.valid & kept
+        return self._with(valid=valid, broken=broken, num_valid=None)
+
+    def _with(self, **changed: Any) -> "Samples":
+        # `_replace`, which the compiler of torch 2.6 does not trace.
+        kept = {name: getattr(self, name) for name in Samples._fields}
+        return Samples(**(kept | changed))
 
 
 def shape_of_samples(features: Tensor) -> torch.Size:

@@ -1,0 +1,172 @@
+"""What a step of the kernels costs the host, its memory, its programs: without a GPU.
+
+A stand-in driver takes launches and runs nothing, so Triton's real front end does its part on CPU
+tensors. ``python -m tests.host_work`` prints a line of JSON. A process of its own: the driver and
+the environment are the whole process's.
+"""
+
+import collections
+import dataclasses
+import itertools
+import json
+import os
+import sys
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from varcon_loss import VarConLoss, fused, kernels
+from varcon_loss.implementations import IMPLEMENTATIONS
+from varcon_loss.rows import nothing_prevents
+
+LAUNCHED: collections.Counter[str] = collections.Counter()
+COMPILED: dict[str, set[str]] = collections.defaultdict(set)
+# Operators that give a tensor without a launch.
+VIEWS = ("view", "expand", "unsqueeze", "slice", "select", "detach", "alias", "t.", "reshape")
+
+
+class Driver:
+    """What Triton asks of a driver before a launch."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+class Kernel:
+    """What a compiled kernel is to a launch."""
+
+    function = packed_metadata = None
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def launch_metadata(self, *_: object) -> None:
+        return None
+
+    def run(self, *_: object) -> None:
+        LAUNCHED[self.name] += 1
+
+
+def compile_nothing(self: Any, key: str, *_: object) -> Kernel:
+    name = self.fn.__name__
+    COMPILED[name].add(str(key))
+    kernel = Kernel(name)
+    self.device_caches[0][0][key] = kernel
+    return kernel
+
+
+class CountOperators(TorchDispatchMode):
+    """Names of the operators that run, those of backward too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func).removeprefix("aten."))
+        return func(*args, **(kwargs or {}))
+
+
+def stand_in() -> None:
+    driver.set_active(Driver())
+    JITFunction._do_compile = compile_nothing
+    IMPLEMENTATIONS["triton"] = dataclasses.replace(fused.FUSED, why_not=nothing_prevents)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("varcon_loss") and hasattr(module, "values_may_be_read"):
+            module.values_may_be_read = lambda tensor: False
+
+
+def problem(num_rows: int, num_classes: int, known: bool) -> tuple[Tensor, Tensor, VarConLoss]:
+    features = torch.randn(num_rows, 128, dtype=torch.bfloat16).requires_grad_()
+    labels = torch.randint(num_classes, (num_rows,))
+    return features, labels, VarConLoss(num_classes=num_classes if known else None, impl="triton")
+
+
+def step(num_rows: int, num_classes: int, known: bool) -> Any:
+    features, labels, criterion = problem(num_rows, num_classes, known)
+    return lambda: torch.autograd.grad(criterion(features, labels), features)
+
+
+def count(run: Any) -> dict[str, int]:
+    """Launches, allocations and Python calls of one step that is warm."""
+    for _ in range(3):
+        run()
+    LAUNCHED.clear()
+    with CountOperators() as operators:
+        run()
+    launched = sum(LAUNCHED.values())
+    allocations = [name for name in operators.names if "empty" in name]
+    views = [name for name in operators.names if name.startswith(VIEWS)]
+    calls = 0
+
+    def on_event(_: object, event: str, __: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(on_event)
+    run()
+    sys.setprofile(None)
+    return {
+        "kernels": launched,
+        "operators": len(operators.names) - len(allocations) - len(views),
+        "allocations": len(allocations),
+        "python_calls": calls,
+    }
+
+
+def variants(sizes: list[int], known: bool) -> dict[str, int]:
+    """Programs a kernel is compiled to over batches of all these sizes."""
+    COMPILED.clear()
+    for kernel in vars(kernels).values():
+        if isinstance(kernel, JITFunction):
+            kernel.device_caches.clear()
+    for size in sizes:
+        step(size, 37, known)()
+    return {name: len(keys) for name, keys in COMPILED.items()}
+
+
+def peak_over_features(num_rows: int, num_classes: int, known: bool) -> float:
+    """The most memory that forward has at a time, in units of the features' bytes.
+
+    Backward has the kept gradient and its product with the upstream one: twice the features. (On a
+    CPU torch also makes float32 copies there, so it is left out.)
+    """
+    features, labels, criterion = problem(num_rows, num_classes, known)
+    criterion(features, labels)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        loss = criterion(features, labels)
+    del loss
+    events = record.profiler.kineto_results.events()
+    changes = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
+    peak = max(itertools.accumulate(change for _, change in changes))
+    return peak / (num_rows * 128 * 2)
+
+
+SIZES = [1, 2, 15, 16, 17, 100, 512, 513, 1024, 1025, 4095, 4096, 5000, 8191, 16384, 20000]
+
+if __name__ == "__main__":
+    stand_in()
+    torch.set_num_threads(1)
+    answer = {"triton": triton.__version__, "step": count(step(512, 100, True))}
+    answer["variants"] = {known: variants(SIZES, known == "known") for known in ("known", "any")}
+    answer["memory"] = {
+        known: peak_over_features(65_536, 10_000, known == "known") for known in ("known", "any")
+    }
+    print(json.dumps(answer))
