@@ -172,10 +172,11 @@ def evaluate(call: Call, *, need_terms: bool) -> Outcome:
     with _without_autocast(call.features):
         try:
             batch, reference = _check(call)
-            way = choose(options.impl, batch.features, _computing_dtype(call))
+            dtype = _computing_dtype(call)
+            way = choose(options.impl, batch.features, dtype)
             with torch.no_grad():
-                anchors, classes = _read(call, way, batch, reference)
-                row_weights = weigh_rows(anchors, options.weight, _computing_dtype(call))
+                anchors, classes = _read(call, way, dtype, batch, reference)
+                row_weights = weigh_rows(anchors, options.weight, dtype)
         except (TypeError, ValueError):
             if group is not None:  # the other ranks wait in this step's collective
                 announce_failure(group, call.plans, _agreement(call))
@@ -185,7 +186,7 @@ def evaluate(call: Call, *, need_terms: bool) -> Outcome:
                 plan = make_plan(group, call.plans, _agreement(call), classes.num_members)
                 share, world_size = denominator(anchors, row_weights), plan.world_size
                 classes, total = exchange_classes(plan, classes, share, sum_slots=way.sum_slots)
-            rows = _match(call, way, anchors, classes)
+            rows = _match(call, way, dtype, anchors, classes)
             if total is not None and classes is not None and rows.kept is not None:
                 total = denominator_of_kept(classes, rows.kept, options.weight)
         terms = way.sweep(rows, options.temperature, options.epsilon, need_terms)
@@ -259,10 +260,14 @@ def _without_autocast(features: object) -> contextlib.AbstractContextManager[obj
 
 
 def _read(
-    call: Call, way: Implementation, batch: Batch, reference: Batch | None
+    call: Call,
+    way: Implementation,
+    dtype: torch.dtype,
+    batch: Batch,
+    reference: Batch | None,
 ) -> tuple[Samples, Classes | None]:
     """The anchors, and the classes that they or the reference set make; None: a memory is read."""
-    options, memory, dtype = call.options, call.memory, _computing_dtype(call)
+    options, memory = call.options, call.memory
     count = options.leave_one_out or memory is not None or options.process_group is not None
     if reference is None and (memory is None or memory.update):
         classes = way.summarise(batch, options, dtype, count=count)
@@ -274,9 +279,14 @@ def _read(
     return anchors, way.summarise(reference, options, dtype, count=count)
 
 
-def _match(call: Call, way: Implementation, anchors: Samples, classes: Classes | None) -> Rows:
+def _match(
+    call: Call,
+    way: Implementation,
+    dtype: torch.dtype,
+    anchors: Samples,
+    classes: Classes | None,
+) -> Rows:
     if call.memory is not None:
-        dtype = _computing_dtype(call)
         return match_memory(anchors, classes, call.memory, dtype, copy=way.rereads_centroids)
     assert classes is not None
     if call.ref_features is not None:
