@@ -78,7 +78,7 @@ def varcon_loss(
         exchange=exchange,
         impl=impl,
     )
-    call = Call(features, labels, ref_features, ref_labels, options=options)
+    call = Call(features, labels, ref_features, ref_labels, options, plans=PLANS_OF_FUNCTIONS)
     return evaluate(call, need_terms=False).reduced
 
 
@@ -120,7 +120,7 @@ def varcon_terms(
     if unknown:
         checks.refuse_unknown("varcon_terms", unknown, Options._fields)
     checked = check_options(temperature=temperature, epsilon=epsilon, **options)
-    call = Call(features, labels, ref_features, ref_labels, options=checked)
+    call = Call(features, labels, ref_features, ref_labels, checked, plans=PLANS_OF_FUNCTIONS)
     return evaluate(call, need_terms=True).terms(features)
 
 
@@ -132,8 +132,8 @@ class Call(NamedTuple):
     ref_features: Tensor | None
     ref_labels: Tensor | None
     options: Options
+    plans: Plans  # of exchanges between ranks
     memory: CentroidMemory | None = None
-    plans: Plans = PLANS_OF_FUNCTIONS
 
 
 class Outcome(NamedTuple):

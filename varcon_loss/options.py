@@ -40,12 +40,10 @@ def check_options(**given: Any) -> Options:
     num_classes = checks.resolve_num_classes(options.num_classes, options.weight)
     checks.check_exchange(options.process_group, options.exchange, num_classes)
     # Not by `_replace`, which the compiler of torch 2.6 does not trace.
-    return Options(
-        **given
-        | {
-            "temperature": temperature,
-            "epsilon": epsilon,
-            "ignore_index": ignore_index,
-            "num_classes": num_classes,
-        }
-    )
+    checked: dict[str, Any] = {
+        "temperature": temperature,
+        "epsilon": epsilon,
+        "ignore_index": ignore_index,
+        "num_classes": num_classes,
+    }
+    return Options(**{**given, **checked})

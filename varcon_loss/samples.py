@@ -61,7 +61,7 @@ class Samples(NamedTuple):
     def _with(self, **changed: Any) -> "Samples":
         # `_replace`, which the compiler of torch 2.6 does not trace.
         kept = {name: getattr(self, name) for name in Samples._fields}
-        return Samples(**(kept | changed))
+        return Samples(**{**kept, **changed})
 
 
 def shape_of_samples(features: Tensor) -> torch.Size:
