@@ -1,0 +1,204 @@
+"""Labels as shares: how much of each sample belongs to each class.
+
+``[N, C]`` numbers, at least 0, from mixup, CutMix, smoothing or several labels a sample. A row of
+zeros takes no part. Most such tables are nearly empty (mixup: two entries a row), and then only
+their entries are kept; otherwise the caller's table stays where it is and is read piece by piece.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from varcon_loss.centroids import ROWS_A_SUM, class_sums
+from varcon_loss.products import make_linear
+from varcon_loss.readable import values_may_be_read
+
+# Entries a row up to which they are kept one by one: each costs as much as a small fraction of a
+# row of classes does, hence also no more than every fourth class.
+MOST_ENTRIES = 8
+# Numbers looked at in one piece, as the sweep's chunks.
+PIECE = 2**20
+# Where a table is nearly empty, most blocks of so many numbers are, and a block is quickly seen.
+BLOCK = 32
+
+
+class Shares(NamedTuple):
+    """Either form of the shares; each row may stand for several samples."""
+
+    values: Tensor  # [R, C] as the caller gave it, any float dtype; or [R, M], the entries
+    slots: Tensor | None  # [R, M] int64 where the entries are, different in a row; S: no entry
+    columns: Tensor | None  # [S] the column of each slot; None: the columns are the slots
+    views: int = 1  # consecutive samples that share a row: N = R * views
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """The shares ``[n, S]`` (or ``[n, M]``) of some samples, not to be written to.
+
+        ``start`` and ``stop`` are multiples of ``views``.
+        """
+        part = self.values[start // self.views : stop // self.views]
+        if self.columns is not None:
+            part = part.index_select(1, self.columns)
+        part = part.to(dtype)
+        return part if self.views == 1 else part.repeat_interleave(self.views, 0)
+
+    def slots_of(self, start: int, stop: int) -> Tensor:
+        """The slots ``[n, M]`` beside `rows`."""
+        assert self.slots is not None
+        part = self.slots[start // self.views : stop // self.views]
+        return part if self.views == 1 else part.repeat_interleave(self.views, 0)
+
+    @property
+    def num_rows(self) -> int:
+        """N"""
+        return self.values.shape[0] * self.views
+
+
+class ReadShares(NamedTuple):
+    """Shares as the caller gave them, by class, and what is known of the samples."""
+
+    shares: Shares  # slots are classes
+    valid: Tensor | None  # [N] bool, False for a row of zeros; None: all are valid
+    broken: Tensor | None  # [N] bool, rows with an unusable entry; None: there are none
+
+
+def read_shares(values: Tensor, dtype: torch.dtype, views: int = 1, *, name: str) -> ReadShares:
+    """Look at ``[R, C]`` once: are all entries usable, which rows take part, are they few?
+
+    Raises:
+        ValueError: an entry that is negative, infinite or NaN, on a CPU in eager mode. Elsewhere
+            its rows are marked in ``broken``, and their loss becomes NaN.
+    """
+    values = values.detach()
+    readable = values_may_be_read(values)
+    if values.numel() == 0:
+        none = torch.zeros(values.shape[0] * views, dtype=torch.bool, device=values.device)
+        return ReadShares(Shares(values, None, None, views), none, None)
+    lowest, highest = values.amin(1), values.amax(1)
+    valid: Tensor | None = highest != 0  # NaN is valid, so that it shows
+    broken = None
+    if readable:
+        if not (float(lowest.min()) >= 0 and float(highest.max()) < torch.inf):
+            _refuse(values, lowest, highest, name)
+        if bool(valid.all()):
+            valid = None
+    else:
+        broken = ~((lowest >= 0) & (highest < torch.inf))
+    if views > 1:
+        valid = None if valid is None else valid.repeat_interleave(views)
+        broken = None if broken is None else broken.repeat_interleave(views)
+    shares = find_entries(values, dtype, views) if readable else None
+    return ReadShares(shares or Shares(values, None, None, views), valid, broken)
+
+
+def _refuse(values: Tensor, lowest: Tensor, highest: Tensor, name: str) -> None:
+    row = int((~((lowest >= 0) & (highest < torch.inf))).nonzero()[0])
+    entries = values[row]
+    column = int((~((entries >= 0) & (entries < torch.inf))).nonzero()[0])
+    raise ValueError(
+        f"{name} as class probabilities must be finite and at least 0, got "
+        f"{float(entries[column])} for sample {row} and class {column}: a sample that is to take "
+        "no part has a row of zeros"
+    )
+
+
+def find_entries(values: Tensor, dtype: torch.dtype, views: int = 1) -> Shares | None:
+    """The entries of ``[R, C]``, all at least 0, where each row has few; None where one has not.
+
+    It reads values: on a CPU.
+    """
+    num_rows, num_columns = values.shape
+    most = min(MOST_ENTRIES, num_columns // 4)
+    if most == 0 or int(values[:16].count_nonzero(1).max()) > most:
+        return None
+    found = []
+    step = max(1, PIECE // num_columns)
+    for start in range(0, num_rows, step):
+        piece = values[start : start + step].reshape(-1)
+        places = _nonzero(piece, most * step)
+        if places is None:
+            return None
+        found.append(places + start * num_columns)
+    flat = torch.cat(found)
+    rows = torch.div(flat, num_columns, rounding_mode="floor")
+    columns = flat - rows * num_columns
+    counts = torch.bincount(rows, minlength=num_rows)
+    width = max(1, int(counts.max()))
+    if width > most:
+        return None
+    place = torch.arange(len(flat)) - (counts.cumsum(0) - counts).index_select(0, rows)
+    place += rows * width
+    slots = torch.full((num_rows * width,), num_columns)
+    entries = torch.zeros(num_rows * width, dtype=dtype)
+    slots[place] = columns
+    entries[place] = values[rows, columns].to(dtype)
+    return Shares(entries.view(-1, width), slots.view(-1, width), None, views)
+
+
+def _nonzero(numbers: Tensor, most: int) -> Tensor | None:
+    """Where ``[n]`` is not zero, ascending; None where at more than ``most`` places."""
+    whole = numbers.shape[0] // BLOCK * BLOCK
+    blocks = numbers[:whole].view(-1, BLOCK)
+    some = blocks.amax(1).nonzero().squeeze(1)
+    if len(some) > most:
+        return None
+    block, within = blocks.index_select(0, some).nonzero(as_tuple=True)
+    last = numbers[whole:].nonzero().squeeze(1) + whole
+    return torch.cat((some.index_select(0, block) * BLOCK + within, last))
+
+
+def in_slots(shares: Shares, classes: Tensor) -> Shares:
+    """The same shares by slot, where only ``classes`` ``[S]`` have one; others are dropped."""
+    if shares.slots is None:
+        return shares._replace(columns=classes)
+    size = classes.shape[0]
+    # Beyond the last class, and hence as the last slot, stands "no entry".
+    num_classes = int(torch.maximum(shares.slots.max(), classes.max())) + 1
+    table = torch.full((num_classes,), size, device=classes.device)
+    table[classes] = torch.arange(size, device=classes.device)
+    slots = table[shares.slots]
+    return shares._replace(values=shares.values.masked_fill(slots == size, 0.0), slots=slots)
+
+
+def class_masses(shares: Shares, size: int, dtype: torch.dtype) -> Tensor:
+    """How many samples each of ``size`` classes has, in shares: ``[S]``."""
+    if shares.slots is not None:
+        # Added one by one, and float32 adds so many badly.
+        masses = shares.values.new_zeros(size + 1, dtype=torch.float64)
+        masses.index_add_(0, shares.slots.reshape(-1), shares.values.reshape(-1).double())
+        return masses[:size].mul_(shares.views).to(dtype)
+    masses = shares.values.new_zeros(size, dtype=torch.promote_types(dtype, torch.float32))
+    total = masses.to(torch.float64) if _is_long(shares) else masses
+    for start in range(0, shares.values.shape[0], ROWS_A_SUM):
+        part = shares.values[start : start + ROWS_A_SUM]
+        sums = part.sum(0, dtype=masses.dtype)
+        total += sums if shares.columns is None else sums.index_select(0, shares.columns)
+    return total.mul_(shares.views).to(dtype)
+
+
+def share_sums(shares: Shares, unit: Tensor, size: int) -> Tensor:
+    """``w`` before it is made unit: shares of rows ``[N, D]`` summed by slot, ``[S, D]``.
+
+    Off by at most what summing `ROWS_A_SUM` rows costs, as `class_sums`.
+    """
+    if shares.views > 1:
+        unit = unit.unflatten(0, (-1, shares.views)).sum(1)
+        shares = shares._replace(views=1)
+    if shares.slots is not None:
+        sums = unit.new_zeros(size + 1, unit.shape[1])
+        for values, slots in zip(shares.values.unbind(1), shares.slots.unbind(1), strict=True):
+            sums += class_sums(unit * values.unsqueeze(1), slots, size + 1)
+        return sums[:size]
+    sums = unit.new_zeros(size, unit.shape[1])
+    total = sums.to(torch.float64) if _is_long(shares) else sums
+    as_they_are = shares.columns is None and shares.values.dtype == unit.dtype
+    step = ROWS_A_SUM if as_they_are else min(ROWS_A_SUM, max(128, PIECE // max(1, size)))
+    for start in range(0, unit.shape[0], step):
+        rows = unit[start : start + step]
+        part = shares.rows(start, start + step, unit.dtype)
+        total += make_linear(rows.T, size)(part.T, None)
+    return total.to(unit.dtype)
+
+
+def _is_long(shares: Shares) -> bool:
+    return shares.values.shape[0] > ROWS_A_SUM
