@@ -29,6 +29,8 @@ class Shares(NamedTuple):
     values: Tensor  # [R, C] as the caller gave it, any float dtype; or [R, M], the entries
     slots: Tensor | None  # [R, M] int64 where the entries are, different in a row; S: no entry
     columns: Tensor | None  # [S] the column of each slot; None: the columns are the slots
+    # [R, 1] beside entries: the share of all other classes, as smoothing gives; None: 0
+    background: Tensor | None = None
     views: int = 1  # consecutive samples that share a row: N = R * views
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -46,6 +48,13 @@ class Shares(NamedTuple):
         """The slots ``[n, M]`` beside `rows`."""
         assert self.slots is not None
         part = self.slots[start // self.views : stop // self.views]
+        return part if self.views == 1 else part.repeat_interleave(self.views, 0)
+
+    def background_of(self, start: int, stop: int) -> Tensor | None:
+        """The background ``[n, 1]`` beside `rows`."""
+        if self.background is None:
+            return None
+        part = self.background[start // self.views : stop // self.views]
         return part if self.views == 1 else part.repeat_interleave(self.views, 0)
 
     @property
@@ -73,7 +82,7 @@ def read_shares(values: Tensor, dtype: torch.dtype, views: int = 1, *, name: str
     readable = values_may_be_read(values)
     if values.numel() == 0:
         none = torch.zeros(values.shape[0] * views, dtype=torch.bool, device=values.device)
-        return ReadShares(Shares(values, None, None, views), none, None)
+        return ReadShares(Shares(values, None, None, None, views), none, None)
     lowest, highest = values.amin(1), values.amax(1)
     valid: Tensor | None = highest != 0  # NaN is valid, so that it shows
     broken = None
@@ -87,8 +96,8 @@ def read_shares(values: Tensor, dtype: torch.dtype, views: int = 1, *, name: str
     if views > 1:
         valid = None if valid is None else valid.repeat_interleave(views)
         broken = None if broken is None else broken.repeat_interleave(views)
-    shares = find_entries(values, dtype, views) if readable else None
-    return ReadShares(shares or Shares(values, None, None, views), valid, broken)
+    shares = find_entries(values, lowest, dtype, views) if readable else None
+    return ReadShares(shares or Shares(values, None, None, None, views), valid, broken)
 
 
 def _refuse(values: Tensor, lowest: Tensor, highest: Tensor, name: str) -> None:
@@ -102,20 +111,22 @@ def _refuse(values: Tensor, lowest: Tensor, highest: Tensor, name: str) -> None:
     )
 
 
-def find_entries(values: Tensor, dtype: torch.dtype, views: int = 1) -> Shares | None:
-    """The entries of ``[R, C]``, all at least 0, where each row has few; None where one has not.
+def find_entries(
+    values: Tensor, lowest: Tensor, dtype: torch.dtype, views: int = 1
+) -> Shares | None:
+    """The entries of ``[R, C]`` above each row's ``lowest`` ``[R]``, at least 0.
 
-    It reads values: on a CPU.
+    None where a row has many. It reads values: on a CPU.
     """
     num_rows, num_columns = values.shape
     most = min(MOST_ENTRIES, num_columns // 4)
-    if most == 0 or int(values[:16].count_nonzero(1).max()) > most:
+    lowest = lowest.unsqueeze(1)
+    if most == 0 or int((values[:16] > lowest[:16]).sum(1).max()) > most:
         return None
     found = []
     step = max(1, PIECE // num_columns)
     for start in range(0, num_rows, step):
-        piece = values[start : start + step].reshape(-1)
-        places = _nonzero(piece, most * step)
+        places = _above(values[start : start + step], lowest[start : start + step], most)
         if places is None:
             return None
         found.append(places + start * num_columns)
@@ -132,19 +143,28 @@ def find_entries(values: Tensor, dtype: torch.dtype, views: int = 1) -> Shares |
     entries = torch.zeros(num_rows * width, dtype=dtype)
     slots[place] = columns
     entries[place] = values[rows, columns].to(dtype)
-    return Shares(entries.view(-1, width), slots.view(-1, width), None, views)
+    background = lowest.to(dtype) if float(lowest.max()) > 0 else None
+    return Shares(entries.view(-1, width), slots.view(-1, width), None, background, views)
 
 
-def _nonzero(numbers: Tensor, most: int) -> Tensor | None:
-    """Where ``[n]`` is not zero, ascending; None where at more than ``most`` places."""
-    whole = numbers.shape[0] // BLOCK * BLOCK
-    blocks = numbers[:whole].view(-1, BLOCK)
-    some = blocks.amax(1).nonzero().squeeze(1)
-    if len(some) > most:
-        return None
-    block, within = blocks.index_select(0, some).nonzero(as_tuple=True)
-    last = numbers[whole:].nonzero().squeeze(1) + whole
-    return torch.cat((some.index_select(0, block) * BLOCK + within, last))
+def _above(values: Tensor, lowest: Tensor, most: int) -> Tensor | None:
+    """Where ``[n, C]`` is above ``lowest`` ``[n, 1]``, as ascending places in the flat ``[n * C]``.
+
+    None where it is at more than ``most`` places a row, on average.
+    """
+    num_rows, num_columns = values.shape
+    whole = num_columns // BLOCK * BLOCK
+    last = (values[:, whole:] > lowest).nonzero(as_tuple=True)
+    places = last[0] * num_columns + last[1] + whole
+    if whole > 0:
+        blocks = values[:, :whole].unflatten(1, (-1, BLOCK))
+        row, block = (blocks.amax(2) > lowest).nonzero(as_tuple=True)
+        if len(row) > most * num_rows:
+            return None
+        some, within = (blocks[row, block] > lowest[row]).nonzero(as_tuple=True)
+        in_blocks = row[some] * num_columns + block[some] * BLOCK + within
+        places = torch.cat((in_blocks, places)).sort().values if len(places) else in_blocks
+    return places
 
 
 def in_slots(shares: Shares, classes: Tensor) -> Shares:
@@ -165,7 +185,11 @@ def class_masses(shares: Shares, size: int, dtype: torch.dtype) -> Tensor:
     if shares.slots is not None:
         # Added one by one, and float32 adds so many badly.
         masses = shares.values.new_zeros(size + 1, dtype=torch.float64)
-        masses.index_add_(0, shares.slots.reshape(-1), shares.values.reshape(-1).double())
+        above, background = shares.values.double(), shares.background
+        if background is not None:
+            above = above - background
+            masses += background.sum(dtype=torch.float64)
+        masses.index_add_(0, shares.slots.reshape(-1), above.reshape(-1))
         return masses[:size].mul_(shares.views).to(dtype)
     masses = shares.values.new_zeros(size, dtype=torch.promote_types(dtype, torch.float32))
     total = masses.to(torch.float64) if _is_long(shares) else masses
@@ -185,8 +209,13 @@ def share_sums(shares: Shares, unit: Tensor, size: int) -> Tensor:
         unit = unit.unflatten(0, (-1, shares.views)).sum(1)
         shares = shares._replace(views=1)
     if shares.slots is not None:
-        sums = unit.new_zeros(size + 1, unit.shape[1])
-        for values, slots in zip(shares.values.unbind(1), shares.slots.unbind(1), strict=True):
+        above = shares.values
+        if shares.background is None:
+            sums = unit.new_zeros(size + 1, unit.shape[1])
+        else:
+            above = above - shares.background
+            sums = (unit * shares.background).sum(0).repeat(size + 1, 1)
+        for values, slots in zip(above.unbind(1), shares.slots.unbind(1), strict=True):
             sums += class_sums(unit * values.unsqueeze(1), slots, size + 1)
         return sums[:size]
     sums = unit.new_zeros(size, unit.shape[1])
