@@ -24,6 +24,10 @@ from varcon_loss.objective import row_objective, row_slope
 from varcon_loss.products import make_linear
 from varcon_loss.shares import Shares
 
+# A logarithm costs as much as several products, and the eighth power of so many classes is finite
+# in float32. Nobody has more than its fourth root.
+MOST_MULTIPLIED = 2**15
+
 
 class Expected(NamedTuple):
     """What a sweep yields."""
@@ -344,11 +348,12 @@ def _evaluate_rest(
         tau2 = lowest_tau2 * count + 2 * epsilon * confidence
         terms = (count_nll - count_through, count_nll, confidence, tau2)
     rise = through.mul_(p).mul_(minus_a).mul_(minus_a.div_(divisor))  # less a factor 2 epsilon
-    log_q_own = divisor.log_().scatter_(1, taken, 0.0).neg_()
-    loss = background * (2 * nll - sum_through + _sum_classes(log_q_own, shared.scale))
+    divisor.scatter_(1, taken, 1.0)
+    if terms is not None:
+        terms[0].sub_(_sum_classes(divisor.log(), shared.count))
+    loss = background * (2 * nll - sum_through - _sum_of_logs(divisor, shared.scale))
     others = None
     if terms is not None:
-        terms[0].add_(_sum_classes(log_q_own, shared.count))
         others = torch.cat([background * term for term in terms], dim=1).T
 
     slope = background * (2 * number + 2 * epsilon * _sum_classes(rise, shared.scale))
@@ -367,6 +372,20 @@ def _sum_classes(numbers: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         return numbers.sum(1, keepdim=True)
     return torch.mv(numbers[:, :-1], scale).unsqueeze(1)
+
+
+def _sum_of_logs(numbers: Tensor, scale: Tensor | None) -> Tensor:
+    """Of numbers from 1 to K, ``[n, S + 1]`` -> ``[n, 1]``. They are written to."""
+    if scale is not None:
+        return _sum_classes(numbers.log_(), scale)
+    for _ in range(3 if numbers.shape[1] < MOST_MULTIPLIED else 2):
+        half = numbers.shape[1] // 2
+        if half == 0:
+            break
+        if numbers.shape[1] % 2 == 1:
+            numbers[:, :1].mul_(numbers[:, -1:])
+        numbers = numbers[:, :half].mul_(numbers[:, half : 2 * half])
+    return numbers.log_().sum(1, keepdim=True)
 
 
 def _sum_of_others(entries: Tensor) -> Tensor:

@@ -83,7 +83,14 @@ def read_shares(values: Tensor, dtype: torch.dtype, views: int = 1, *, name: str
     if values.numel() == 0:
         none = torch.zeros(values.shape[0] * views, dtype=torch.bool, device=values.device)
         return ReadShares(Shares(values, None, None, None, views), none, None)
-    lowest, highest = values.amin(1), values.amax(1)
+    lowest, highest = values.amin(1), None
+    blocks = None
+    if readable and _may_have_few(values, lowest):
+        # The largest of each block first: it tells where entries are, too.
+        blocks = _block_maxima(values)
+        highest = blocks.amax(1)
+    else:
+        highest = values.amax(1)
     valid: Tensor | None = highest != 0  # NaN is valid, so that it shows
     broken = None
     if readable:
@@ -96,7 +103,7 @@ def read_shares(values: Tensor, dtype: torch.dtype, views: int = 1, *, name: str
     if views > 1:
         valid = None if valid is None else valid.repeat_interleave(views)
         broken = None if broken is None else broken.repeat_interleave(views)
-    shares = find_entries(values, lowest, dtype, views) if readable else None
+    shares = None if blocks is None else find_entries(values, lowest, blocks, dtype, views)
     return ReadShares(shares or Shares(values, None, None, None, views), valid, broken)
 
 
@@ -111,60 +118,64 @@ def _refuse(values: Tensor, lowest: Tensor, highest: Tensor, name: str) -> None:
     )
 
 
+def _may_have_few(values: Tensor, lowest: Tensor) -> bool:
+    """Have the first rows few entries above their ``lowest``?"""
+    most = min(MOST_ENTRIES, values.shape[1] // 4)
+    return most > 0 and int((values[:16] > lowest[:16, None]).sum(1).max()) <= most
+
+
+def _block_maxima(values: Tensor) -> Tensor:
+    """``[R, C]`` -> ``[R, C / BLOCK]``, rounded up."""
+    num_columns = values.shape[1]
+    whole = num_columns // BLOCK * BLOCK
+    maxima = []
+    if whole > 0:
+        maxima.append(values[:, :whole].unflatten(1, (-1, BLOCK)).amax(2))
+    if whole < num_columns:
+        maxima.append(values[:, whole:].amax(1, keepdim=True))
+    return torch.cat(maxima, dim=1)
+
+
 def find_entries(
-    values: Tensor, lowest: Tensor, dtype: torch.dtype, views: int = 1
+    values: Tensor, lowest: Tensor, blocks: Tensor, dtype: torch.dtype, views: int = 1
 ) -> Shares | None:
     """The entries of ``[R, C]`` above each row's ``lowest`` ``[R]``, at least 0.
 
-    None where a row has many. It reads values: on a CPU.
+    ``blocks`` are their `_block_maxima`. None where a row has many. It reads values: on a CPU.
     """
     num_rows, num_columns = values.shape
     most = min(MOST_ENTRIES, num_columns // 4)
-    lowest = lowest.unsqueeze(1)
-    if most == 0 or int((values[:16] > lowest[:16]).sum(1).max()) > most:
+    rows, block = (blocks > lowest.unsqueeze(1)).nonzero(as_tuple=True)
+    if len(rows) > most * num_rows:
         return None
-    found = []
-    step = max(1, PIECE // num_columns)
-    for start in range(0, num_rows, step):
-        places = _above(values[start : start + step], lowest[start : start + step], most)
-        if places is None:
-            return None
-        found.append(places + start * num_columns)
-    flat = torch.cat(found)
-    rows = torch.div(flat, num_columns, rounding_mode="floor")
-    columns = flat - rows * num_columns
+    width = min(BLOCK, num_columns)
+    starts = (block * BLOCK).clamp_max(num_columns - width)
+    above = _windows(values, rows, starts, width) > lowest.index_select(0, rows).unsqueeze(1)
+    if num_columns % BLOCK != 0:
+        # The last block begins before its place, with columns of the one before.
+        above &= starts.unsqueeze(1) + torch.arange(width) >= (block * BLOCK).unsqueeze(1)
+    found, within = above.nonzero(as_tuple=True)
+    rows, columns = rows.index_select(0, found), starts.index_select(0, found) + within
     counts = torch.bincount(rows, minlength=num_rows)
-    width = max(1, int(counts.max()))
-    if width > most:
+    size = max(1, int(counts.max()))
+    if size > most:
         return None
-    place = torch.arange(len(flat)) - (counts.cumsum(0) - counts).index_select(0, rows)
-    place += rows * width
-    slots = torch.full((num_rows * width,), num_columns)
-    entries = torch.zeros(num_rows * width, dtype=dtype)
+    place = torch.arange(len(rows)) - (counts.cumsum(0) - counts).index_select(0, rows)
+    place += rows * size
+    slots = torch.full((num_rows * size,), num_columns)
+    entries = torch.zeros(num_rows * size, dtype=dtype)
     slots[place] = columns
     entries[place] = values[rows, columns].to(dtype)
-    background = lowest.to(dtype) if float(lowest.max()) > 0 else None
-    return Shares(entries.view(-1, width), slots.view(-1, width), None, background, views)
+    background = lowest.unsqueeze(1).to(dtype) if float(lowest.max()) > 0 else None
+    return Shares(entries.view(-1, size), slots.view(-1, size), None, background, views)
 
 
-def _above(values: Tensor, lowest: Tensor, most: int) -> Tensor | None:
-    """Where ``[n, C]`` is above ``lowest`` ``[n, 1]``, as ascending places in the flat ``[n * C]``.
-
-    None where it is at more than ``most`` places a row, on average.
-    """
-    num_rows, num_columns = values.shape
-    whole = num_columns // BLOCK * BLOCK
-    last = (values[:, whole:] > lowest).nonzero(as_tuple=True)
-    places = last[0] * num_columns + last[1] + whole
-    if whole > 0:
-        blocks = values[:, :whole].unflatten(1, (-1, BLOCK))
-        row, block = (blocks.amax(2) > lowest).nonzero(as_tuple=True)
-        if len(row) > most * num_rows:
-            return None
-        some, within = (blocks[row, block] > lowest[row]).nonzero(as_tuple=True)
-        in_blocks = row[some] * num_columns + block[some] * BLOCK + within
-        places = torch.cat((in_blocks, places)).sort().values if len(places) else in_blocks
-    return places
+def _windows(values: Tensor, rows: Tensor, starts: Tensor, width: int) -> Tensor:
+    """``[E, width]`` pieces of rows of ``[R, C]``."""
+    if not values.is_contiguous():
+        return values.unfold(1, width, 1)[rows, starts]
+    flat = values.as_strided((values.numel() - width + 1, width), (1, 1))
+    return flat.index_select(0, rows * values.shape[1] + starts)
 
 
 def in_slots(shares: Shares, classes: Tensor) -> Shares:
