@@ -9,8 +9,8 @@ were its class. With ``s_r`` the `row_slope` of ``L_r``, ``A = sum_r Y_r s_r`` a
 so there are still two matrix products a chunk of rows. One-hot shares give the paper's loss.
 
 ``A p_k - Y_k s_k`` is a difference of nearly equal numbers where the model is confident. There it
-is ``(A - Y_k s_k) - (1 - p_k) A``, of two sums without class ``k``. Entries kept one by one are
-all treated so; of a whole table the one class that has more than half of ``p``, as no two can.
+is ``(A - Y_k s_k) - (1 - p_k) A``, of sums without class ``k``: for classes with more than half of
+``p``, of which a row has one at most.
 """
 
 from collections.abc import Callable
@@ -93,6 +93,9 @@ def expected_loss(
     """
     (num_rows, dim), num_slots = z.shape, w.shape[0]
     on_cpu = z.device.type == "cpu"
+    if shares.background is not None and int(num_classes) == 1:
+        # The class must come out as 0 exactly, and stand alone for that.
+        shares = Shares(shares.table(num_slots, z.dtype), None, None)
     dense = shares.slots is None
     budget = eager.CHUNK_CPU if on_cpu else eager.CHUNK_ACCELERATOR
     chunk = _chunk_rows(num_rows, num_slots + dim, budget, shares.views)
@@ -235,7 +238,9 @@ def _evaluate_entries(
     background = shares.background_of(start, stop)
     if background is not None:
         weights.mul_(total.clamp_min(eager.TINY).reciprocal_())
-        lse = total.log() if shift is None else total.log().add_(shift)
+        lse = total.clamp_min(eager.TINY).log_()
+        if shift is not None:
+            lse += shift
         by_weight = every_logit
         if shared.weight is not None:
             by_weight = torch.mv(z, shared.weighted_key_sum).unsqueeze(1)
@@ -258,7 +263,11 @@ def _evaluate_entries(
         slope += rest.slope
         slope_of_others = slope_of_others + rest.slope
         sum_q_other += rest.sum_q_other
-    at_slots = slope_of_others - torch.sigmoid(row.margin) * slope
+    at_slots = torch.where(
+        row.margin < 0,  # p > 1/2
+        slope_of_others - torch.sigmoid(row.margin) * slope,
+        row.confidence * slope - slopes,
+    )
     at_slots += q_others + values * row.q_rest
     if rest is None:
         dl_du = weights.mul_(slope / total.clamp_min_(eager.TINY))
@@ -473,7 +482,6 @@ def _evaluate_table(
     _add_scaled(every_logit - (num_others + 1) * lse, nll, num_others + 1, through)
     _add_scaled(through, minus_a, -num_others, through)
     through.mul_(q_other)
-
 
     own_p, own_column = row.confidence, m
     others = None

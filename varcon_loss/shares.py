@@ -57,6 +57,16 @@ class Shares(NamedTuple):
         part = self.background[start // self.views : stop // self.views]
         return part if self.views == 1 else part.repeat_interleave(self.views, 0)
 
+    def table(self, size: int, dtype: torch.dtype) -> Tensor:
+        """All of it, ``[N, S]``."""
+        if self.slots is None:
+            return self.rows(0, self.num_rows, dtype)
+        table = self.values.new_zeros(self.values.shape[0], size + 1, dtype=dtype)
+        if self.background is not None:
+            table += self.background
+        table = table.scatter_(1, self.slots, self.values.to(dtype))[:, :size]
+        return table if self.views == 1 else table.repeat_interleave(self.views, 0)
+
     @property
     def num_rows(self) -> int:
         """N"""
