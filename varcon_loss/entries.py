@@ -25,7 +25,7 @@ def evaluate_entries(
     z: Tensor,
     shares: Shares,
     start: int,
-    room: Tensor,
+    room: list[Tensor],
     gradient: Tensor | None,
 ) -> Evaluated:
     """The rows ``z`` of one chunk, whose shares are kept as entries.
@@ -35,7 +35,7 @@ def evaluate_entries(
         z: ``[n, D]``.
         shares: entries of all rows.
         start: which row is the first here.
-        room: ``[1, n, S + 1]``, or five where there is a background.
+        room: ``[n, S + 1]``, once, or five times where there is a background.
         gradient: ``[n, D]`` where the gradient may go.
     """
     stop = start + len(z)
@@ -165,7 +165,7 @@ def _evaluate_rest(
     shift: Tensor | None,
     u: Tensor,
     p: Tensor,
-    room: Tensor,
+    room: list[Tensor],
 ) -> _Rest:
     """Some fifteen passes over a chunk that stays in a CPU's caches; each counts.
 
@@ -180,7 +180,7 @@ def _evaluate_rest(
         u: ``[n, S + 1]`` logits less ``shift``, -inf at the entries and in the last column. Is
             written to.
         p: ``[n, S + 1]``, 0 there.
-        room: ``[3, n, S + 1]``.
+        room: ``[n, S + 1]``, three times.
     """
     minus_a, q_other, divisor = room
     num_others, epsilon = shared.num_others, shared.epsilon

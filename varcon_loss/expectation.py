@@ -103,7 +103,8 @@ def expected_loss(
     )
     evaluate = evaluate_table if dense else evaluate_entries
     num_buffers = 7 if dense else 1 if shares.background is None else 5
-    room = z.new_empty(num_buffers, chunk, products.shape[0])
+    # Each by itself, and hence aligned as a product wants it.
+    room = [z.new_empty(chunk, products.shape[0]) for _ in range(num_buffers)]
     gradient = torch.empty_like(z) if need_grad else None
     losses, others = [], []
     for start in range(0, num_rows, chunk):
@@ -113,7 +114,7 @@ def expected_loss(
             z[start:stop],
             shares,
             start,
-            room[:, : stop - start],
+            [buffer[: stop - start] for buffer in room],
             None if gradient is None else gradient[start:stop],
         )
         losses.append(loss)

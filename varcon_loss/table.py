@@ -14,12 +14,12 @@ def evaluate_table(
     z: Tensor,
     shares: Shares,
     start: int,
-    room: Tensor,
+    room: list[Tensor],
     gradient: Tensor | None,
 ) -> Evaluated:
     """The rows ``z`` of one chunk, where any class may have a share.
 
-    ``room`` is ``[7, n, S]``. Some twenty passes over a chunk that stays in a CPU's caches; each
+    ``room`` is ``[n, S]``, seven times. Some twenty passes over a chunk that stays in a CPU's caches; each
     counts. Class ``m``, the one that may have more than half of ``p``, has a column of its own.
     """
     values = shares.rows(start, start + len(z), z.dtype)
