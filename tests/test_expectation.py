@@ -25,17 +25,12 @@ def shares_of(table: Tensor, form: str, dtype: torch.dtype = F64) -> Shares:
     """Either form of any table, with as many entries a row as it takes."""
     if form == "table":
         return Shares(table, None, None)
-    size = table.shape[1]
     lowest = table.amin(1, keepdim=True)
     background = lowest if form == "background" else torch.zeros_like(lowest)
-    above = table > background
-    entries, slots = torch.where(above, table, -1).topk(max(1, int(above.sum(1).max())), dim=1)
-    missing = entries < 0
+    size = max(1, int((table > background).sum(1).max()))
+    entries, slots = table.topk(size, dim=1)
     return Shares(
-        entries.masked_fill(missing, 0).to(dtype),
-        slots.masked_fill(missing, size),
-        None,
-        lowest.to(dtype) if form == "background" else None,
+        entries.to(dtype), slots, None, lowest.to(dtype) if form == "background" else None
     )
 
 
@@ -171,12 +166,6 @@ def test_gradient_is_that_of_the_equations(
     table = random_table(num_rows, num_classes, density, generator) + floor
     weight = torch.rand(num_classes, generator=generator, dtype=F64) if weighted else None
     shares, epsilon = shares_of(table, form), share * temperature
-    if present is not None and shares.slots is not None:  # as `in_slots` does
-        empty = torch.cat((~present, torch.tensor([True])))[shares.slots]
-        shares = shares._replace(
-            values=shares.values.masked_fill(empty, 0.0),
-            slots=shares.slots.masked_fill(empty, num_classes),
-        )
     loss, others, gradient = expected_loss(
         z, shares, w, present, count, weight, None, temperature, epsilon,
         small_logits=not shifted and 1 / temperature <= 40, project=False, need_grad=True,

@@ -9,7 +9,7 @@ from torch import Tensor
 class Shared(NamedTuple):
     """What does not change from chunk to chunk."""
 
-    to_logits: Callable[[Tensor, Tensor | None], Tensor]  # [n, D] -> [n, S], or [n, S + 1]
+    to_logits: Callable[[Tensor, Tensor | None], Tensor]  # [n, D] -> [n, S]
     to_gradient: Callable[[Tensor, Tensor | None], Tensor] | None  # and back; None: not needed
     key_sum: Tensor  # [D] sum of the keys
     weighted_key_sum: Tensor  # [D] the same by class weight

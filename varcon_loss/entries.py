@@ -35,40 +35,40 @@ def evaluate_entries(
         z: ``[n, D]``.
         shares: entries of all rows.
         start: which row is the first here.
-        room: ``[n, S + 1]``, once, or five times where there is a background.
+        room: ``[n, S]``, once, or five times where there is a background.
         gradient: ``[n, D]`` where the gradient may go.
     """
     stop = start + len(z)
     values, slots = shares.rows(start, stop, z.dtype), shares.slots_of(start, stop)
+    known = None if shared.counted is None else shared.counted[slots]  # 0 for an empty slot
+    if known is not None:
+        values = values * known
     logits = shared.to_logits(z, room[0])
-    no_entry = slots == logits.shape[1] - 1
-    every_logit = logits[:, -1:].clone()
-    slot_logits = logits.gather(1, slots).masked_fill_(no_entry, -torch.inf)
+    slot_logits = logits.gather(1, slots)
+    every_logit = torch.mv(z, shared.key_sum).unsqueeze(1)
 
-    # From here on the row's own classes are out of the sums, and so is the extra key.
-    logits[:, -1] = -torch.inf
+    # From here on the row's own classes are out of the sums.
     logits.scatter_(1, slots, -torch.inf)
     shift = None
     own_weights = slot_logits
     if shared.shifted:
         if shared.present is not None:
-            logits[:, :-1].masked_fill_(~shared.present, -torch.inf)
-        shift = torch.maximum(logits.amax(1), slot_logits.amax(1)).unsqueeze(1)
+            logits.masked_fill_(~shared.present, -torch.inf)
+            own_weights = slot_logits.masked_fill(known == 0, -torch.inf)
+        shift = torch.maximum(logits.amax(1), own_weights.amax(1)).unsqueeze(1)
         shift.masked_fill_(shift == -torch.inf, 0.0)
         logits.sub_(shift)
-        own_weights = slot_logits - shift
+        own_weights = own_weights - shift
     own_weights = own_weights.exp()
+    if known is not None:
+        own_weights *= known
     weights = torch.exp(logits, out=logits if shares.background is None else room[1])
-    if shared.counted is None:
-        total_others = weights.sum(1, keepdim=True)
-    else:
-        total_others = torch.mv(weights[:, :-1], shared.counted).unsqueeze(1)
+    total_others = _sum_classes(weights, shared.counted)
     # For each entry over all classes but its own.
     lse_others = (total_others + _sum_of_others(own_weights)).log_()
     if shift is not None:
         lse_others += shift
 
-    slot_logits.masked_fill_(no_entry, 0.0)
     row = row_objective(
         slot_logits,
         lse_others,
@@ -82,8 +82,7 @@ def evaluate_entries(
         terms = (row.kl, row.nll, row.confidence, row.tau2)
         others = torch.stack([(values * term).sum(1) for term in terms])
     if shared.weight is not None:
-        padded = torch.cat((shared.weight, shared.weight.new_zeros(1)))
-        values = values * padded[slots]
+        values = values * shared.weight[slots]
     loss = (values * row.loss).sum(1)
     total = total_others + own_weights.sum(1, keepdim=True)
     rest = None
@@ -128,9 +127,8 @@ def evaluate_entries(
         if rest.for_all is not None:
             at_slots += rest.for_all
             sum_q_other += rest.for_all
-    dl_du.scatter_(1, slots, at_slots)
-    dl_du[:, -1:] = -sum_q_other
-    return Evaluated(loss, others, shared.to_gradient(dl_du, gradient))
+    dz = shared.to_gradient(dl_du.scatter_(1, slots, at_slots), gradient)
+    return Evaluated(loss, others, dz.addcmul_(sum_q_other, shared.key_sum, value=-1))
 
 
 def _sum_of_others(entries: Tensor) -> Tensor:
@@ -150,7 +148,7 @@ class _Rest(NamedTuple):
     others: Tensor | None  # [4, n]
     slope: Tensor  # [n, 1], to A
     sum_q_other: Tensor  # [n, 1], to B
-    by_class: Tensor  # [n, S + 1], which times
+    by_class: Tensor  # [n, S], which times
     by_row: Tensor  # [n, 1] comes to dL/du, beside A p - B
     for_all: Tensor | None  # [n, 1] which comes off dL/du of every class
 
@@ -172,44 +170,42 @@ def _evaluate_rest(
     Args:
         shared: as above.
         background: ``[n, 1]``.
-        slots: ``[n, M]``, S where there is no entry.
+        slots: ``[n, M]``.
         own_logits: ``[n, M]``.
         every_logits: ``[n, 1]`` sum of all logits, as they are and by class weight.
         lse: ``[n, 1]`` logsumexp of all logits.
         shift: ``[n, 1]`` or None.
-        u: ``[n, S + 1]`` logits less ``shift``, -inf at the entries and in the last column. Is
-            written to.
-        p: ``[n, S + 1]``, 0 there.
-        room: ``[n, S + 1]``, three times.
+        u: ``[n, S]`` logits less ``shift``, -inf at the entries. Is written to.
+        p: ``[n, S]``, 0 there.
+        room: ``[n, S]``, three times.
     """
     minus_a, q_other, divisor = room
     num_others, epsilon = shared.num_others, shared.epsilon
     assert isinstance(num_others, int)  # entries are found on a CPU
     num_classes = num_others + 1
-    taken = torch.cat((slots, torch.full_like(slots[:, :1], u.shape[1] - 1)), dim=1)
 
     # a = 1 / tau2, q_other = exp(-a) / (1 + (K - 1) exp(-a)), q_own = 1 / (...)
     lowest_tau2 = shared.temperature - epsilon
     torch.add(p.new_full((), -lowest_tau2), p, alpha=-2 * epsilon, out=minus_a).reciprocal_()
     torch.exp(minus_a, out=q_other)
     torch.add(p.new_ones(()), q_other, alpha=num_others, out=divisor)
-    q_other.div_(divisor).scatter_(1, taken, 0.0)
+    q_other.div_(divisor).scatter_(1, slots, 0.0)
     # through_q = q_other ((K - 1) a + sum_k u_k - K u_r)
     every = every_logits[0] if shift is None else every_logits[0] - num_classes * shift
     through = torch.add(every, u, alpha=-num_classes, out=u).add_(minus_a, alpha=-num_others)
-    through.mul_(q_other).scatter_(1, taken, 0.0)
+    through.mul_(q_other).scatter_(1, slots, 0.0)
     if shift is not None and shared.counted is not None:
-        through[:, :-1].masked_fill_(shared.counted == 0, 0.0)
+        through.masked_fill_(shared.counted == 0, 0.0)
 
     def sums(every: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Number of classes, their NLL and their ``through_q`` ``[n, 1]``."""
         if scale is None:
-            own = (slots < u.shape[1] - 1).to(p.dtype)
-            number = u.shape[1] - 1 - own.sum(1, keepdim=True)
+            number, own = u.new_full((), u.shape[1] - slots.shape[1]), own_logits
         else:
-            own = torch.cat((scale, scale.new_zeros(1)))[slots]
-            number = scale.sum() - own.sum(1, keepdim=True)
-        nll = number * lse - (every - (own * own_logits).sum(1, keepdim=True))
+            own_scale = scale[slots]
+            number = scale.sum() - own_scale.sum(1, keepdim=True)
+            own = own_scale * own_logits
+        nll = number * lse - (every - own.sum(1, keepdim=True))
         return number, nll, _sum_classes(through, scale)
 
     number, nll, sum_through = sums(every_logits[1], shared.scale)
@@ -220,7 +216,7 @@ def _evaluate_rest(
         tau2 = lowest_tau2 * count + 2 * epsilon * confidence
         terms = (count_nll - count_through, count_nll, confidence, tau2)
     rise = through.mul_(p).mul_(minus_a).mul_(minus_a.div_(divisor))  # less a factor 2 epsilon
-    divisor.scatter_(1, taken, 1.0)
+    divisor.scatter_(1, slots, 1.0)
     if terms is not None:
         terms[0].sub_(_sum_classes(divisor.log(), shared.counted))
     loss = background * (2 * nll - sum_through - _sum_of_logs(divisor, shared.scale))
@@ -235,20 +231,20 @@ def _evaluate_rest(
     if shared.scale is None:
         for_all = 2 * background
     else:
-        by_class[:, :-1].sub_(2 / num_classes).mul_(shared.scale)
+        by_class.sub_(2 / num_classes).mul_(shared.scale)
     by_row = background * num_classes
     return _Rest(loss.squeeze(1), others, slope, sum_q_other, by_class, by_row, for_all)
 
 
 def _sum_classes(numbers: Tensor, scale: Tensor | None) -> Tensor:
-    """``[n, S + 1]`` -> ``[n, 1]``; the last column is 0."""
+    """``[n, S]`` -> ``[n, 1]``."""
     if scale is None:
         return numbers.sum(1, keepdim=True)
-    return torch.mv(numbers[:, :-1], scale).unsqueeze(1)
+    return torch.mv(numbers, scale).unsqueeze(1)
 
 
 def _sum_of_logs(numbers: Tensor, scale: Tensor | None) -> Tensor:
-    """Of numbers from 1 to K, ``[n, S + 1]`` -> ``[n, 1]``. They are written to."""
+    """Of numbers from 1 to K, ``[n, S]`` -> ``[n, 1]``. They are written to."""
     if scale is not None:
         return _sum_classes(numbers.log_(), scale)
     for _ in range(3 if numbers.shape[1] < MOST_MULTIPLIED else 2):

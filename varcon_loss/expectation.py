@@ -84,10 +84,9 @@ def expected_loss(
     counted = None if present is None else present.to(z.dtype)
     keys = w / temperature
     key_sum = keys.sum(0)
-    products = keys if dense else torch.cat((keys, key_sum.unsqueeze(0)))
     shared = Shared(
-        make_linear(products, chunk),
-        make_linear(products.T, chunk) if need_grad else None,
+        make_linear(keys, chunk),
+        make_linear(keys.T, chunk) if need_grad else None,
         key_sum,
         key_sum if weight is None else torch.mv(keys.T, weight),
         present,
@@ -104,7 +103,7 @@ def expected_loss(
     evaluate = evaluate_table if dense else evaluate_entries
     num_buffers = 7 if dense else 1 if shares.background is None else 5
     # Each by itself, and hence aligned as a product wants it.
-    room = [z.new_empty(chunk, products.shape[0]) for _ in range(num_buffers)]
+    room = [z.new_empty(chunk, num_slots) for _ in range(num_buffers)]
     gradient = torch.empty_like(z) if need_grad else None
     losses, others = [], []
     for start in range(0, num_rows, chunk):

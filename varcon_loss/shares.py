@@ -27,7 +27,7 @@ class Shares(NamedTuple):
     """Either form of the shares; each row may stand for several samples."""
 
     values: Tensor  # [R, C] as the caller gave it, any float dtype; or [R, M], the entries
-    slots: Tensor | None  # [R, M] int64 where the entries are, different in a row; S: no entry
+    slots: Tensor | None  # [R, M] int64 where the entries are, different in a row
     columns: Tensor | None  # [S] the column of each slot; None: the columns are the slots
     # [R, 1] beside entries: the share of all other classes, as smoothing gives; None: 0
     background: Tensor | None = None
@@ -61,10 +61,10 @@ class Shares(NamedTuple):
         """All of it, ``[N, S]``."""
         if self.slots is None:
             return self.rows(0, self.num_rows, dtype)
-        table = self.values.new_zeros(self.values.shape[0], size + 1, dtype=dtype)
+        table = self.values.new_zeros(self.values.shape[0], size, dtype=dtype)
         if self.background is not None:
             table += self.background
-        table = table.scatter_(1, self.slots, self.values.to(dtype))[:, :size]
+        table.scatter_(1, self.slots, self.values.to(dtype))
         return table if self.views == 1 else table.repeat_interleave(self.views, 0)
 
     @property
@@ -172,12 +172,30 @@ def find_entries(
         return None
     place = torch.arange(len(rows)) - (counts.cumsum(0) - counts).index_select(0, rows)
     place += rows * size
-    slots = torch.full((num_rows * size,), num_columns)
+    slots = torch.zeros(num_rows * size, dtype=torch.int64)
     entries = torch.zeros(num_rows * size, dtype=dtype)
-    slots[place] = columns
-    entries[place] = values[rows, columns].to(dtype)
+    missing = torch.ones(num_rows * size, dtype=torch.bool)
+    slots[place], entries[place], missing[place] = columns, values[rows, columns].to(dtype), False
     background = lowest.unsqueeze(1).to(dtype) if float(lowest.max()) > 0 else None
-    return Shares(entries.view(-1, size), slots.view(-1, size), None, background, views)
+    shares = Shares(*(x.view(-1, size) for x in (entries, slots)), None, background, views)
+    return _fill(shares, missing.view(-1, size))
+
+
+def _fill(shares: Shares, missing: Tensor) -> Shares:
+    """Give entries that are ``missing`` ``[R, M]`` to classes without one, which lose nothing."""
+    rows = missing.any(1).nonzero().squeeze(1)
+    if len(rows) == 0:
+        return shares
+    assert shares.slots is not None
+    values, slots, missing = shares.values.clone(), shares.slots.clone(), missing[rows]
+    # Of the first M slots the row's entries leave at least as many free as it misses.
+    given = slots[rows].masked_fill(missing, -1)
+    taken = (given.unsqueeze(2) == torch.arange(slots.shape[1])).any(1)
+    free = taken.to(torch.uint8).argsort(dim=1, stable=True)
+    slots[rows] = torch.where(missing, free.gather(1, (missing.cumsum(1) - 1).clamp_min(0)), given)
+    nothing = 0.0 if shares.background is None else shares.background[rows]
+    values[rows] = torch.where(missing, nothing, values[rows])
+    return shares._replace(values=values, slots=slots)
 
 
 def _windows(values: Tensor, rows: Tensor, starts: Tensor, width: int) -> Tensor:
@@ -193,25 +211,29 @@ def in_slots(shares: Shares, classes: Tensor) -> Shares:
     if shares.slots is None:
         return shares._replace(columns=classes)
     size = classes.shape[0]
-    # Beyond the last class, and hence as the last slot, stands "no entry".
     num_classes = int(torch.maximum(shares.slots.max(), classes.max())) + 1
-    table = torch.full((num_classes,), size, device=classes.device)
-    table[classes] = torch.arange(size, device=classes.device)
+    table = torch.full((num_classes,), -1)
+    table[classes] = torch.arange(size)
     slots = table[shares.slots]
-    return shares._replace(values=shares.values.masked_fill(slots == size, 0.0), slots=slots)
+    # What is left of each row comes first, and no row has more entries than there are slots.
+    order = (slots < 0).to(torch.uint8).argsort(dim=1, stable=True)
+    most = max(1, int((slots >= 0).sum(1).max()))
+    slots = slots.gather(1, order)[:, :most]
+    values = shares.values.gather(1, order)[:, :most]
+    return _fill(shares._replace(values=values, slots=slots), slots < 0)
 
 
 def class_masses(shares: Shares, size: int, dtype: torch.dtype) -> Tensor:
     """How many samples each of ``size`` classes has, in shares: ``[S]``."""
     if shares.slots is not None:
         # Added one by one, and float32 adds so many badly.
-        masses = shares.values.new_zeros(size + 1, dtype=torch.float64)
+        masses = shares.values.new_zeros(size, dtype=torch.float64)
         above, background = shares.values.double(), shares.background
         if background is not None:
             above = above - background
             masses += background.sum(dtype=torch.float64)
         masses.index_add_(0, shares.slots.reshape(-1), above.reshape(-1))
-        return masses[:size].mul_(shares.views).to(dtype)
+        return masses.mul_(shares.views).to(dtype)
     masses = shares.values.new_zeros(size, dtype=torch.promote_types(dtype, torch.float32))
     total = masses.to(torch.float64) if _is_long(shares) else masses
     for start in range(0, shares.values.shape[0], ROWS_A_SUM):
@@ -232,13 +254,13 @@ def share_sums(shares: Shares, unit: Tensor, size: int) -> Tensor:
     if shares.slots is not None:
         above = shares.values
         if shares.background is None:
-            sums = unit.new_zeros(size + 1, unit.shape[1])
+            sums = unit.new_zeros(size, unit.shape[1])
         else:
             above = above - shares.background
-            sums = (unit * shares.background).sum(0).repeat(size + 1, 1)
+            sums = (unit * shares.background).sum(0).repeat(size, 1)
         for values, slots in zip(above.unbind(1), shares.slots.unbind(1), strict=True):
-            sums += class_sums(unit * values.unsqueeze(1), slots, size + 1)
-        return sums[:size]
+            sums += class_sums(unit * values.unsqueeze(1), slots, size)
+        return sums
     sums = unit.new_zeros(size, unit.shape[1])
     total = sums.to(torch.float64) if _is_long(shares) else sums
     as_they_are = shares.columns is None and shares.values.dtype == unit.dtype

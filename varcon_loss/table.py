@@ -19,8 +19,9 @@ def evaluate_table(
 ) -> Evaluated:
     """The rows ``z`` of one chunk, where any class may have a share.
 
-    ``room`` is ``[n, S]``, seven times. Some twenty passes over a chunk that stays in a CPU's caches; each
-    counts. Class ``m``, the one that may have more than half of ``p``, has a column of its own.
+    ``room`` is ``[n, S]``, seven times. Some twenty passes over a chunk that stays in a CPU's
+    caches; each counts. Class ``m``, the one that may have more than half of ``p``, has a column
+    of its own.
     """
     values = shares.rows(start, start + len(z), z.dtype)
     if shared.present is not None:
