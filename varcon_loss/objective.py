@@ -94,6 +94,15 @@ def row_objective(
     )
 
 
+def row_slope(row: RowObjective) -> Tensor:
+    """Minus the derivative of Eq. 7 with respect to ``log p_y`` with ``q`` following ``tau2``.
+
+    It is 2 and what comes through ``tau2``: ``dL/du_k = slope * p_k - q_other`` for ``k != y``.
+    """
+    q_own = torch.sigmoid(-row.q_log_odds)
+    return (row.through_q * q_own * row.rise * row.a).mul_(row.a).add_(2)
+
+
 def row_slopes(row: RowObjective) -> tuple[Tensor, Tensor]:
     """The derivatives of Eq. 7 with respect to the logits, through ``p`` and through ``tau2``.
 
@@ -101,7 +110,5 @@ def row_slopes(row: RowObjective) -> tuple[Tensor, Tensor]:
         ``rest_slope`` and ``own_slope``, of the logits' shape: ``dL/du_y = own_slope``, and
         ``dL/du_k = rest_slope * p_k / (1 - p_y) - q_other`` for ``k != y``.
     """
-    q_own = torch.sigmoid(-row.q_log_odds)
-    slope = (row.through_q * q_own * row.rise * row.a).mul_(row.a).add_(2)
-    rest_slope = slope.mul_(torch.sigmoid(row.margin))
+    rest_slope = row_slope(row).mul_(torch.sigmoid(row.margin))
     return rest_slope, row.q_rest - rest_slope

@@ -1,0 +1,70 @@
+"""The expected loss by definition, in plain Python: one loss for each class a sample may have."""
+
+import math
+from collections.abc import Sequence
+
+from tests.oracle import Vector, _dot, _unit
+
+NAMES = ("loss", "kl", "nll", "confidence", "tau2")
+
+
+def centroids(rows: Sequence[Vector], shares: Sequence[Vector]) -> dict[int, list[float]]:
+    """Of the classes that have a share of any row."""
+    return {
+        r: _unit(
+            [
+                math.fsum(y[r] * z[d] for z, y in zip(rows, shares, strict=True))
+                for d in range(len(rows[0]))
+            ]
+        )
+        for r in range(len(shares[0]))
+        if any(y[r] > 0 for y in shares)
+    }
+
+
+def class_terms(
+    z: Vector, w: dict[int, list[float]], r: int, temperature: float, epsilon: float
+) -> dict[str, float]:
+    """Eq. 7-13 of one row as if ``r`` were its class: loss, kl, nll, confidence, tau2."""
+    logits = {k: _dot(z, centroid) / temperature for k, centroid in w.items()}
+    top = max(logits.values())
+    log_total = top + math.log(math.fsum(math.exp(u - top) for u in logits.values()))
+    log_p = {k: u - log_total for k, u in logits.items()}
+    confidence = math.exp(log_p[r])
+    tau2 = (temperature - epsilon) + 2 * epsilon * confidence
+    scores = {k: 1 / tau2 if k == r else 0.0 for k in w}
+    q_top = max(scores.values())
+    log_q_total = q_top + math.log(math.fsum(math.exp(s - q_top) for s in scores.values()))
+    log_q = {k: s - log_q_total for k, s in scores.items()}
+    kl = math.fsum(math.exp(log_q[k]) * (log_q[k] - log_p[k]) for k in w)
+    nll = -log_p[r]
+    return {"loss": kl + nll, "kl": kl, "nll": nll, "confidence": confidence, "tau2": tau2}
+
+
+def row_terms(
+    features: Sequence[Vector],
+    shares: Sequence[Vector],
+    temperature: float = 0.1,
+    epsilon: float = 0.02,
+    *,
+    normalize: bool = True,
+    weight: Vector | None = None,
+) -> list[dict[str, float]]:
+    """One dict a sample, the loss under weighted shares; all zeros for a row of zeros."""
+    rows = [_unit(x) if normalize else list(x) for x in features]
+    # A row of zeros takes no part, whatever its features.
+    kept = [(z, y) for z, y in zip(rows, shares, strict=True) if any(y)]
+    if not kept:
+        return [dict.fromkeys(NAMES, 0.0) for _ in rows]
+    w = centroids(*zip(*kept, strict=True))
+    results = []
+    for z, y in zip(rows, shares, strict=True):
+        expected = dict.fromkeys(NAMES, 0.0)
+        for r, share in enumerate(y):
+            if share > 0:
+                terms = class_terms(z, w, r, temperature, epsilon)
+                for name in NAMES:
+                    scale = weight[r] if name == "loss" and weight is not None else 1.0
+                    expected[name] += share * scale * terms[name]
+        results.append(expected)
+    return results

@@ -1,0 +1,147 @@
+"""The loss expected under shares of classes, and its gradient, in one sweep over the centroids.
+
+A sample with shares ``Y_r`` has the loss ``L = sum_r Y_r L_r``, where ``L_r`` is Eq. 7 as if ``r``
+were its class. With ``s_r`` the `row_slope` of ``L_r``, ``A = sum_r Y_r s_r`` and
+``B = sum_r Y_r q_other_r``,
+
+    dL/du_k = A p_k - Y_k s_k + Y_k K q_other_k - B
+
+so there are still two matrix products a chunk of rows. One-hot shares give the paper's loss.
+
+``A p_k - Y_k s_k`` is a difference of nearly equal numbers where the model is confident. There it
+is ``(A - Y_k s_k) - (1 - p_k) A``, of sums without class ``k``: for classes with more than half of
+``p``, of which a row has one at most.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from varcon_loss import eager
+from varcon_loss.chunks import Shared
+from varcon_loss.entries import evaluate_entries
+from varcon_loss.products import make_linear
+from varcon_loss.shares import Shares
+from varcon_loss.table import evaluate_table
+
+
+class Expected(NamedTuple):
+    """What a sweep yields."""
+
+    loss: Tensor  # [N], under the weighted shares
+    others: Tensor | None  # [4, N] KL, NLL, confidence and tau2 under the shares as they are
+    gradient: Tensor | None  # [N, D] of the loss; still to be divided by the lengths of the rows
+
+
+def expected_loss(
+    z: Tensor,
+    shares: Shares,
+    w: Tensor,
+    present: Tensor | None,
+    num_classes: Tensor,
+    weight: Tensor | None,
+    valid: Tensor | None,
+    temperature: float,
+    epsilon: float,
+    *,
+    small_logits: bool,
+    project: bool,
+    need_grad: bool,
+    need_terms: bool,
+) -> Expected:
+    """Loss, terms and gradient of rows.
+
+    Args:
+        z: ``[N, D]``, zero rows where not valid.
+        shares: of the rows, by slot. Those of empty slots count for nothing.
+        w: ``[S, D]`` centroids, zero rows in empty slots.
+        present: ``[S]`` bool; None: no slot is empty.
+        num_classes: 0-d int64, K.
+        weight: ``[S]`` class weights, in the dtype of ``z``; None: all 1.
+        valid: ``[N]`` bool, rows with any share; None: all. The loss and the gradient of the
+            others are 0, and so are their terms.
+        temperature: ``tau1``.
+        epsilon: ``epsilon`` of Eq. 13.
+        small_logits: is ``exp(u)`` safe with no maximum subtracted?
+        project: are the rows normalised features, of whose gradient only what is at right angles
+            to them counts?
+        need_grad: otherwise there is no gradient.
+        need_terms: otherwise there are no ``others``.
+    """
+    (num_rows, dim), num_slots = z.shape, w.shape[0]
+    on_cpu = z.device.type == "cpu"
+    if shares.background is not None and int(num_classes) == 1:
+        # The class must come out as 0 exactly, and stand alone for that.
+        shares = Shares(shares.table(num_slots, z.dtype), None, None)
+    dense = shares.slots is None
+    budget = eager.CHUNK_CPU if on_cpu else eager.CHUNK_ACCELERATOR
+    chunk = _chunk_rows(num_rows, num_slots + dim, budget, shares.views)
+    if on_cpu:
+        num_others: Tensor | int = max(0, int(num_classes) - 1)
+    else:
+        num_others = num_classes.sub(1).clamp_min(0).to(z.dtype)
+    counted = None if present is None else present.to(z.dtype)
+    keys = w / temperature
+    key_sum = keys.sum(0)
+    shared = Shared(
+        make_linear(keys, chunk),
+        make_linear(keys.T, chunk) if need_grad else None,
+        key_sum,
+        key_sum if weight is None else torch.mv(keys.T, weight),
+        present,
+        counted,
+        weight if counted is None else counted if weight is None else counted * weight,
+        num_others,
+        weight,
+        not small_logits,
+        project,
+        temperature,
+        epsilon,
+        need_terms,
+    )
+    evaluate = evaluate_table if dense else evaluate_entries
+    num_buffers = 7 if dense else 1 if shares.background is None else 5
+    # Each by itself, and hence aligned as a product wants it.
+    room = [z.new_empty(chunk, num_slots) for _ in range(num_buffers)]
+    gradient = torch.empty_like(z) if need_grad else None
+    losses, others = [], []
+    for start in range(0, num_rows, chunk):
+        stop = min(start + chunk, num_rows)
+        loss, other, dz = evaluate(
+            shared,
+            z[start:stop],
+            shares,
+            start,
+            [buffer[: stop - start] for buffer in room],
+            None if gradient is None else gradient[start:stop],
+        )
+        losses.append(loss)
+        others.append(other)
+        if gradient is not None and dz is not None:
+            _finish(shared, z[start:stop], dz, gradient[start:stop])
+    loss = torch.cat(losses) if losses else z.new_zeros(0)
+    terms = None
+    if need_terms:
+        terms = torch.cat(others, dim=1) if others else z.new_zeros(4, 0)
+    if valid is not None:
+        loss = loss.masked_fill_(~valid, 0.0)
+        terms = None if terms is None else terms.masked_fill_(~valid, 0.0)
+        if gradient is not None:
+            gradient.masked_fill_(~valid.unsqueeze(1), 0.0)
+    return Expected(loss, terms, gradient)
+
+
+def _chunk_rows(num_rows: int, width: int, budget: int, views: int) -> int:
+    """Rows of a chunk, a multiple of ``views``."""
+    num_chunks = max(1, -(-num_rows // max(128, budget // width)))
+    chunk = -(-num_rows // num_chunks)
+    return max(1, -(-chunk // views) * views)
+
+
+def _finish(shared: Shared, z: Tensor, dz: Tensor, gradient: Tensor) -> None:
+    if shared.project:
+        # dL/dx = (g - (g . z) z) / |x|; the division is left to `operators`.
+        dz.addcmul_(z, (dz * z).sum(1, keepdim=True), value=-1)
+    if dz is not gradient:
+        gradient.copy_(dz)

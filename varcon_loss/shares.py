@@ -1,0 +1,276 @@
+"""Labels as shares: how much of each sample belongs to each class.
+
+``[N, C]`` numbers, at least 0, from mixup, CutMix, smoothing or several labels a sample. A row of
+zeros takes no part. Most such tables are nearly empty (mixup: two entries a row), and then only
+their entries are kept; otherwise the caller's table stays where it is and is read piece by piece.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from varcon_loss.centroids import ROWS_A_SUM, class_sums
+from varcon_loss.products import make_linear
+from varcon_loss.readable import values_may_be_read
+
+# Entries a row up to which they are kept one by one: each costs as much as a small fraction of a
+# row of classes does, hence also no more than every fourth class.
+MOST_ENTRIES = 8
+# Numbers looked at in one piece, as the sweep's chunks.
+PIECE = 2**20
+# Where a table is nearly empty, most blocks of so many numbers are, and a block is quickly seen.
+BLOCK = 32
+
+
+class Shares(NamedTuple):
+    """Either form of the shares; each row may stand for several samples."""
+
+    values: Tensor  # [R, C] as the caller gave it, any float dtype; or [R, M], the entries
+    slots: Tensor | None  # [R, M] int64 where the entries are, different in a row
+    columns: Tensor | None  # [S] the column of each slot; None: the columns are the slots
+    # [R, 1] beside entries: the share of all other classes, as smoothing gives; None: 0
+    background: Tensor | None = None
+    views: int = 1  # consecutive samples that share a row: N = R * views
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """The shares ``[n, S]`` (or ``[n, M]``) of some samples, not to be written to.
+
+        ``start`` and ``stop`` are multiples of ``views``.
+        """
+        part = self.values[start // self.views : stop // self.views]
+        if self.columns is not None:
+            part = part.index_select(1, self.columns)
+        part = part.to(dtype)
+        return part if self.views == 1 else part.repeat_interleave(self.views, 0)
+
+    def slots_of(self, start: int, stop: int) -> Tensor:
+        """The slots ``[n, M]`` beside `rows`."""
+        assert self.slots is not None
+        part = self.slots[start // self.views : stop // self.views]
+        return part if self.views == 1 else part.repeat_interleave(self.views, 0)
+
+    def background_of(self, start: int, stop: int) -> Tensor | None:
+        """The background ``[n, 1]`` beside `rows`."""
+        if self.background is None:
+            return None
+        part = self.background[start // self.views : stop // self.views]
+        return part if self.views == 1 else part.repeat_interleave(self.views, 0)
+
+    def table(self, size: int, dtype: torch.dtype) -> Tensor:
+        """All of it, ``[N, S]``."""
+        if self.slots is None:
+            return self.rows(0, self.num_rows, dtype)
+        table = self.values.new_zeros(self.values.shape[0], size, dtype=dtype)
+        if self.background is not None:
+            table += self.background
+        table.scatter_(1, self.slots, self.values.to(dtype))
+        return table if self.views == 1 else table.repeat_interleave(self.views, 0)
+
+    @property
+    def num_rows(self) -> int:
+        """N"""
+        return self.values.shape[0] * self.views
+
+
+class ReadShares(NamedTuple):
+    """Shares as the caller gave them, by class, and what is known of the samples."""
+
+    shares: Shares  # slots are classes
+    valid: Tensor | None  # [N] bool, False for a row of zeros; None: all are valid
+    broken: Tensor | None  # [N] bool, rows with an unusable entry; None: there are none
+
+
+def read_shares(values: Tensor, dtype: torch.dtype, views: int = 1, *, name: str) -> ReadShares:
+    """Look at ``[R, C]`` once: are all entries usable, which rows take part, are they few?
+
+    Raises:
+        ValueError: an entry that is negative, infinite or NaN, on a CPU in eager mode. Elsewhere
+            its rows are marked in ``broken``, and their loss becomes NaN.
+    """
+    values = values.detach()
+    readable = values_may_be_read(values)
+    if values.numel() == 0:
+        none = torch.zeros(values.shape[0] * views, dtype=torch.bool, device=values.device)
+        return ReadShares(Shares(values, None, None, None, views), none, None)
+    lowest, highest = values.amin(1), None
+    blocks = None
+    if readable and _may_have_few(values, lowest):
+        # The largest of each block first: it tells where entries are, too.
+        blocks = _block_maxima(values)
+        highest = blocks.amax(1)
+    else:
+        highest = values.amax(1)
+    valid: Tensor | None = highest != 0  # NaN is valid, so that it shows
+    broken = None
+    if readable:
+        if not (float(lowest.min()) >= 0 and float(highest.max()) < torch.inf):
+            _refuse(values, lowest, highest, name)
+        if bool(valid.all()):
+            valid = None
+    else:
+        broken = ~((lowest >= 0) & (highest < torch.inf))
+    if views > 1:
+        valid = None if valid is None else valid.repeat_interleave(views)
+        broken = None if broken is None else broken.repeat_interleave(views)
+    shares = None if blocks is None else find_entries(values, lowest, blocks, dtype, views)
+    return ReadShares(shares or Shares(values, None, None, None, views), valid, broken)
+
+
+def _refuse(values: Tensor, lowest: Tensor, highest: Tensor, name: str) -> None:
+    row = int((~((lowest >= 0) & (highest < torch.inf))).nonzero()[0])
+    entries = values[row]
+    column = int((~((entries >= 0) & (entries < torch.inf))).nonzero()[0])
+    raise ValueError(
+        f"{name} as class probabilities must be finite and at least 0, got "
+        f"{float(entries[column])} for sample {row} and class {column}: a sample that is to take "
+        "no part has a row of zeros"
+    )
+
+
+def _may_have_few(values: Tensor, lowest: Tensor) -> bool:
+    """Have the first rows few entries above their ``lowest``?"""
+    most = min(MOST_ENTRIES, values.shape[1] // 4)
+    return most > 0 and int((values[:16] > lowest[:16, None]).sum(1).max()) <= most
+
+
+def _block_maxima(values: Tensor) -> Tensor:
+    """``[R, C]`` -> ``[R, C / BLOCK]``, rounded up."""
+    num_columns = values.shape[1]
+    whole = num_columns // BLOCK * BLOCK
+    maxima = []
+    if whole > 0:
+        maxima.append(values[:, :whole].unflatten(1, (-1, BLOCK)).amax(2))
+    if whole < num_columns:
+        maxima.append(values[:, whole:].amax(1, keepdim=True))
+    return torch.cat(maxima, dim=1)
+
+
+def find_entries(
+    values: Tensor, lowest: Tensor, blocks: Tensor, dtype: torch.dtype, views: int = 1
+) -> Shares | None:
+    """The entries of ``[R, C]`` above each row's ``lowest`` ``[R]``, at least 0.
+
+    ``blocks`` are their `_block_maxima`. None where a row has many. It reads values: on a CPU.
+    """
+    num_rows, num_columns = values.shape
+    most = min(MOST_ENTRIES, num_columns // 4)
+    rows, block = (blocks > lowest.unsqueeze(1)).nonzero(as_tuple=True)
+    if len(rows) > most * num_rows:
+        return None
+    width = min(BLOCK, num_columns)
+    starts = (block * BLOCK).clamp_max(num_columns - width)
+    above = _windows(values, rows, starts, width) > lowest.index_select(0, rows).unsqueeze(1)
+    if num_columns % BLOCK != 0:
+        # The last block begins before its place, with columns of the one before.
+        above &= starts.unsqueeze(1) + torch.arange(width) >= (block * BLOCK).unsqueeze(1)
+    found, within = above.nonzero(as_tuple=True)
+    rows, columns = rows.index_select(0, found), starts.index_select(0, found) + within
+    counts = torch.bincount(rows, minlength=num_rows)
+    size = max(1, int(counts.max()))
+    if size > most:
+        return None
+    place = torch.arange(len(rows)) - (counts.cumsum(0) - counts).index_select(0, rows)
+    place += rows * size
+    slots = torch.zeros(num_rows * size, dtype=torch.int64)
+    entries = torch.zeros(num_rows * size, dtype=dtype)
+    missing = torch.ones(num_rows * size, dtype=torch.bool)
+    slots[place], entries[place], missing[place] = columns, values[rows, columns].to(dtype), False
+    background = lowest.unsqueeze(1).to(dtype) if float(lowest.max()) > 0 else None
+    shares = Shares(*(x.view(-1, size) for x in (entries, slots)), None, background, views)
+    return _fill(shares, missing.view(-1, size))
+
+
+def _fill(shares: Shares, missing: Tensor) -> Shares:
+    """Give entries that are ``missing`` ``[R, M]`` to classes without one, which lose nothing."""
+    rows = missing.any(1).nonzero().squeeze(1)
+    if len(rows) == 0:
+        return shares
+    assert shares.slots is not None
+    values, slots, missing = shares.values.clone(), shares.slots.clone(), missing[rows]
+    # Of the first M slots the row's entries leave at least as many free as it misses.
+    given = slots[rows].masked_fill(missing, -1)
+    taken = (given.unsqueeze(2) == torch.arange(slots.shape[1])).any(1)
+    free = taken.to(torch.uint8).argsort(dim=1, stable=True)
+    slots[rows] = torch.where(missing, free.gather(1, (missing.cumsum(1) - 1).clamp_min(0)), given)
+    nothing = 0.0 if shares.background is None else shares.background[rows]
+    values[rows] = torch.where(missing, nothing, values[rows])
+    return shares._replace(values=values, slots=slots)
+
+
+def _windows(values: Tensor, rows: Tensor, starts: Tensor, width: int) -> Tensor:
+    """``[E, width]`` pieces of rows of ``[R, C]``."""
+    if not values.is_contiguous():
+        return values.unfold(1, width, 1)[rows, starts]
+    flat = values.as_strided((values.numel() - width + 1, width), (1, 1))
+    return flat.index_select(0, rows * values.shape[1] + starts)
+
+
+def in_slots(shares: Shares, classes: Tensor) -> Shares:
+    """The same shares by slot, where only ``classes`` ``[S]`` have one; others are dropped."""
+    if shares.slots is None:
+        return shares._replace(columns=classes)
+    size = classes.shape[0]
+    num_classes = int(torch.maximum(shares.slots.max(), classes.max())) + 1
+    table = torch.full((num_classes,), -1)
+    table[classes] = torch.arange(size)
+    slots = table[shares.slots]
+    # What is left of each row comes first, and no row has more entries than there are slots.
+    order = (slots < 0).to(torch.uint8).argsort(dim=1, stable=True)
+    most = max(1, int((slots >= 0).sum(1).max()))
+    slots = slots.gather(1, order)[:, :most]
+    values = shares.values.gather(1, order)[:, :most]
+    return _fill(shares._replace(values=values, slots=slots), slots < 0)
+
+
+def class_masses(shares: Shares, size: int, dtype: torch.dtype) -> Tensor:
+    """How many samples each of ``size`` classes has, in shares: ``[S]``."""
+    if shares.slots is not None:
+        # Added one by one, and float32 adds so many badly.
+        masses = shares.values.new_zeros(size, dtype=torch.float64)
+        above, background = shares.values.double(), shares.background
+        if background is not None:
+            above = above - background
+            masses += background.sum(dtype=torch.float64)
+        masses.index_add_(0, shares.slots.reshape(-1), above.reshape(-1))
+        return masses.mul_(shares.views).to(dtype)
+    masses = shares.values.new_zeros(size, dtype=torch.promote_types(dtype, torch.float32))
+    total = masses.to(torch.float64) if _is_long(shares) else masses
+    for start in range(0, shares.values.shape[0], ROWS_A_SUM):
+        part = shares.values[start : start + ROWS_A_SUM]
+        sums = part.sum(0, dtype=masses.dtype)
+        total += sums if shares.columns is None else sums.index_select(0, shares.columns)
+    return total.mul_(shares.views).to(dtype)
+
+
+def share_sums(shares: Shares, unit: Tensor, size: int) -> Tensor:
+    """``w`` before it is made unit: shares of rows ``[N, D]`` summed by slot, ``[S, D]``.
+
+    Off by at most what summing `ROWS_A_SUM` rows costs, as `class_sums`.
+    """
+    if shares.views > 1:
+        unit = unit.unflatten(0, (-1, shares.views)).sum(1)
+        shares = shares._replace(views=1)
+    if shares.slots is not None:
+        above = shares.values
+        if shares.background is None:
+            sums = unit.new_zeros(size, unit.shape[1])
+        else:
+            above = above - shares.background
+            sums = (unit * shares.background).sum(0).repeat(size, 1)
+        for values, slots in zip(above.unbind(1), shares.slots.unbind(1), strict=True):
+            sums += class_sums(unit * values.unsqueeze(1), slots, size)
+        return sums
+    sums = unit.new_zeros(size, unit.shape[1])
+    total = sums.to(torch.float64) if _is_long(shares) else sums
+    as_they_are = shares.columns is None and shares.values.dtype == unit.dtype
+    step = ROWS_A_SUM if as_they_are else min(ROWS_A_SUM, max(128, PIECE // max(1, size)))
+    for start in range(0, unit.shape[0], step):
+        rows = unit[start : start + step]
+        part = shares.rows(start, start + step, unit.dtype)
+        total += make_linear(rows.T, size)(part.T, None)
+    return total.to(unit.dtype)
+
+
+def _is_long(shares: Shares) -> bool:
+    return shares.values.shape[0] > ROWS_A_SUM
