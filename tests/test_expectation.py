@@ -10,11 +10,12 @@ from torch import Tensor
 from tests import oracle_shares
 from tests.conftest import MakeBatch
 from tests.test_shares import LargestWritten
-from varcon_loss import eager, varcon_terms
-from varcon_loss.centroids import Centroids, unit_centroids, unit_rows
+from varcon_loss import chunks, varcon_terms
+from varcon_loss.classes import Centroids, unit_centroids
 from varcon_loss.expectation import Expected, expected_loss
 from varcon_loss.expectation_reference import expected_loss_by_equations
 from varcon_loss.norms import row_norms
+from varcon_loss.samples import unit_rows
 from varcon_loss.shares import Shares, class_masses, in_slots, share_sums
 
 F64 = torch.float64
@@ -427,7 +428,7 @@ def test_the_tables_dtype_is_the_callers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_views_share_a_row(form: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eager, "CHUNK_CPU", 1)
+    monkeypatch.setattr(chunks, "CHUNK_CPU", 1)
     z = F.normalize(torch.randn(600, 5, dtype=F64), dim=1)
     centroids = unit_centroids(torch.randn(7, 5, dtype=F64), None)
     table = torch.rand(200, 7, dtype=F64)
@@ -445,7 +446,7 @@ def test_chunks_do_not_show(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     table = F.one_hot(torch.arange(1000) % 17).double() + 0.01
     results = []
     for budget in (1, 2**30):
-        monkeypatch.setattr(eager, "CHUNK_CPU", budget)
+        monkeypatch.setattr(chunks, "CHUNK_CPU", budget)
         results.append(tuple(evaluate(z, shares_of(table, form), centroids, normalize=True)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-13)
 

@@ -142,11 +142,19 @@ def check_samples(
         )
     if not isinstance(labels, Tensor):
         raise TypeError(f"{labels_name} must be a tensor, got {type(labels).__name__}")
-    if labels.dtype not in LABEL_DTYPES:
+    probabilities = labels.ndim == 2 and labels.dtype in FEATURE_DTYPES
+    if labels.ndim == 2 and labels.dtype in LABEL_DTYPES and len(labels) == len(features):
         raise TypeError(
-            f"{labels_name} must be integers (any integer dtype but uint64), got {labels.dtype}"
+            f"{labels_name} are integers of shape {list(labels.shape)}: cast class probabilities "
+            f"to float ({labels_name}.float()), or give one class number a sample"
         )
-    if labels.ndim != 1 or labels.shape[0] != features.shape[0]:
+    if labels.dtype not in LABEL_DTYPES and not probabilities:
+        raise TypeError(
+            f"{labels_name} must be integers (any integer dtype but uint64), or class "
+            f"probabilities [{features.shape[0]}, C] in floating point, got {labels.dtype} "
+            f"{list(labels.shape)}"
+        )
+    if (labels.ndim != 1 and not probabilities) or labels.shape[0] != features.shape[0]:
         raise ValueError(
             f"{labels_name} must have shape [{features.shape[0]}], one label for each entry of "
             f"{features_name} {list(features.shape)}, got {list(labels.shape)}"
@@ -156,6 +164,28 @@ def check_samples(
             f"{labels_name} are on {labels.device} but {features_name} are on {features.device}: "
             "move them to one device"
         )
+
+
+def check_probabilities(
+    labels: Tensor, ref_labels: Tensor | None, num_classes: int | None, leave_one_out: bool
+) -> None:
+    """Labels ``[N, C]`` beside the options, and beside those of a reference set."""
+    for name, given in (("labels", labels), ("ref_labels", ref_labels)):
+        if given is None or not given.is_floating_point():
+            continue
+        if given.shape[1] == 0:
+            raise ValueError(f"{name} {list(given.shape)} have no classes: give one column a class")
+        if num_classes is not None and given.shape[1] != num_classes:
+            raise ValueError(
+                f"{name} {list(given.shape)} have {given.shape[1]} classes but "
+                f"num_classes={num_classes}: give one column a class"
+            )
+        num_classes = given.shape[1]
+        if leave_one_out:
+            raise ValueError(
+                "leave_one_out has no meaning with class probabilities: a sample of several "
+                "classes has no class to be left out of; use integer labels"
+            )
 
 
 def check_features(features: Any, name: str = "features") -> None:

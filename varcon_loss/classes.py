@@ -7,7 +7,6 @@ bound ``min(num_classes, N)``, and the slots from ``K`` on stay empty (the kerne
 labels: they read ``K`` on the GPU). No gradient flows here.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,9 +16,8 @@ from varcon_loss.norms import row_norms
 from varcon_loss.options import Options
 from varcon_loss.readable import values_may_be_read
 from varcon_loss.samples import Batch, Samples, read
-
-# float32 adds so many rows one by one.
-ROWS_A_SUM = 8192
+from varcon_loss.shares import Shares, class_masses, in_slots, share_sums
+from varcon_loss.sums import class_counts, sum_slots
 
 
 class ClassIndex(NamedTuple):
@@ -46,22 +44,21 @@ class Classes(NamedTuple):
 
     lookup: ClassIndex
     sums: Tensor  # [S, D] sum of the unit rows of each class
-    counts: Tensor | None  # [S] how many valid rows that is; None: at least one in every slot
+    counts: Tensor | None  # [S] how many valid rows that is, in shares where labels are shares;
+    # None: at least one in every slot
     members: Samples | None = None  # the samples themselves, in their slots; None: of all ranks
     labels: Tensor | None = None  # [S] label of each slot, 0 where empty; None: ask `slot_labels`
     centroids: Centroids | None = None  # where they are there already
-
-    @property
-    def num_members(self) -> int:
-        """How many samples that were."""
-        return 0 if self.members is None else len(self.members.labels)
 
     def slot_labels(self) -> Tensor:
         """The label of each slot ``[S]``, 0 in empty slots."""
         if self.labels is not None:
             return self.labels
-        assert self.members is not None
-        return labels_of_slots(self.members, self.lookup.size)
+        members = self.members
+        assert members is not None
+        assert members.slots is not None
+        assert isinstance(members.labels, Tensor)
+        return labels_of_slots(members.labels, members.slots, members.valid, self.lookup.size)
 
     def find_centroids(self) -> Centroids:
         """Directions of the sums, unless they were found along with them."""
@@ -71,18 +68,16 @@ class Classes(NamedTuple):
         return unit_centroids(self.sums, counts, packed=self.lookup.gaps != "anywhere")
 
 
-# Sums ``[S, D]`` of rows ``[N, D]`` by their slots ``[N]``; those not valid ``[N]`` are zeros.
-SumSlots = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
-
-
 def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool) -> Classes:
     """Read a batch, index its classes and sum each of them.
 
     ``count`` where the number of samples matters, not only that there are some.
     """
     samples = read(batch, options, dtype)
-    index, slots = index_classes(samples, options.num_classes)
     assert samples.unit is not None
+    if isinstance(samples.labels, Shares):
+        return _summarise_shares(samples, samples.labels, samples.unit, options)
+    index, slots = index_classes(samples.labels, samples.valid, options.num_classes)
     counts = None
     if count or index.gaps != "none":
         counts = class_counts(slots, samples.valid, index.size, dtype)
@@ -90,12 +85,34 @@ def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool
     return Classes(lookup=index, sums=sums, counts=counts, members=samples.placed(slots))
 
 
-def index_classes(samples: Samples, num_classes: int | None) -> tuple[ClassIndex, Tensor]:
-    """The classes present among the valid samples, ascending, and the slots ``[N]`` of all.
+def _summarise_shares(samples: Samples, shares: Shares, unit: Tensor, options: Options) -> Classes:
+    """Classes with any share; their counts are sums of shares."""
+    assert options.num_classes is not None
+    counts = class_masses(shares, options.num_classes, unit.dtype)
+    labels = torch.arange(options.num_classes, device=unit.device)
+    if not values_may_be_read(counts):
+        index = ClassIndex(
+            size=options.num_classes, gaps="anywhere", table=torch.where(counts > 0, labels, -1)
+        )
+    else:
+        if not bool((counts > 0).all()):
+            labels = counts.nonzero().squeeze(1)
+            if len(labels) == 0:
+                labels = torch.zeros(1, dtype=torch.int64)
+            shares, counts = in_slots(shares, labels), counts.index_select(0, labels)
+        gaps = "none" if bool((counts > 0).all()) else "last"
+        index = ClassIndex(size=len(labels), gaps=gaps, ascending=labels)
+    sums = share_sums(shares, unit, index.size)
+    return Classes(lookup=index, sums=sums, counts=counts, members=samples, labels=labels)
 
-    Invalid samples get some slot in range.
+
+def index_classes(
+    labels: Tensor, valid: Tensor | None, num_classes: int | None
+) -> tuple[ClassIndex, Tensor]:
+    """The classes present among the valid labels ``[N]``, ascending, and the slots ``[N]`` of all.
+
+    Labels that are not valid get some slot in range.
     """
-    labels, valid = samples.labels, samples.valid
     if num_classes is None or values_may_be_read(labels):
         # On a GPU this is the one place that synchronises: give num_classes to avoid it.
         if valid is None and labels.numel() > 0:
@@ -129,34 +146,10 @@ def find_slots(labels: Tensor, index: ClassIndex) -> tuple[Tensor, Tensor]:
     return slots, found if index.num_present is None else found & (slots < index.num_present)
 
 
-def labels_of_slots(members: Samples, size: int) -> Tensor:
-    """The label in each slot, ``[S]``; 0 in empty slots."""
-    slots, valid = members.slots, members.valid
-    assert slots is not None
+def labels_of_slots(labels: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> Tensor:
+    """The label in each slot, ``[S]``, 0 in empty slots: from labels ``[N]`` and their slots."""
     marks = slots if valid is None else slots.masked_fill(~valid, size)
-    return marks.new_zeros(size + 1).scatter_(0, marks, members.labels)[:size]
-
-
-def sum_slots(rows: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> Tensor:
-    """Sum the rows of each class: ``[N, D]``, slots ``[N]`` -> ``[S, D]``.
-
-    Rows that are not valid must be zero vectors. float32 sums are off by at most what summing
-    `ROWS_A_SUM` rows costs, whatever ``N``: sums of so many go on in float64.
-    """
-    sums = rows.new_zeros(size, rows.shape[1])
-    if rows.dtype == torch.float64 or rows.shape[0] <= ROWS_A_SUM:
-        return sums.index_add_(0, slots, rows)
-    total = sums.to(torch.float64)
-    for part, their_slots in zip(rows.split(ROWS_A_SUM), slots.split(ROWS_A_SUM), strict=True):
-        total += sums.zero_().index_add_(0, their_slots, part)
-    return total.to(rows.dtype)
-
-
-def class_counts(slots: Tensor, valid: Tensor | None, size: int, dtype: torch.dtype) -> Tensor:
-    """How many valid rows each class has: slots ``[N]`` -> ``[S]``."""
-    # Counted in whole numbers: adding 1 to a float32 of 2^24 changes nothing.
-    ones = torch.ones_like(slots) if valid is None else valid.to(torch.int64)
-    return ones.new_zeros(size).index_add_(0, slots, ones).to(dtype)
+    return marks.new_zeros(size + 1).scatter_(0, marks, labels)[:size]
 
 
 def unit_centroids(sums: Tensor, counts: Tensor | None, *, packed: bool = True) -> Centroids:

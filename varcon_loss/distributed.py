@@ -22,13 +22,11 @@ from varcon_loss.checks import EXCHANGES
 from varcon_loss.classes import (
     Classes,
     ClassIndex,
-    SumSlots,
     index_classes,
     labels_of_slots,
-    sum_slots,
 )
 from varcon_loss.readable import values_may_be_read
-from varcon_loss.samples import Samples
+from varcon_loss.sums import SumSlots, sum_slots
 
 _DTYPES = (torch.float32, torch.float64)
 _FIELDS = ("num_classes", "feature width", "dtype", "exchange")
@@ -310,14 +308,13 @@ def _by_all_gather(
     rows = values[:, 1:].reshape(-1, agreed.dim + 1)
     valid = rows[:, -1] > 0
     labels = names[:, 1:].reshape(-1).masked_fill(~valid, 0)
-    entries = Samples(features=rows, labels=labels, valid=valid)
-    index, slots = index_classes(entries, agreed.num_classes)
+    index, slots = index_classes(labels, valid, agreed.num_classes)
     totals = sum_slots(rows, slots, valid, index.size)
     merged = Classes(
         lookup=index,
         sums=totals[:, :-1].contiguous(),
         counts=totals[:, -1].contiguous(),
-        labels=labels_of_slots(entries.placed(slots), index.size),
+        labels=labels_of_slots(labels, slots, valid, index.size),
     )
     return merged, values[:, 0, 0].sum(), names[:, 0]
 

@@ -19,19 +19,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varcon_loss.classes import sum_slots, summarise
+from varcon_loss import chunks
+from varcon_loss.classes import summarise
+from varcon_loss.expectation import sweep_shares
 from varcon_loss.objective import row_objective, row_slopes
-from varcon_loss.operators import SweepResult, make_operator
+from varcon_loss.operators import SweepResult, gradient_scale, make_operator
 from varcon_loss.products import make_linear
 from varcon_loss.rows import Implementation, Rows
 from varcon_loss.samples import read
-
-# Elements of one chunk's logits and rows. 4 MiB of float32 stay in a CPU's caches (2^18 and 2^22
-# were both slower at N = 8192, K = 1000); an accelerator wants fewer, larger launches.
-CHUNK_CPU = 2**20
-CHUNK_ACCELERATOR = 2**25
-# Far below any sum of exponentials here; only where there are none is the sum smaller.
-TINY = 1e-30
+from varcon_loss.shares import Shares
+from varcon_loss.sums import sum_slots
 
 
 class _Sweep(NamedTuple):
@@ -52,13 +49,15 @@ def sweep(
     rows: Rows, temperature: float, epsilon: float, need_grad: bool, need_terms: bool
 ) -> SweepResult:
     """See `operators`."""
+    if isinstance(rows.slots, Shares):
+        return sweep_shares(rows, rows.slots, temperature, epsilon, need_grad, need_terms)
     anchors, centroids = rows.anchors, rows.centroids
     z, norms, valid, own = anchors.unit, anchors.norms, anchors.valid, rows.own
     w, num_present = centroids.unit, centroids.num_present
     assert z is not None
     (num_rows, dim), num_slots = z.shape, w.shape[0]
     on_cpu = z.device.type == "cpu"
-    budget = CHUNK_CPU if on_cpu else CHUNK_ACCELERATOR
+    budget = chunks.CHUNK_CPU if on_cpu else chunks.CHUNK_ACCELERATOR
     num_chunks = max(1, -(-num_rows // max(128, budget // (num_slots + dim))))
     chunk = -(-num_rows // num_chunks)
 
@@ -80,10 +79,7 @@ def sweep(
         need_terms=need_terms,
     )
     own_slot = rows.slots.unsqueeze(1)
-    scale = None
-    if need_grad and norms is not None:
-        # Finite for lengths that have no finite inverse, where a gradient of 0 must stay 0.
-        scale = norms.reciprocal().clamp_max_(torch.finfo(norms.dtype).max)
+    scale = gradient_scale(rows, need_grad)
     if num_chunks == 1:
         loss, all_others, gradient = _sweep_chunk(shared, z, own_slot, own, None, None)
         return loss, all_others, _masked(gradient, valid), scale
@@ -174,7 +170,7 @@ def _sweep_chunk(
 
     # weights -> dL/du. The empty slots' keys are zero, whatever their weights.
     rest_slope, own_slope = row_slopes(row)
-    weights.mul_(rest_slope / total.clamp_min_(TINY))
+    weights.mul_(rest_slope / total.clamp_min_(chunks.TINY))
     torch.neg(row.q_other, out=every_logit)
     at_slot = row.q_other if own is not None else own_slope + row.q_other
     weights.scatter_(1, own_slot, at_slot)

@@ -18,10 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varcon_loss import eager
+from varcon_loss import chunks
 from varcon_loss.chunks import Shared
 from varcon_loss.entries import evaluate_entries
+from varcon_loss.operators import SweepResult, gradient_scale
 from varcon_loss.products import make_linear
+from varcon_loss.rows import Rows
 from varcon_loss.shares import Shares
 from varcon_loss.table import evaluate_table
 
@@ -75,7 +77,7 @@ def expected_loss(
         # The class must come out as 0 exactly, and stand alone for that.
         shares = Shares(shares.table(num_slots, z.dtype), None, None)
     dense = shares.slots is None
-    budget = eager.CHUNK_CPU if on_cpu else eager.CHUNK_ACCELERATOR
+    budget = chunks.CHUNK_CPU if on_cpu else chunks.CHUNK_ACCELERATOR
     chunk = _chunk_rows(num_rows, num_slots + dim, budget, shares.views)
     if on_cpu:
         num_others: Tensor | int = max(0, int(num_classes) - 1)
@@ -145,3 +147,32 @@ def _finish(shared: Shared, z: Tensor, dz: Tensor, gradient: Tensor) -> None:
         dz.addcmul_(z, (dz * z).sum(1, keepdim=True), value=-1)
     if dz is not gradient:
         gradient.copy_(dz)
+
+
+def sweep_shares(
+    rows: Rows,
+    shares: Shares,
+    temperature: float,
+    epsilon: float,
+    need_grad: bool,
+    need_terms: bool,
+) -> SweepResult:
+    """`expected_loss` as a sweep: see `operators`."""
+    anchors, centroids = rows.anchors, rows.centroids
+    assert anchors.unit is not None
+    expected = expected_loss(
+        anchors.unit,
+        shares,
+        centroids.unit,
+        centroids.present,
+        centroids.num_present,
+        rows.weight,
+        anchors.valid,
+        temperature,
+        epsilon,
+        small_logits=rows.have_small_logits(temperature),
+        project=anchors.norms is not None,
+        need_grad=need_grad,
+        need_terms=need_terms,
+    )
+    return expected.loss, expected.others, expected.gradient, gradient_scale(rows, need_grad)

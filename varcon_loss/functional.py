@@ -172,8 +172,9 @@ def evaluate(call: Call, *, need_terms: bool) -> Outcome:
     with _without_autocast(call.features):
         try:
             batch, reference = _check(call)
-            dtype = _computing_dtype(call)
-            way = choose(options.impl, batch.features, dtype)
+            call, dtype = _with_num_classes(call), _computing_dtype(call)
+            shares = any(x is not None and x.are_shares for x in (batch, reference))
+            way = choose(options.impl, batch.features, dtype, shares=shares)
             with torch.no_grad():
                 anchors, classes = _read(call, way, dtype, batch, reference)
                 row_weights = weigh_rows(anchors, options.weight, dtype)
@@ -183,16 +184,17 @@ def evaluate(call: Call, *, need_terms: bool) -> Outcome:
             raise
         with torch.no_grad():
             if group is not None and classes is not None:
-                plan = make_plan(group, call.plans, _agreement(call), classes.num_members)
+                num_rows = len((batch if reference is None else reference).features)
+                plan = make_plan(group, call.plans, _agreement(call), num_rows)
                 share, world_size = denominator(anchors, row_weights), plan.world_size
                 classes, total = exchange_classes(plan, classes, share, sum_slots=way.sum_slots)
             rows = _match(call, way, dtype, anchors, classes)
+            if row_weights is not None and rows.anchors.valid is not None:
+                row_weights = row_weights.masked_fill(~rows.anchors.valid, 0.0)
             if total is not None and classes is not None and rows.kept is not None:
                 total = denominator_of_kept(classes, rows.kept, options.weight)
-        terms = way.sweep(rows, options.temperature, options.epsilon, need_terms)
-        reduced = reduce_loss(
-            terms.loss, rows.anchors, row_weights, options.reduction, total, world_size
-        )
+        terms, loss = _sweep(call, way, rows, row_weights, need_terms=need_terms)
+        reduced = reduce_loss(loss, rows.anchors, row_weights, options.reduction, total, world_size)
         if options.reduction == "none":
             reduced = reduced.view(shape_of_samples(call.features))
         return Outcome(rows=rows, row_terms=terms, reduced=reduced, impl=way.name)
@@ -208,6 +210,7 @@ def _check(call: Call) -> tuple[Batch, Batch | None]:
     checks.check_reference_set(ref_features, ref_labels, options.leave_one_out, memory is not None)
     assert labels is not None
     checks.check_weight_device(options.weight, features)
+    checks.check_probabilities(labels, ref_labels, options.num_classes, options.leave_one_out)
     batch = flatten(features, labels, "labels")
     if memory is not None:
         checks.check_memory(batch.features, memory.unit)
@@ -244,7 +247,7 @@ def _agreement(call: Call) -> Agreement:
     given = _given_features(call)
     first = given[0] if given else torch.empty(0, 0)
     return Agreement(
-        num_classes=call.options.num_classes,
+        num_classes=_num_classes(call),
         exchange=call.options.exchange,
         dim=first.shape[1 if first.ndim == 2 else 2 :].numel(),
         dtype=_computing_dtype(call),
@@ -287,8 +290,48 @@ def _match(
     classes: Classes | None,
 ) -> Rows:
     if call.memory is not None:
-        return match_memory(anchors, classes, call.memory, dtype, copy=way.rereads_centroids)
+        copy = way.rereads_centroids
+        return match_memory(anchors, classes, call.memory, call.options, dtype, copy=copy)
     assert classes is not None
     if call.ref_features is not None:
-        return match_reference(anchors, classes)
-    return match_batch(anchors, classes, leave_one_out=call.options.leave_one_out)
+        return match_reference(anchors, classes, call.options)
+    return match_batch(anchors, classes, call.options)
+
+
+def _sweep(
+    call: Call, way: Implementation, rows: Rows, row_weights: Tensor | None, *, need_terms: bool
+) -> tuple[RowTerms, Tensor]:
+    """The terms of each row, and its loss ``[N]`` with class weights."""
+    temperatures = (call.options.temperature, call.options.epsilon)
+    if rows.weight is None:
+        terms = way.sweep(rows, *temperatures, need_terms)
+        return terms, terms.loss if row_weights is None else terms.loss * row_weights
+    # Each class of a row has its own weight: the terms, which have none, need a sweep of their own.
+    terms = way.sweep(rows, *temperatures, False)
+    loss = terms.loss
+    if need_terms:
+        terms = way.sweep(rows.without_weight(), *temperatures, True)
+    return terms, loss
+
+
+def _num_classes(call: Call) -> int | None:
+    """Also where only labels that are class probabilities tell."""
+    for labels in (call.labels, call.ref_labels):
+        if isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2:
+            return labels.shape[1]
+    return call.options.num_classes
+
+
+def _with_num_classes(call: Call) -> Call:
+    if call.options.num_classes is not None or _num_classes(call) is None:
+        return call
+    options = {name: getattr(call.options, name) for name in Options._fields}
+    return Call(
+        call.features,
+        call.labels,
+        call.ref_features,
+        call.ref_labels,
+        Options(**{**options, "num_classes": _num_classes(call)}),
+        plans=call.plans,
+        memory=call.memory,
+    )

@@ -479,6 +479,7 @@ def sweep(
     anchors, centroids = rows.anchors, rows.centroids
     features, norms, valid, broken = anchors.features, anchors.norms, anchors.valid, anchors.broken
     w, present, slots, own = centroids.unit, centroids.present, rows.slots, rows.own
+    assert isinstance(slots, Tensor)
     (num_rows, dim), num_slots = features.shape, len(w)
     loss = w.new_empty(num_rows)
     others = w.new_empty(4, num_rows)
@@ -547,4 +548,5 @@ FUSED = Implementation(
     sweep=make_operator("varcon_loss::fused_sweep", sweep, fused=True),
     why_not=why_not,
     by_default=runs_by_default,
+    takes_shares=False,
 )

@@ -8,15 +8,21 @@ from torch import Tensor
 
 from varcon_loss.classes import Classes, centroids_without_self, find_slots
 from varcon_loss.memory import CentroidMemory, remembered_centroids, update_memory
+from varcon_loss.options import Options
 from varcon_loss.readable import values_may_be_read
 from varcon_loss.rows import Rows
 from varcon_loss.samples import Samples
+from varcon_loss.shares import Shares, class_masses, in_slots, row_totals
 
 
-def match_batch(anchors: Samples, classes: Classes, *, leave_one_out: bool) -> Rows:
+def match_batch(anchors: Samples, classes: Classes, options: Options) -> Rows:
     """The anchors are among the samples that ``classes`` were made of."""
-    slots, centroids = _slots(anchors, classes), classes.find_centroids()
-    if not leave_one_out:
+    centroids = classes.find_centroids()
+    if isinstance(anchors.labels, Shares):
+        shares, weight = _by_slot(anchors.labels, classes, options)
+        return Rows(anchors=anchors, slots=shares, centroids=centroids, weight=weight)
+    slots = _slots(anchors, classes)
+    if not options.leave_one_out:
         return Rows(anchors=anchors, slots=slots, centroids=centroids)
     assert classes.counts is not None
     kept = classes.counts > 1
@@ -25,31 +31,44 @@ def match_batch(anchors: Samples, classes: Classes, *, leave_one_out: bool) -> R
     return Rows(anchors=anchors, slots=slots, centroids=centroids, own=own, kept=kept)
 
 
-def match_reference(anchors: Samples, classes: Classes) -> Rows:
+def match_reference(anchors: Samples, classes: Classes, options: Options) -> Rows:
     """``classes`` are of the reference set; every anchor must find its class there.
 
     Raises:
         ValueError: one does not, on a CPU in eager mode. Elsewhere it is marked as broken.
     """
-    slots, found = find_slots(anchors.labels, classes.lookup)
-    missing = ~found if anchors.valid is None else ~found & anchors.valid
+    labels, weight = anchors.labels, None
+    if isinstance(labels, Shares):
+        unknown = ~_known_classes(classes, options)
+        slots, weight = _by_slot(labels, classes, options)
+        missing = row_totals(labels, unknown.to(classes.sums.dtype)) > 0
+    else:
+        unknown = None
+        slots, found = find_slots(labels, classes.lookup)
+        missing = ~found if anchors.valid is None else ~found & anchors.valid
     if not values_may_be_read(missing):
         broken = missing if anchors.broken is None else missing | anchors.broken
-        anchors = anchors.narrowed(found, broken)
+        anchors = anchors.narrowed(~missing, broken)
     elif bool(missing.any()):
-        absent = torch.unique(anchors.labels[missing]).tolist()
+        if isinstance(labels, Shares) and unknown is not None:
+            mass = class_masses(labels, len(unknown), classes.sums.dtype)
+            absent = ((mass > 0) & unknown).nonzero().squeeze(1).tolist()
+        else:
+            assert isinstance(labels, Tensor)
+            absent = torch.unique(labels[missing]).tolist()
         listed = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
         raise ValueError(
             f"ref_labels lack label {listed}, which labels contain: every anchor needs a "
             "reference of its class (mark anchors without one with ignore_index)"
         )
-    return Rows(anchors=anchors, slots=slots, centroids=classes.find_centroids())
+    return Rows(anchors=anchors, slots=slots, centroids=classes.find_centroids(), weight=weight)
 
 
 def match_memory(
     anchors: Samples,
     classes: Classes | None,
     memory: CentroidMemory,
+    options: Options,
     dtype: torch.dtype,
     *,
     copy: bool,  # for implementations whose backward reads centroids, which the next call changes
@@ -60,16 +79,27 @@ def match_memory(
     whose members cancel; if one of them is NaN, they do take part, so that it shows.
     """
     kept = None
-    if classes is None:
-        anchors = anchors.narrowed(memory.seen.index_select(0, anchors.labels) > 0)
-    else:
-        labels, slots = classes.slot_labels(), _slots(anchors, classes)
+    if classes is not None:
+        labels = classes.slot_labels()
         assert classes.counts is not None
         update_memory(memory, labels, classes.sums, classes.counts)
         known = memory.seen.index_select(0, labels) > 0
         kept = known | ~classes.sums.isfinite().all(1)
-        anchors = anchors.narrowed(kept.index_select(0, slots))
-    centroids, slots = remembered_centroids(memory, anchors.labels, dtype, copy=copy)
+    centroids, remembered = remembered_centroids(memory, dtype, copy=copy)
+    if isinstance(anchors.labels, Shares):
+        known = memory.seen > 0
+        if classes is not None and kept is not None:
+            known = known.index_put((classes.slot_labels(),), kept)
+        anchors = anchors.narrowed(row_totals(anchors.labels, known.to(dtype)) > 0)
+        shares, weight = _select(anchors.labels, options.weight, remembered, dtype)
+        return Rows(anchors=anchors, slots=shares, centroids=centroids, kept=kept, weight=weight)
+    if kept is None or classes is None:
+        anchors = anchors.narrowed(memory.seen.index_select(0, anchors.labels) > 0)
+    else:
+        anchors = anchors.narrowed(kept.index_select(0, _slots(anchors, classes)))
+    slots = anchors.labels
+    if remembered is not None:
+        slots = torch.searchsorted(remembered, slots).clamp_max(len(remembered) - 1)
     return Rows(anchors=anchors, slots=slots, centroids=centroids, kept=kept)
 
 
@@ -77,4 +107,35 @@ def _slots(anchors: Samples, classes: Classes) -> Tensor:
     """Where the anchors' classes are: known, unless the classes are those of all ranks."""
     if anchors.slots is not None and classes.members is not None:
         return anchors.slots
+    assert isinstance(anchors.labels, Tensor)
     return find_slots(anchors.labels, classes.lookup)[0]
+
+
+def _by_slot(shares: Shares, classes: Classes, options: Options) -> tuple[Shares, Tensor | None]:
+    """The same shares, and class weights ``[S]`` where there are any, in the order of slots."""
+    labels, size = classes.slot_labels(), classes.lookup.size
+    # Slots are classes where nobody has left any out.
+    every = size == options.num_classes and values_may_be_read(labels)
+    in_order = every or classes.lookup.gaps == "anywhere"
+    return _select(shares, options.weight, None if in_order else labels, classes.sums.dtype)
+
+
+def _select(
+    shares: Shares, weight: Tensor | None, classes: Tensor | None, dtype: torch.dtype
+) -> tuple[Shares, Tensor | None]:
+    """Shares and weights of ``classes`` ``[S]``; None: of all."""
+    weight = None if weight is None else weight.to(dtype)
+    if classes is None:
+        return shares, weight
+    return in_slots(shares, classes), None if weight is None else weight.index_select(0, classes)
+
+
+def _known_classes(classes: Classes, options: Options) -> Tensor:
+    """Which classes have a slot, ``[C]`` bool."""
+    lookup = classes.lookup
+    if lookup.table is not None:
+        return lookup.table >= 0
+    assert lookup.ascending is not None
+    assert options.num_classes is not None
+    known = torch.zeros(options.num_classes, dtype=torch.bool, device=lookup.ascending.device)
+    return known if lookup.gaps != "none" else known.index_fill_(0, lookup.ascending, True)

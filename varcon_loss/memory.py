@@ -56,12 +56,11 @@ def update_memory(memory: CentroidMemory, classes: Tensor, sums: Tensor, counts:
 
 
 def remembered_centroids(
-    memory: CentroidMemory, labels: Tensor, dtype: torch.dtype, *, copy: bool
-) -> tuple[Centroids, Tensor]:
-    """Every class seen so far, and the slots ``[N]`` of ``labels`` ``[N]`` among them.
+    memory: CentroidMemory, dtype: torch.dtype, *, copy: bool
+) -> tuple[Centroids, Tensor | None]:
+    """Every class seen so far, and which class is in each slot ``[S]``; None: every class is.
 
     Where values can be read the cost follows the classes seen; elsewhere each class keeps a slot.
-    Labels of classes not seen get some slot in range.
 
     ``copy`` for implementations whose backward reads the centroids: the next call changes them.
     """
@@ -70,9 +69,8 @@ def remembered_centroids(
         seen = present.nonzero().squeeze(1)
         if 0 < len(seen) < len(present):
             unit = memory.unit.index_select(0, seen).to(dtype)
-            slots = torch.searchsorted(seen, labels).clamp_max(len(seen) - 1)
             num_present = torch.tensor(len(seen))
-            return Centroids(unit=unit, present=None, num_present=num_present, packed=True), slots
+            return Centroids(unit=unit, present=None, num_present=num_present, packed=True), seen
     everything = values_may_be_read(present) and bool(present.all())
     unit = memory.unit.to(dtype, copy=copy)
     centroids = Centroids(
@@ -81,7 +79,7 @@ def remembered_centroids(
         num_present=present.sum(),
         packed=everything,
     )
-    return centroids, labels
+    return centroids, None
 
 
 class Prediction(NamedTuple):
@@ -97,8 +95,7 @@ def predict(
     """The most probable class of each row ``[N, D]`` over the classes seen."""
     dtype = torch.promote_types(features.dtype, memory.unit.dtype)
     z = unit_rows(features, row_norms(features, dtype) if normalize else None, dtype)
-    nothing = torch.empty(0, dtype=torch.int64, device=features.device)
-    centroids, _ = remembered_centroids(memory, nothing, memory.unit.dtype, copy=False)
+    centroids, classes = remembered_centroids(memory, memory.unit.dtype, copy=False)
     unit, present = centroids.unit, centroids.present
     keys = (unit / row_norms(unit, unit.dtype).unsqueeze(1)).to(dtype).T / temperature
     labels, confidences = [], []
@@ -110,6 +107,6 @@ def predict(
         labels.append(best.indices)
         confidences.append(best.values.exp())
     label, confidence = torch.cat(labels), torch.cat(confidences)
-    if len(unit) < len(memory.unit):
-        label = (memory.seen > 0).nonzero().squeeze(1).index_select(0, label)
+    if classes is not None:
+        label = classes.index_select(0, label)
     return Prediction(label=label.masked_fill(confidence.isnan(), -1), confidence=confidence)

@@ -320,7 +320,9 @@ class VarConLoss(nn.Module):
         self._surely_empty = False
         if not torch.compiler.is_compiling() and self.process_group is None and several_ranks():
             assert labels is not None
-            classes = labels[:CLASSES_WATCHED].to(torch.int64).clamp(0, len(memory.seen) - 1)
+            labels = labels[:CLASSES_WATCHED]
+            labels = labels.argmax(1) if labels.is_floating_point() else labels
+            classes = labels.to(torch.int64).clamp(0, len(memory.seen) - 1)
             self._memory_left = (classes, memory.unit.index_select(0, classes))
 
     def _warn_if_empty(self, memory: CentroidMemory) -> None:

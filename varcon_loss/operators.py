@@ -17,6 +17,7 @@ from varcon_loss.once import scale_rows, scale_rows_once
 from varcon_loss.reference import reference_terms
 from varcon_loss.rows import Rows, RowTerms, rows_of
 from varcon_loss.samples import Samples
+from varcon_loss.shares import Shares
 
 # loss [N]; KL, NLL, confidence and tau2 [4, N]; gradient [N, D] and what each of its rows is still
 # to be multiplied by [N]. None: not needed, or a scale of 1. The custom operators, which take the
@@ -65,13 +66,14 @@ class _Differentiable(torch.autograd.Function):
 
 
 # Where features and centroids stand among the saved tensors of `Sweep`, before what `Rows.tensors`
-# gives. Both may be changed in place before backward, which needs neither: features by a caller
-# who reuses them, remembered centroids by the next step.
-_CHANGEABLE = (0, 3)
+# gives, and the shares that a caller may have given as labels. All may be changed in place before
+# backward, which needs none: features and shares by a caller who reuses them, remembered centroids
+# by the next step.
+_CHANGEABLE = (0, 3, 7)
 
 
 def _versions(saved: tuple[Any, ...]) -> list[int]:
-    return [saved[index]._version for index in _CHANGEABLE]
+    return [saved[index]._version for index in _CHANGEABLE if saved[index] is not None]
 
 
 def _allow_changes(loss: Tensor) -> None:
@@ -142,6 +144,15 @@ def _options_of_operator(temperature: float, epsilon: float) -> tuple[float, flo
         return temperature, epsilon, None
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     return 0.0, 0.0, torch.stack((zero + temperature, zero + epsilon))
+
+
+def gradient_scale(rows: Rows, need_grad: bool) -> Tensor | None:
+    """What a gradient is still to be multiplied by where rows are normalised, ``[N]``."""
+    norms = rows.anchors.norms
+    if not need_grad or norms is None:
+        return None
+    # Finite for lengths that have no finite inverse, where a gradient of 0 must stay 0.
+    return norms.reciprocal().clamp_max_(torch.finfo(norms.dtype).max)
 
 
 def make_operator(
@@ -215,7 +226,10 @@ def make_operator(
         need_grad: bool,
         need_terms: bool,
         unit: Tensor | None,
-        slots: Tensor,
+        slots: Tensor | None,
+        shares: Tensor | None,
+        columns: Tensor | None,
+        class_weight: Tensor | None,
         present: Tensor | None,
         num_present: Tensor,
         packed: bool,
@@ -226,11 +240,18 @@ def make_operator(
         epsilon: float,
         temperatures: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        places: Tensor | Shares | None = slots
+        if shares is not None:
+            views = features.shape[0] // max(1, shares.shape[0])
+            places = Shares(shares, slots=None, columns=columns, views=views)
+        assert places is not None
         anchors = Samples(
-            features, labels=slots, valid=valid, broken=broken, unit=unit, norms=norms
+            features, labels=places, valid=valid, broken=broken, unit=unit, norms=norms
         )
         centroids = Centroids(unit=w, present=present, num_present=num_present, packed=packed)
-        rows = Rows(anchors=anchors, slots=slots, centroids=centroids, own=own)
+        rows = Rows(
+            anchors=anchors, slots=places, centroids=centroids, own=own, weight=class_weight
+        )
         if temperatures is not None:
             temperature, epsilon = temperatures.tolist()
         loss, others, gradient, scale = sweep(rows, temperature, epsilon, need_grad, need_terms)
@@ -276,7 +297,10 @@ def make_operator(
                 need_grad=need_grad,
                 need_terms=need_terms,
                 unit=anchors.unit,
-                slots=rows.slots,
+                slots=None if isinstance(rows.slots, Shares) else rows.slots,
+                shares=rows.slots.values if isinstance(rows.slots, Shares) else None,
+                columns=rows.slots.columns if isinstance(rows.slots, Shares) else None,
+                class_weight=rows.weight,
                 present=centroids.present,
                 num_present=centroids.num_present,
                 packed=centroids.packed,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from varcon_loss.classes import Classes
 from varcon_loss.samples import Samples
+from varcon_loss.shares import Shares, row_totals
 
 
 class VarConTerms(NamedTuple):
@@ -48,24 +49,20 @@ def reduce_loss(
     total: Tensor | None,
     world_size: int,
 ) -> Tensor:
-    """Weigh and reduce: ``[N]`` -> ``[]``, or ``[N]`` for ``"none"``.
+    """``[N]`` -> ``[]``, or ``[N]`` for ``"none"``.
 
     The mean is ``sum(weight * loss) / sum(weight)``, and 0 where nothing has weight. Over several
     ranks the denominator is what they have together, and mean and sum are multiplied by their
     number, so that what DDP and FSDP average is the loss, and the gradient, of the whole batch.
 
     Args:
-        loss: ``[N]``, 0 where not valid.
+        loss: ``[N]``, weighed, 0 where not valid.
         anchors: which rows are valid.
-        row_weights: ``[N]`` class weights; None: all are 1.
+        row_weights: ``[N]``, 0 where not valid; None: all are 1.
         reduction: of the public arguments.
         total: 0-d, the denominator over all ranks; None: there is one.
         world_size: how many ranks there are.
     """
-    if row_weights is not None:
-        if anchors.valid is not None:
-            row_weights = row_weights.masked_fill(~anchors.valid, 0.0)
-        loss = loss * row_weights
     if reduction == "none":
         return loss
     if total is not None:
@@ -84,10 +81,17 @@ def reduce_loss(
 
 
 def weigh_rows(anchors: Samples, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The class weight of each row ``[N]``, 0 where not valid; None where classes have none."""
+    """The class weight of each row ``[N]``, 0 where not valid; None where classes have none.
+
+    Of shares of classes: the weights of its classes by its shares.
+    """
     if weight is None:
         return None
-    row_weights = weight.to(dtype).index_select(0, anchors.labels)
+    weight = weight.to(dtype)
+    if isinstance(anchors.labels, Shares):
+        row_weights = row_totals(anchors.labels, weight)
+    else:
+        row_weights = weight.index_select(0, anchors.labels)
     if anchors.valid is not None:
         row_weights = row_weights.masked_fill(~anchors.valid, 0.0)
     return row_weights
@@ -99,7 +103,7 @@ def denominator(anchors: Samples, row_weights: Tensor | None) -> Tensor:
         return row_weights.sum()
     if anchors.valid is not None:
         return anchors.valid.sum()
-    return torch.tensor(len(anchors.labels))
+    return torch.tensor(len(anchors.features))
 
 
 def denominator_of_kept(classes: Classes, kept: Tensor, weight: Tensor | None) -> Tensor:

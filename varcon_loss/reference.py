@@ -7,10 +7,13 @@ autograd (so it can also be differentiated twice, but for compiled graphs, which
 import torch
 import torch.nn.functional as F
 
-from varcon_loss.classes import sum_slots, summarise
+from varcon_loss.classes import summarise
+from varcon_loss.expectation_reference import expected_loss_by_equations
 from varcon_loss.once import differentiable_once
 from varcon_loss.rows import Implementation, Rows, RowTerms
 from varcon_loss.samples import read
+from varcon_loss.shares import Shares
+from varcon_loss.sums import sum_slots
 
 
 def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: bool) -> RowTerms:
@@ -26,6 +29,11 @@ def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: 
         # Dividing by the (constant) length first only keeps extreme features in range; it is the
         # normalisation after it that autograd differentiates.
         z = F.normalize(z / anchors.norms[:, None], dim=1)
+    if isinstance(rows.slots, Shares):
+        loss, others = expected_loss_by_equations(
+            z, rows.slots, w, present, rows.weight, temperature, epsilon
+        )
+        return RowTerms(loss=loss, others=others).masked(anchors)
     own = rows.slots[:, None]  # [N, 1]
 
     logits = z @ w.T / temperature  # [N, S]

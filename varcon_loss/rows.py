@@ -7,9 +7,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from varcon_loss.classes import Centroids, Classes, SumSlots
+from varcon_loss.classes import Centroids, Classes
 from varcon_loss.options import Options
 from varcon_loss.samples import Batch, Samples
+from varcon_loss.shares import Shares
+from varcon_loss.sums import SumSlots
 
 # Sums of 2^31 exponentials of this are finite in float32.
 LARGEST_PLAIN_LOGIT = 40.0
@@ -19,40 +21,50 @@ class Rows(NamedTuple):
     """Anchors and where they belong."""
 
     anchors: Samples  # those that are not valid have terms of 0, broken ones a loss of NaN
-    slots: Tensor  # [N] int64, the own class among the centroids
+    slots: Tensor | Shares  # [N] int64, the own class among the centroids; or shares of them
     centroids: Centroids
     own: Tensor | None = None  # [N, D] own centroids, where they are not centroids.unit[slots]
     kept: Tensor | None = None  # [S] bool, the classes whose members take part; None: all
+    weight: Tensor | None = None  # [S] what the loss multiplies shares by; None: all are 1
 
     def have_small_logits(self, temperature: float) -> bool:
         """Is ``exp(u)`` safe with no maximum subtracted? ``|u| <= 1 / tau1`` between unit rows."""
         return self.anchors.norms is not None and 1 / temperature <= LARGEST_PLAIN_LOGIT
 
+    def without_weight(self) -> "Rows":
+        """The same, classes having no weights."""
+        return Rows(self.anchors, self.slots, self.centroids, own=self.own, kept=self.kept)
+
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What the equations need beside the features, for autograd to keep: see `rows_of`."""
         anchors, centroids = self.anchors, self.centroids
-        which = (anchors.norms, anchors.valid, anchors.broken)
-        return (
-            centroids.unit,
-            centroids.present,
-            centroids.num_present,
-            self.slots,
-            self.own,
-            *which,
-        )
+        which = (anchors.norms, anchors.valid, anchors.broken, self.weight)
+        slots: tuple[Tensor | None, ...] = (None, None, None, None, None)
+        if isinstance(self.slots, Shares):
+            shares = self.slots
+            slots = (None, shares.values, shares.slots, shares.columns, shares.background)
+        else:
+            slots = (self.slots, None, None, None, None)
+        w = (centroids.unit, centroids.present, centroids.num_present)
+        return *w, *slots, self.own, *which
 
 
 def rows_of(features: Tensor, tensors: tuple[Tensor | None, ...]) -> Rows:
     """Rows from features ``[N, D]`` and `Rows.tensors`, as far as the equations need them."""
-    unit, present, num_present, slots, own, norms, valid, broken = tensors
+    unit, present, num_present, slots, values, entries, columns, background, *others = tensors
+    own, norms, valid, broken, weight = others
     assert unit is not None
     assert num_present is not None
-    assert slots is not None
     if present is None:
         present = torch.arange(unit.shape[0], device=unit.device) < num_present  # empty ones last
-    anchors = Samples(features, labels=slots, valid=valid, broken=broken, norms=norms)
+    places: Tensor | Shares | None = slots
+    if values is not None:
+        views = features.shape[0] // max(1, values.shape[0])
+        places = Shares(values, entries, columns, background, views)
+    assert places is not None
+    anchors = Samples(features, labels=places, valid=valid, broken=broken, norms=norms)
     centroids = Centroids(unit=unit, present=present, num_present=num_present, packed=False)
-    return Rows(anchors=anchors, slots=slots, centroids=centroids, own=own)
+    return Rows(anchors=anchors, slots=places, centroids=centroids, own=own, weight=weight)
 
 
 class RowTerms(NamedTuple):
@@ -104,3 +116,4 @@ class Implementation:
     why_not: Callable[[Tensor, torch.dtype], str | None] = nothing_prevents
     by_default: Callable[[Tensor, torch.dtype], bool] = never  # does ``"auto"`` choose it?
     rereads_centroids: bool = False  # in backward: what may change must be copied
+    takes_shares: bool = True  # labels as class probabilities

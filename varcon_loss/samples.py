@@ -8,14 +8,21 @@ from torch import Tensor
 from varcon_loss.norms import row_norms
 from varcon_loss.options import Options
 from varcon_loss.readable import values_may_be_read
+from varcon_loss.shares import Shares, read_shares
 
 
 class Batch(NamedTuple):
     """What the caller gave, without views."""
 
     features: Tensor  # [N, D]
-    labels: Tensor  # [N]
+    labels: Tensor  # [N]; or class probabilities [R, C], a row for each `views` samples
     name: str  # of the labels, in messages
+    views: int = 1
+
+    @property
+    def are_shares(self) -> bool:
+        """Are the labels class probabilities?"""
+        return self.labels.is_floating_point()
 
 
 class Samples(NamedTuple):
@@ -26,7 +33,8 @@ class Samples(NamedTuple):
     """
 
     features: Tensor  # [N, D] as the caller gave them, any float dtype; the gradient's way out
-    labels: Tensor  # [N] int64, made safe to index with where `num_classes` is given
+    # [N] int64, made safe to index with where `num_classes` is given; or shares of classes
+    labels: Tensor | Shares
     valid: Tensor | None = None  # [N] bool, False where ignored or unusable; None: all are valid
     broken: Tensor | None = None  # [N] bool, labels that cannot be: their loss is NaN; None: none
     num_valid: Tensor | None = None  # 0-d float32, at least 1; None: not counted
@@ -78,9 +86,11 @@ def flatten_views(features: Tensor) -> Tensor:
 
 def flatten(features: Tensor, labels: Tensor, name: str) -> Batch:
     """Each view is a sample with the same label."""
-    if features.ndim > 2:
-        labels = labels.repeat_interleave(features.shape[1], dim=0)
-    return Batch(features=flatten_views(features), labels=labels, name=name)
+    rows, views = flatten_views(features), 1 if features.ndim == 2 else features.shape[1]
+    if labels.is_floating_point():
+        return Batch(features=rows, labels=labels, name=name, views=views)
+    labels = labels if features.ndim == 2 else labels.repeat_interleave(views)
+    return Batch(features=rows, labels=labels, name=name)
 
 
 def read_labels(batch: Batch, options: Options) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -128,7 +138,10 @@ def read_labels(batch: Batch, options: Options) -> tuple[Tensor, Tensor | None, 
 
 def read(batch: Batch, options: Options, dtype: torch.dtype) -> Samples:
     """Labels read, lengths measured, and rows divided by them in ``dtype``."""
-    labels, valid, broken = read_labels(batch, options)
+    if batch.labels.is_floating_point():
+        labels, valid, broken = read_shares(batch.labels, dtype, batch.views, name=batch.name)
+    else:
+        labels, valid, broken = read_labels(batch, options)
     taking_part = batch.features
     if valid is not None:
         # From here on a row that takes no part is a zero vector, whatever it held: it adds

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varcon_loss.centroids import ROWS_A_SUM, class_sums
 from varcon_loss.products import make_linear
 from varcon_loss.readable import values_may_be_read
+from varcon_loss.sums import ROWS_A_SUM, sum_slots
 
 # Entries a row up to which they are kept one by one: each costs as much as a small fraction of a
 # row of classes does, hence also no more than every fourth class.
@@ -246,7 +246,7 @@ def class_masses(shares: Shares, size: int, dtype: torch.dtype) -> Tensor:
 def share_sums(shares: Shares, unit: Tensor, size: int) -> Tensor:
     """``w`` before it is made unit: shares of rows ``[N, D]`` summed by slot, ``[S, D]``.
 
-    Off by at most what summing `ROWS_A_SUM` rows costs, as `class_sums`.
+    Off by at most what summing `ROWS_A_SUM` rows costs, as `sum_slots`.
     """
     if shares.views > 1:
         unit = unit.unflatten(0, (-1, shares.views)).sum(1)
@@ -259,7 +259,7 @@ def share_sums(shares: Shares, unit: Tensor, size: int) -> Tensor:
             above = above - shares.background
             sums = (unit * shares.background).sum(0).repeat(size, 1)
         for values, slots in zip(above.unbind(1), shares.slots.unbind(1), strict=True):
-            sums += class_sums(unit * values.unsqueeze(1), slots, size)
+            sums += sum_slots(unit * values.unsqueeze(1), slots, None, size)
         return sums
     sums = unit.new_zeros(size, unit.shape[1])
     total = sums.to(torch.float64) if _is_long(shares) else sums
@@ -270,6 +270,27 @@ def share_sums(shares: Shares, unit: Tensor, size: int) -> Tensor:
         part = shares.rows(start, start + step, unit.dtype)
         total += make_linear(rows.T, size)(part.T, None)
     return total.to(unit.dtype)
+
+
+def row_totals(shares: Shares, weight: Tensor) -> Tensor:
+    """What each row has of ``weight`` ``[S]`` in all: ``[N]``, in its dtype."""
+    if shares.slots is not None:
+        own = weight[shares.slots]
+        totals = (shares.values.to(weight.dtype) * own).sum(1)
+        if shares.background is not None:
+            background = shares.background.squeeze(1).to(weight.dtype)
+            totals += background * (weight.sum() - own.sum(1))
+    elif shares.columns is None and shares.values.dtype == weight.dtype:
+        totals = torch.mv(shares.values, weight)
+    else:
+        once = shares._replace(views=1)
+        step = max(1, PIECE // max(1, len(weight)))
+        parts = [
+            torch.mv(once.rows(start, start + step, weight.dtype), weight)
+            for start in range(0, len(shares.values), step)
+        ]
+        totals = torch.cat(parts) if parts else weight.new_zeros(0)
+    return totals if shares.views == 1 else totals.repeat_interleave(shares.views)
 
 
 def _is_long(shares: Shares) -> bool:

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from varcon_loss.chunks import Evaluated, Shared
-from varcon_loss.eager import TINY
+from varcon_loss.chunks import TINY, Evaluated, Shared
 from varcon_loss.objective import row_objective, row_slope
 from varcon_loss.shares import Shares
 

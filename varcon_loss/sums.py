@@ -1,0 +1,35 @@
+"""Sums of rows by their slots, whatever says which slots those are."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# float32 adds so many rows one by one.
+ROWS_A_SUM = 8192
+
+
+# Sums ``[S, D]`` of rows ``[N, D]`` by their slots ``[N]``; those not valid ``[N]`` are zeros.
+SumSlots = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
+
+
+def sum_slots(rows: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> Tensor:
+    """Sum the rows of each class: ``[N, D]``, slots ``[N]`` -> ``[S, D]``.
+
+    Rows that are not valid must be zero vectors. float32 sums are off by at most what summing
+    `ROWS_A_SUM` rows costs, whatever ``N``: sums of so many go on in float64.
+    """
+    sums = rows.new_zeros(size, rows.shape[1])
+    if rows.dtype == torch.float64 or rows.shape[0] <= ROWS_A_SUM:
+        return sums.index_add_(0, slots, rows)
+    total = sums.to(torch.float64)
+    for part, their_slots in zip(rows.split(ROWS_A_SUM), slots.split(ROWS_A_SUM), strict=True):
+        total += sums.zero_().index_add_(0, their_slots, part)
+    return total.to(rows.dtype)
+
+
+def class_counts(slots: Tensor, valid: Tensor | None, size: int, dtype: torch.dtype) -> Tensor:
+    """How many valid rows each class has: slots ``[N]`` -> ``[S]``."""
+    # Counted in whole numbers: adding 1 to a float32 of 2^24 changes nothing.
+    ones = torch.ones_like(slots) if valid is None else valid.to(torch.int64)
+    return ones.new_zeros(size).index_add_(0, slots, ones).to(dtype)
