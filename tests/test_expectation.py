@@ -10,7 +10,7 @@ from torch import Tensor
 from tests import oracle_shares
 from tests.conftest import MakeBatch
 from tests.test_shares import LargestWritten
-from varcon_loss import chunks, varcon_terms
+from varcon_loss import chunks, products, varcon_terms
 from varcon_loss.classes import Centroids, unit_centroids
 from varcon_loss.expectation import Expected, expected_loss
 from varcon_loss.expectation_reference import expected_loss_by_equations
@@ -47,7 +47,7 @@ def evaluate(
     normalize: bool = False,
 ) -> Expected:
     return expected_loss(
-        z, shares, centroids.unit, centroids.present, centroids.num_classes, weight, valid,
+        z, shares, centroids.unit, centroids.present, centroids.num_present, weight, valid,
         temperature, epsilon, small_logits=normalize and 1 / temperature <= 40, project=normalize,
         need_grad=True, need_terms=True,
     )  # fmt: skip
@@ -480,3 +480,17 @@ def test_nothing_waits_for_a_device() -> None:
             small_logits=small_logits, project=True, need_grad=True, need_terms=True,
         )  # fmt: skip
         assert [part.shape for part in result if part is not None] == [(12,), (4, 12), (12, 4)]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("form", FORMS)
+def test_by_onednn(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The faster library on some processors; it keeps its results in tensors of its own."""
+    features = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
+    table = F.one_hot(torch.arange(40) % 7).float() + 0.01
+    want, want_gradient = from_features(features.double(), table.double(), form)
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(products, "SMALLEST_FOR_ONEDNN", 0)
+    got, gradient = from_features(features, table, form)
+    torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-5, atol=1e-5)
+    assert float(row_errors(gradient, want_gradient).max()) < 1e-5

@@ -143,7 +143,8 @@ def check_samples(
     if not isinstance(labels, Tensor):
         raise TypeError(f"{labels_name} must be a tensor, got {type(labels).__name__}")
     probabilities = labels.ndim == 2 and labels.dtype in FEATURE_DTYPES
-    if labels.ndim == 2 and labels.dtype in LABEL_DTYPES and len(labels) == len(features):
+    of_samples = labels.ndim == 2 and len(labels) == len(features) and labels.shape[1] > 1
+    if of_samples and labels.dtype in LABEL_DTYPES:
         raise TypeError(
             f"{labels_name} are integers of shape {list(labels.shape)}: cast class probabilities "
             f"to float ({labels_name}.float()), or give one class number a sample"
@@ -171,7 +172,7 @@ def check_probabilities(
 ) -> None:
     """Labels ``[N, C]`` beside the options, and beside those of a reference set."""
     for name, given in (("labels", labels), ("ref_labels", ref_labels)):
-        if given is None or not given.is_floating_point():
+        if given is None or given.ndim != 2 or not given.is_floating_point():
             continue
         if given.shape[1] == 0:
             raise ValueError(f"{name} {list(given.shape)} have no classes: give one column a class")

@@ -78,7 +78,7 @@ def match_memory(
     Anchors of classes that it does not know take no part. After learning, such a class is one
     whose members cancel; if one of them is NaN, they do take part, so that it shows.
     """
-    kept = None
+    own_labels, kept = anchors.labels, None
     if classes is not None:
         labels = classes.slot_labels()
         assert classes.counts is not None
@@ -86,18 +86,18 @@ def match_memory(
         known = memory.seen.index_select(0, labels) > 0
         kept = known | ~classes.sums.isfinite().all(1)
     centroids, remembered = remembered_centroids(memory, dtype, copy=copy)
-    if isinstance(anchors.labels, Shares):
+    if isinstance(own_labels, Shares):
         known = memory.seen > 0
         if classes is not None and kept is not None:
             known = known.index_put((classes.slot_labels(),), kept)
-        anchors = anchors.narrowed(row_totals(anchors.labels, known.to(dtype)) > 0)
-        shares, weight = _select(anchors.labels, options.weight, remembered, dtype)
+        anchors = anchors.narrowed(row_totals(own_labels, known.to(dtype)) > 0)
+        shares, weight = _select(own_labels, options.weight, remembered, dtype)
         return Rows(anchors=anchors, slots=shares, centroids=centroids, kept=kept, weight=weight)
     if kept is None or classes is None:
-        anchors = anchors.narrowed(memory.seen.index_select(0, anchors.labels) > 0)
+        anchors = anchors.narrowed(memory.seen.index_select(0, own_labels) > 0)
     else:
         anchors = anchors.narrowed(kept.index_select(0, _slots(anchors, classes)))
-    slots = anchors.labels
+    slots = own_labels
     if remembered is not None:
         slots = torch.searchsorted(remembered, slots).clamp_max(len(remembered) - 1)
     return Rows(anchors=anchors, slots=slots, centroids=centroids, kept=kept)

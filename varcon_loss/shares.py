@@ -12,7 +12,7 @@ from torch import Tensor
 
 from varcon_loss.products import make_linear
 from varcon_loss.readable import values_may_be_read
-from varcon_loss.sums import ROWS_A_SUM, sum_slots
+from varcon_loss.sums import ROWS_A_SUM
 
 # Entries a row up to which they are kept one by one: each costs as much as a small fraction of a
 # row of classes does, hence also no more than every fourth class.
@@ -177,7 +177,7 @@ def find_entries(
     missing = torch.ones(num_rows * size, dtype=torch.bool)
     slots[place], entries[place], missing[place] = columns, values[rows, columns].to(dtype), False
     background = lowest.unsqueeze(1).to(dtype) if float(lowest.max()) > 0 else None
-    shares = Shares(*(x.view(-1, size) for x in (entries, slots)), None, background, views)
+    shares = Shares(entries.view(-1, size), slots.view(-1, size), None, background, views)
     return _fill(shares, missing.view(-1, size))
 
 
@@ -235,7 +235,7 @@ def class_masses(shares: Shares, size: int, dtype: torch.dtype) -> Tensor:
         masses.index_add_(0, shares.slots.reshape(-1), above.reshape(-1))
         return masses.mul_(shares.views).to(dtype)
     masses = shares.values.new_zeros(size, dtype=torch.promote_types(dtype, torch.float32))
-    total = masses.to(torch.float64) if _is_long(shares) else masses
+    total = masses.to(torch.float64) if len(shares.values) > ROWS_A_SUM else masses
     for start in range(0, shares.values.shape[0], ROWS_A_SUM):
         part = shares.values[start : start + ROWS_A_SUM]
         sums = part.sum(0, dtype=masses.dtype)
@@ -251,24 +251,28 @@ def share_sums(shares: Shares, unit: Tensor, size: int) -> Tensor:
     if shares.views > 1:
         unit = unit.unflatten(0, (-1, shares.views)).sum(1)
         shares = shares._replace(views=1)
-    if shares.slots is not None:
-        above = shares.values
-        if shares.background is None:
-            sums = unit.new_zeros(size, unit.shape[1])
-        else:
-            above = above - shares.background
-            sums = (unit * shares.background).sum(0).repeat(size, 1)
-        for values, slots in zip(above.unbind(1), shares.slots.unbind(1), strict=True):
-            sums += sum_slots(unit * values.unsqueeze(1), slots, None, size)
-        return sums
-    sums = unit.new_zeros(size, unit.shape[1])
-    total = sums.to(torch.float64) if _is_long(shares) else sums
-    as_they_are = shares.columns is None and shares.values.dtype == unit.dtype
-    step = ROWS_A_SUM if as_they_are else min(ROWS_A_SUM, max(128, PIECE // max(1, size)))
+    total = unit.new_zeros(size, unit.shape[1])
+    if unit.shape[0] > ROWS_A_SUM:
+        total = total.to(torch.float64)
+    step = ROWS_A_SUM
+    if shares.slots is None and (shares.columns is not None or shares.values.dtype != unit.dtype):
+        step = min(step, max(128, PIECE // max(1, size)))  # pieces of the table are copied
     for start in range(0, unit.shape[0], step):
-        rows = unit[start : start + step]
-        part = shares.rows(start, start + step, unit.dtype)
-        total += make_linear(rows.T, size)(part.T, None)
+        rows, stop = unit[start : start + step], start + step
+        part = shares.rows(start, stop, unit.dtype)
+        if shares.slots is None:
+            total += make_linear(rows.T, size)(part.T, None)
+            continue
+        sums = unit.new_zeros(size, unit.shape[1])
+        background = shares.background_of(start, stop)
+        if background is not None:
+            part = part - background
+            sums += (rows * background).sum(0)
+        for values, slots in zip(
+            part.unbind(1), shares.slots_of(start, stop).unbind(1), strict=True
+        ):
+            sums.index_add_(0, slots, rows * values.unsqueeze(1))
+        total += sums
     return total.to(unit.dtype)
 
 
@@ -291,7 +295,3 @@ def row_totals(shares: Shares, weight: Tensor) -> Tensor:
         ]
         totals = torch.cat(parts) if parts else weight.new_zeros(0)
     return totals if shares.views == 1 else totals.repeat_interleave(shares.views)
-
-
-def _is_long(shares: Shares) -> bool:
-    return shares.values.shape[0] > ROWS_A_SUM
