@@ -30,7 +30,7 @@ TARGETS = (90, 100, 89, 80, 120, 86)
 POINTERS = {
     **dict.fromkeys(
         ("labels_ptr", "order_ptr", "counts_ptr", "values_ptr", "classes_ptr", "num_present_ptr",
-         "num_classes_ptr", "sorted_ptr"), "*i64"),
+         "num_present_ptr", "sorted_ptr"), "*i64"),
     **dict.fromkeys(("starts_ptr", "ends_ptr", "runs_ptr"), "*i32"),
     **dict.fromkeys(("valid_ptr", "broken_ptr", "present_ptr"), "*i1"),
     **dict.fromkeys(("x_ptr", "keys_ptr", "gradient_ptr"), None),  # the dtype of the features

@@ -6,6 +6,7 @@ the environment are the whole process's.
 """
 
 import collections
+import dataclasses
 import itertools
 import json
 import os
@@ -24,6 +25,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from varcon_loss import VarConLoss, fused, kernels
+from varcon_loss.implementations import IMPLEMENTATIONS
+from varcon_loss.rows import nothing_prevents
 
 LAUNCHED: collections.Counter[str] = collections.Counter()
 COMPILED: dict[str, set[str]] = collections.defaultdict(set)
@@ -82,7 +85,7 @@ class CountOperators(TorchDispatchMode):
 def stand_in() -> None:
     driver.set_active(Driver())
     JITFunction._do_compile = compile_nothing
-    fused.why_not = lambda *_: None
+    IMPLEMENTATIONS["triton"] = dataclasses.replace(fused.FUSED, why_not=nothing_prevents)
     for name, module in list(sys.modules.items()):
         if name.startswith("varcon_loss") and hasattr(module, "values_may_be_read"):
             module.values_may_be_read = lambda tensor: False

@@ -590,9 +590,9 @@ def sums_on_rank(rank: int, world_size: int) -> dict[str, list[str]]:
     launched: list[str] = []
     plain = fused._launch
 
-    def launch(kernel, *arguments):
+    def launch(kernel, *where, **arguments):
         launched.append(kernel.fn.__name__)
-        return plain(kernel, *arguments)
+        return plain(kernel, *where, **arguments)
 
     fused._launch = launch
     results = {}

@@ -165,7 +165,7 @@ def test_float32_sums_of_very_many_rows() -> None:
 
 
 def test_counts_beyond_what_float32_counts() -> None:
-    from varcon_loss.centroids import class_counts
+    from varcon_loss.classes import class_counts
 
     slots = torch.zeros(2**24 + 2, dtype=torch.int64)
     assert class_counts(slots, None, 1, torch.float32) == 2**24 + 2

@@ -14,10 +14,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from varcon_loss import VarConLoss, VarConTerms, fused, varcon_loss, varcon_terms
-from varcon_loss.centroids import Centroids
-from varcon_loss.eager import eager_terms
-from varcon_loss.labels import index_classes, read_labels
-from varcon_loss.rows import Rows, Samples
+from varcon_loss.classes import Centroids, index_classes
+from varcon_loss.eager import EAGER
+from varcon_loss.options import Options
+from varcon_loss.rows import Rows
+from varcon_loss.samples import Batch, Samples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOAT32 = {"rtol": 2e-5, "atol": 2e-6}
@@ -143,23 +144,22 @@ def test_half_operands(dtype: torch.dtype, shape: tuple[int, int, int], normaliz
 
     def sweep(run, w: Tensor, anchors: Samples) -> tuple[Tensor, Tensor]:
         count = torch.tensor(len(w), device=DEVICE)
-        rows = Rows(anchors, labels, Centroids(w, None, count, True), None, None, None)
-        terms = run(rows, 0.1, 0.02, True)
+        centroids = Centroids(unit=w, present=None, num_present=count, packed=True)
+        terms = run(Rows(anchors, labels, centroids), 0.1, 0.02, True)
         return terms.loss, torch.autograd.grad(terms.loss.sum(), anchors.features)[0]
 
     ours = features.detach().requires_grad_()
-    loss, gradient = sweep(fused.fused_terms, w, Samples(ours, None, norms))
+    loss, gradient = sweep(fused.FUSED.sweep, w, Samples(ours, labels, norms=norms))
     theirs = z.detach().requires_grad_()
     # The own class is float32 in the kernel: only the other centroids are rounded.
+    count = torch.tensor(len(w), device=DEVICE)
     rounded = Rows(
-        Samples(theirs, unit, norms),
+        Samples(theirs, labels, unit=unit, norms=norms),
         labels,
-        Centroids(w.to(dtype).float(), None, torch.tensor(len(w), device=DEVICE), True),
-        w.index_select(0, labels),
-        None,
-        None,
+        Centroids(unit=w.to(dtype).float(), present=None, num_present=count, packed=True),
+        own=w.index_select(0, labels),
     )
-    terms = eager_terms(rounded, 0.1, 0.02, True)
+    terms = EAGER.sweep(rounded, 0.1, 0.02, True)
     (expected,) = torch.autograd.grad(terms.loss.sum(), theirs)
 
     unit_roundoff = torch.finfo(dtype).eps / 2
@@ -201,22 +201,25 @@ def test_sorted_labels(num_rows: int, num_classes: int | None, ignore_index: int
         values[::5] = ignore_index
     labels = values.to(DEVICE)
 
-    got = fused.sort_labels(labels, num_classes, ignore_index)
-    expected = read_labels(labels, num_classes, ignore_index)
+    options = Options(num_classes=num_classes, ignore_index=ignore_index)
+    rows = Batch(torch.zeros(num_rows, 1, device=DEVICE), labels, "labels")
+    got, lookup, groups = fused.sort_labels(rows, options)
+    expected = EAGER.read(rows, options, torch.float32)
     _, slots = index_classes(expected, num_classes)
     valid = torch.ones_like(labels, dtype=torch.bool) if expected.valid is None else expected.valid
     present = torch.unique(labels[valid])
-    assert got.labels.valid is not None
-    assert got.classes.classes is not None
-    assert torch.equal(got.labels.valid, valid)
-    assert torch.equal(got.labels.values[valid], labels[valid])
+    assert got.valid is not None
+    assert got.slots is not None
+    assert lookup.ascending is not None
+    assert torch.equal(got.valid, valid)
+    assert torch.equal(got.labels[valid], labels[valid])
     assert torch.equal(got.slots[valid], slots[valid])
-    assert int(got.classes.num_present) == len(present)
-    assert float(got.labels.divisor) == max(1, int(valid.sum()))
-    assert torch.equal(got.classes.classes[: len(present)], present)
-    assert torch.equal(got.classes.classes, got.classes.classes.sort().values)
-    assert len(got.classes.classes) == max(1, min(num_rows, num_classes or num_rows))
-    order, runs, starts, ends = got.groups
+    assert int(lookup.num_present) == len(present)
+    assert float(got.num_valid) == max(1, int(valid.sum()))
+    assert torch.equal(lookup.ascending[: len(present)], present)
+    assert torch.equal(lookup.ascending, lookup.ascending.sort().values)
+    assert len(lookup.ascending) == max(1, min(num_rows, num_classes or num_rows))
+    order, runs, starts, ends = groups
     for slot, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         members = (valid & (got.slots == slot)).nonzero().flatten()
         assert torch.equal(order[start:end], members)
@@ -238,10 +241,12 @@ def test_narrow_keys_sort_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         results = []
         for at_once in (4096, 0):
             monkeypatch.setattr(fused, "SORTED_AT_ONCE", at_once)
-            found = fused.sort_labels(labels.to(DEVICE), 300, -100)
-            order, runs, starts, ends = found.groups
+            rows = Batch(torch.zeros(len(labels), 1), labels.to(DEVICE), "labels")
+            found, lookup, groups = fused.sort_labels(rows, Options(num_classes=300))
+            order, runs, starts, ends = groups
             kept = runs >= 0  # the others may come in any order
-            results.append((*found.labels, found.slots, found.classes.classes, order[kept]))
+            read = (found.labels, found.valid, found.broken, found.num_valid, found.slots)
+            results.append((*read, lookup.ascending, order[kept]))
             assert torch.equal((ends - starts).sum(), kept.sum())
         for narrow, wide in zip(*results, strict=True):
             assert torch.equal(narrow, wide)
@@ -260,8 +265,10 @@ def test_sums_of_large_classes(
     if len(sizes) > 2:  # else large classes start where stretches do
         labels[3] = -100
     features, _ = batch(len(labels), 2, 5)
-    found = fused.sort_labels(labels.to(DEVICE), len(sizes), -100)
-    sums, counts, unit, norms = fused.class_sums(features, *found.groups, normalize)
+    rows = Batch(features, labels.to(DEVICE), "labels")
+    found, _, groups = fused.sort_labels(rows, Options(num_classes=len(sizes)))
+    assert found.slots is not None
+    sums, counts, unit, norms = fused.class_sums(features, *groups, normalize)
     lengths = torch.linalg.vector_norm(features, dim=1)
     rows = features / lengths[:, None] if normalize else features
     valid = labels.to(DEVICE) >= 0
@@ -420,17 +427,18 @@ def test_operators_follow_the_rules(dtype: torch.dtype) -> None:
     features, labels = batch(9, 4, 6, dtype)
     valid = labels != 2
     norms = fused.row_norms(features, valid)
-    found = fused.sort_labels(labels, 4, 2)
+    rows = Batch(features, labels, "labels")
+    found, lookup, groups = fused.sort_labels(rows, Options(num_classes=4, ignore_index=2))
     operators = torch.ops.varcon_loss
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for operator, arguments in (
         (operators.row_norms, (features, valid)),
         (operators.sort_labels, (labels, 2, 4)),
-        (operators.class_sums, (features, *found.groups, True)),
+        (operators.class_sums, (features, *groups, True)),
     ):
         torch.library.opcheck(operator.default, arguments, test_utils=checks)
-    _, counts, w, _ = fused.class_sums(features, *found.groups, True)
-    present, count = counts > 0, found.classes.num_present
+    _, counts, w, _ = fused.class_sums(features, *groups, True)
+    present, count = counts > 0, lookup.num_present
     features.requires_grad_()
     differentiated = (features, norms, w, True, True)  # need_grad, need_terms
     rest = (None, found.slots, present, count, False, None, valid, None, 0.1, 0.02, None)

@@ -18,36 +18,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from varcon_loss.centroids import SumSlots, sum_by_slot
-from varcon_loss.labels import ClassIndex, Labels, classes_of_slots, index_classes
-from varcon_loss.matching import ClassSummary
+from varcon_loss.checks import EXCHANGES
+from varcon_loss.classes import (
+    Classes,
+    ClassIndex,
+    SumSlots,
+    index_classes,
+    labels_of_slots,
+    sum_slots,
+)
 from varcon_loss.readable import values_may_be_read
+from varcon_loss.samples import Samples
 
 _DTYPES = (torch.float32, torch.float64)
 _FIELDS = ("num_classes", "feature width", "dtype", "exchange")
 
 
-class Plan(NamedTuple):
-    """What all ranks agreed on in their first step."""
+class Agreement(NamedTuple):
+    """What must be the same on all ranks, since the collectives depend on it."""
 
+    num_classes: int | None
+    exchange: str
+    dim: int
+    dtype: torch.dtype  # in which everything is computed
+    device: torch.device
+
+
+class Plan(NamedTuple):
+    """How the ranks exchange their classes, as settled in their first step."""
+
+    agreed: Agreement
     group: Any
     rank: int
     world_size: int
-    num_classes: int | None
-    dim: int
-    dtype: torch.dtype
-    device: torch.device
     all_reduce: bool
     capacity: int  # classes a rank may send by all-gather; with num_classes
-
-
-class Exchanged(NamedTuple):
-    """The classes of all ranks, as each of them sees it."""
-
-    summary: ClassSummary  # `slots` are those of no sample: look anchors up in `index`
-    classes: Tensor  # [S] label of each slot, 0 where empty
-    weight: Tensor  # 0-d, summed over ranks
-    world_size: int
 
 
 class Plans:
@@ -58,11 +63,11 @@ class Plans:
     """
 
     def __init__(self) -> None:
-        self._by_group: weakref.WeakKeyDictionary[Any, dict[_Key, Plan]] = (
+        self._by_group: weakref.WeakKeyDictionary[Any, dict[Agreement, Plan]] = (
             weakref.WeakKeyDictionary()
         )
 
-    def of(self, group: Any) -> "dict[_Key, Plan]":
+    def of(self, group: Any) -> "dict[Agreement, Plan]":
         """The plans made with ``group``, the latest used last."""
         return self._by_group.setdefault(group, {})
 
@@ -71,14 +76,6 @@ class Plans:
 
     def __deepcopy__(self, _: Any) -> "Plans":
         return Plans()
-
-
-class _Key(NamedTuple):
-    num_classes: int | None
-    exchange: str
-    dim: int
-    dtype: torch.dtype
-    device: torch.device
 
 
 PLANS_OF_FUNCTIONS = Plans()
@@ -105,85 +102,70 @@ def resolve_group(process_group: Any) -> Any | None:
     return process_group
 
 
-def make_plan(
-    group: Any,
-    plans: Plans,
-    *,
-    num_classes: int | None,
-    dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    num_rows: int,
-    exchange: str,
-) -> Plan:
+def make_plan(group: Any, plans: Plans, mine: Agreement, num_rows: int) -> Plan:
     """The plan for this call: made together with all ranks the first time, then remembered.
+
+    ``num_rows`` of this rank's batch tell how many classes it can hold.
 
     Raises:
         ValueError: on every rank, if ranks disagree on what the collectives depend on.
     """
     known = plans.of(group)
-    key = _Key(num_classes, exchange, dim, dtype, device)
-    if key in known:
-        known[key] = plan = known.pop(key)  # the latest is last
+    if mine in known:
+        known[mine] = plan = known.pop(mine)  # the latest is last
         return plan
-    modes = ("auto", "all-reduce", "all-gather")
-    mine = [0, num_classes or -1, dim, _DTYPES.index(dtype), modes.index(exchange), num_rows]
-    everyone = _handshake(group, device, mine)
+    numbers = [
+        0,
+        mine.num_classes or -1,
+        mine.dim,
+        _DTYPES.index(mine.dtype),
+        EXCHANGES.index(mine.exchange),
+        num_rows,
+    ]
+    everyone = _handshake(group, mine.device, numbers)
     for field, values in zip(_FIELDS, list(zip(*everyone, strict=True))[1:5], strict=True):
         if len(set(values)) > 1:
-            names = {"dtype": _DTYPES, "exchange": modes}.get(field)
+            names = {"dtype": _DTYPES, "exchange": EXCHANGES}.get(field)
             listed = ", ".join(
                 f"rank {rank}: {names[v] if names else (None if v == -1 else v)}"
                 for rank, v in enumerate(values)
             )
             raise ValueError(f"ranks disagree on {field} ({listed}): it must be the same on all")
     rows = [values[5] for values in everyone]
-    all_reduce = exchange == "all-reduce"
-    if exchange == "auto":
-        all_reduce = num_classes is not None and num_classes <= sum(rows)
-    known[key] = Plan(
-        group,
-        dist.get_rank(group),
-        len(everyone),
-        num_classes,
-        dim,
-        dtype,
-        device,
-        all_reduce,
-        max(1, min(num_classes or 1, max(rows))),
+    all_reduce = mine.exchange == "all-reduce"
+    if mine.exchange == "auto":
+        all_reduce = mine.num_classes is not None and mine.num_classes <= sum(rows)
+    plan = Plan(
+        agreed=mine,
+        group=group,
+        rank=dist.get_rank(group),
+        world_size=len(everyone),
+        all_reduce=all_reduce,
+        capacity=max(1, min(mine.num_classes or 1, max(rows))),
     )
-    return known[key]
+    if any(rows):  # a step without samples tells nothing of the next
+        known[mine] = plan
+    return plan
 
 
-def announce_failure(
-    group: Any,
-    plans: Plans,
-    *,
-    num_classes: int | None,
-    exchange: str,
-    features: Any,
-    ref_features: Any,
-) -> None:
+def announce_failure(group: Any, plans: Plans, mine: Agreement) -> None:
     """Take part in the step's collectives with nothing but the news that this rank failed.
 
     In those of the plan that the others follow: the one for such features, or, where the features
     themselves are what is wrong, the latest of this loss.
     """
-    sets = [x for x in (features, ref_features) if isinstance(x, Tensor)]
-    device = sets[0].device if sets else torch.device("cpu")
-    dim = sets[0].shape[1 if sets[0].ndim == 2 else 2 :].numel() if sets else 0
-    dtype = torch.float32
-    for x in sets:
-        dtype = torch.promote_types(dtype, x.dtype)
     known = plans.of(group)
-    alike = [key for key in known if key[:2] == (num_classes, exchange)]
-    key = _Key(num_classes, exchange, dim, dtype, device)
-    if key not in known and alike:
-        key = alike[-1]
-    if key in known:
-        exchange_classes(known[key], None, None, torch.zeros(()), failed=True)
+    alike = [
+        agreed
+        for agreed in known
+        if (agreed.num_classes, agreed.exchange) == (mine.num_classes, mine.exchange)
+    ]
+    if mine not in known and alike:
+        mine = alike[-1]
+    if mine in known:
+        exchange_classes(known[mine], None, torch.zeros(()), failed=True)
     else:
-        _handshake(group, device, [1, 0, 0, 0, 0, 0], raises=False)
+        _handshake(group, mine.device, [1, 0, 0, 0, 0, 0], raises=False)
 
 
 def _handshake(group: Any, device: torch.device, mine: list[int], raises: bool = True) -> list:
@@ -206,56 +188,56 @@ def _raise_for(failed: list[Any]) -> None:
 
 def exchange_classes(
     plan: Plan,
-    summary: ClassSummary | None,
-    labels: Labels | None,
+    classes: Classes | None,
     weight: Tensor,
     *,
-    sum_slots: SumSlots = sum_by_slot,
+    sum_slots: SumSlots = sum_slots,
     failed: bool = False,
-) -> Exchanged:
+) -> tuple[Classes, Tensor]:
     """Sum over ranks what each says about its classes.
 
     Args:
         plan: from `make_plan`.
-        summary: this rank's; None where it adds nothing.
-        labels: the labels that ``summary`` was made of.
+        classes: this rank's; None where it adds nothing.
         weight: 0-d, this rank's share of the denominator of the mean.
         sum_slots: how the implementation that was chosen sums the rows of all ranks.
         failed: tell the others, and return nothing of use.
+
+    Returns:
+        The classes of all ranks, as each of them sees it, and the weights summed over ranks.
 
     Raises:
         RuntimeError: on a CPU, naming the rank, if another rank failed. Elsewhere everything
             becomes NaN, since looking would synchronise.
         ValueError: this rank holds more classes than the first step made room for.
     """
-    empty = torch.zeros(1, plan.dim, dtype=plan.dtype, device=plan.device)
-    sums, counts, classes = empty, empty[:, 0], torch.zeros_like(empty[:, 0], dtype=torch.int64)
-    if summary is not None and labels is not None:
-        assert summary.counts is not None
-        sums, counts = summary.sums, summary.counts
-        classes = classes_of_slots(labels, summary.slots, summary.classes.size)
+    agreed = plan.agreed
+    empty = torch.zeros(1, agreed.dim, dtype=agreed.dtype, device=agreed.device)
+    sums, counts, labels = empty, empty[:, 0], torch.zeros_like(empty[:, 0], dtype=torch.int64)
+    if classes is not None:
+        assert classes.counts is not None
+        sums, counts, labels = classes.sums, classes.counts, classes.slot_labels()
     local = torch.cat([sums, counts.unsqueeze(1)], dim=1)  # [S_local, D + 1]
-    weight = weight.to(plan.device, plan.dtype)
+    weight = weight.to(agreed.device, agreed.dtype)
     if plan.all_reduce:
-        exchanged, statuses = _by_all_reduce(plan, local, classes, weight, failed)
+        merged, total, statuses = _by_all_reduce(plan, local, labels, weight, failed)
     else:
         capacity = plan.capacity
-        if plan.num_classes is None:
-            largest = torch.tensor(len(local), device=plan.device)
-            if summary is not None and summary.classes.num_present is not None:
-                largest = summary.classes.num_present.clone()  # the slots after them are empty
+        if agreed.num_classes is None:
+            largest = torch.tensor(len(local), device=agreed.device)
+            if classes is not None and classes.lookup.num_present is not None:
+                largest = classes.lookup.num_present.clone()  # the slots after them are empty
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=plan.group)
             capacity = max(1, int(largest))
-        crowded = plan.num_classes is not None and len(local) > capacity
-        exchanged, statuses = _by_all_gather(
-            plan,
-            local[:capacity],
-            classes[:capacity],
-            weight,
-            capacity,
-            failed or crowded,
-            sum_slots,
-        )
+        crowded = agreed.num_classes is not None and len(local) > capacity
+        # Row 0 carries the status and the weight.
+        values = local.new_zeros(capacity + 1, agreed.dim + 1)
+        values[1 : len(local) + 1] = local[:capacity]
+        values[0, 0] = weight
+        names = labels.new_zeros(capacity + 1)
+        names[1 : len(labels) + 1] = labels[:capacity]
+        names[0] = int(failed or crowded)
+        merged, total, statuses = _by_all_gather(plan, values, names, sum_slots)
         if crowded:
             raise ValueError(
                 f"rank {plan.rank} holds up to {len(local)} classes, but the first step made room "
@@ -263,69 +245,81 @@ def exchange_classes(
                 "batch, or choose exchange='all-reduce'"
             )
     if failed:
-        return exchanged
+        return merged, total
     if values_may_be_read(statuses):
         _raise_for(statuses.tolist())
-        return exchanged
-    poison = torch.where(statuses.sum() > 0, torch.nan, 0.0).to(plan.dtype)
-    summary = exchanged.summary._replace(sums=exchanged.summary.sums + poison)
-    return exchanged._replace(summary=summary)
+        return merged, total
+    poison = torch.where(statuses.sum() > 0, torch.nan, 0.0).to(agreed.dtype)
+    spoilt = Classes(
+        lookup=merged.lookup,
+        sums=merged.sums + poison,
+        counts=merged.counts,
+        labels=merged.labels,
+    )
+    return spoilt, total
 
 
 def _by_all_reduce(
-    plan: Plan, local: Tensor, classes: Tensor, weight: Tensor, failed: bool
-) -> tuple[Exchanged, Tensor]:
-    assert plan.num_classes is not None
-    width, num_classes = plan.dim + 1, plan.num_classes
+    plan: Plan, local: Tensor, labels: Tensor, weight: Tensor, failed: bool
+) -> tuple[Classes, Tensor, Tensor]:
+    """Classes and weight of all ranks, and which of them failed ``[W]``."""
+    agreed = plan.agreed
+    assert agreed.num_classes is not None
+    width, num_classes = agreed.dim + 1, agreed.num_classes
     tail_rows = -(-(plan.world_size + 1) // width)  # a status for each rank, and the weight
-    table = torch.zeros(num_classes + tail_rows, width, dtype=plan.dtype, device=plan.device)
-    table.index_add_(0, classes, local)  # empty slots add zeros to class 0
+    table = torch.zeros(num_classes + tail_rows, width, dtype=agreed.dtype, device=agreed.device)
+    table.index_add_(0, labels, local)  # empty slots add zeros to class 0
     tail = table[num_classes:].view(-1)
     tail[plan.rank] = float(failed)
     tail[plan.world_size] = weight
     dist.all_reduce(table, group=plan.group)
     sums, counts = table[:num_classes, :-1], table[:num_classes, -1]
-    every = torch.arange(num_classes, device=plan.device)
-    index = ClassIndex(num_classes, True, torch.where(counts > 0, every, -1), None, False)
-    summary = ClassSummary(index, every, sums.contiguous(), counts.contiguous())
-    exchanged = Exchanged(summary, every, tail[plan.world_size], plan.world_size)
-    return exchanged, tail[: plan.world_size]
+    every = torch.arange(num_classes, device=agreed.device)
+    slots = torch.where(counts > 0, every, -1)
+    merged = Classes(
+        lookup=ClassIndex(size=num_classes, gaps="anywhere", table=slots),
+        sums=sums.contiguous(),
+        counts=counts.contiguous(),
+        labels=every,
+    )
+    return merged, tail[plan.world_size], tail[: plan.world_size]
 
 
 def _by_all_gather(
-    plan: Plan,
-    local: Tensor,
-    classes: Tensor,
-    weight: Tensor,
-    capacity: int,
-    failed: bool,
-    sum_slots: SumSlots,
-) -> tuple[Exchanged, Tensor]:
-    # Row 0 carries the status and the weight. Labels travel as bytes: float32 would round them.
-    values = local.new_zeros(capacity + 1, plan.dim + 1)
-    values[1 : len(local) + 1] = local
-    values[0, 0] = weight
-    names = classes.new_zeros(capacity + 1)
-    names[1 : len(classes) + 1] = classes
-    names[0] = int(failed)
+    plan: Plan, values: Tensor, names: Tensor, sum_slots: SumSlots
+) -> tuple[Classes, Tensor, Tensor]:
+    """Classes and weight of all ranks, and which of them failed ``[W]``.
+
+    Args:
+        plan: from `make_plan`.
+        values: ``[P + 1, D + 1]`` of this rank: a row for the weight, then sums and counts.
+        names: ``[P + 1]`` int64: whether it failed, then the labels of those rows.
+        sum_slots: as above.
+    """
+    agreed = plan.agreed
+    # Labels travel as bytes: float32 would round them.
     packed = torch.cat([_bytes(names.unsqueeze(1)), _bytes(values)], dim=1)
     gathered = packed.new_empty(plan.world_size * len(packed), packed.shape[1])
     # The name since torch 2.14, and the one before it, which warns since then.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     all_gather(gathered, packed, group=plan.group)
 
-    gathered = gathered.view(plan.world_size, capacity + 1, -1)
+    gathered = gathered.view(plan.world_size, len(packed), -1)
     names = gathered[:, :, :8].contiguous().view(torch.int64).squeeze(2)  # [W, P + 1]
-    values = gathered[:, :, 8:].contiguous().view(plan.dtype)  # [W, P + 1, D + 1]
-    rows = values[:, 1:].reshape(-1, plan.dim + 1)
+    values = gathered[:, :, 8:].contiguous().view(agreed.dtype)  # [W, P + 1, D + 1]
+    rows = values[:, 1:].reshape(-1, agreed.dim + 1)
     valid = rows[:, -1] > 0
-    labels = Labels(names[:, 1:].reshape(-1).masked_fill(~valid, 0), valid, None)
-    index, slots = index_classes(labels, plan.num_classes)
+    labels = names[:, 1:].reshape(-1).masked_fill(~valid, 0)
+    entries = Samples(features=rows, labels=labels, valid=valid)
+    index, slots = index_classes(entries, agreed.num_classes)
     totals = sum_slots(rows, slots, valid, index.size)
-    summary = ClassSummary(index, slots, totals[:, :-1].contiguous(), totals[:, -1].contiguous())
-    classes = classes_of_slots(labels, slots, index.size)
-    exchanged = Exchanged(summary, classes, values[:, 0, 0].sum(), plan.world_size)
-    return exchanged, names[:, 0]
+    merged = Classes(
+        lookup=index,
+        sums=totals[:, :-1].contiguous(),
+        counts=totals[:, -1].contiguous(),
+        labels=labels_of_slots(entries.placed(slots), index.size),
+    )
+    return merged, values[:, 0, 0].sum(), names[:, 0]
 
 
 def _bytes(tensor: Tensor) -> Tensor:

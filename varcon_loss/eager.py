@@ -19,10 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from varcon_loss.classes import sum_slots, summarise
 from varcon_loss.objective import row_objective, row_slopes
 from varcon_loss.operators import SweepResult, make_operator
 from varcon_loss.products import make_linear
-from varcon_loss.rows import Rows
+from varcon_loss.rows import Implementation, Rows
+from varcon_loss.samples import read
 
 # Elements of one chunk's logits and rows. 4 MiB of float32 stay in a CPU's caches (2^18 and 2^22
 # were both slower at N = 8192, K = 1000); an accelerator wants fewer, larger launches.
@@ -50,7 +52,9 @@ def sweep(
     rows: Rows, temperature: float, epsilon: float, need_grad: bool, need_terms: bool
 ) -> SweepResult:
     """See `operators`."""
-    (_, z, norms), slots, (w, present, num_classes, _), own, valid, _ = rows
+    anchors, centroids = rows.anchors, rows.centroids
+    z, norms, valid, own = anchors.unit, anchors.norms, anchors.valid, rows.own
+    w, num_present = centroids.unit, centroids.num_present
     assert z is not None
     (num_rows, dim), num_slots = z.shape, w.shape[0]
     on_cpu = z.device.type == "cpu"
@@ -61,21 +65,21 @@ def sweep(
     keys = torch.cat((w, w.sum(0, keepdim=True))).div_(temperature)  # [S + 1, D]
     # K = 0: no row is valid, but log(-1) would turn the zeros into NaN.
     if on_cpu:
-        num_others: Tensor | int = max(0, int(num_classes) - 1)
+        num_others: Tensor | int = max(0, int(num_present) - 1)
     else:
-        num_others = num_classes.sub(1).clamp_min(0).to(z.dtype)
+        num_others = num_present.sub(1).clamp_min(0).to(z.dtype)
     shared = _Sweep(
-        make_linear(keys, chunk),
-        make_linear(keys.T, chunk) if need_grad else None,
-        present,
-        num_others,
-        not rows.have_small_logits(temperature),
-        norms is not None,
-        temperature,
-        epsilon,
-        need_terms,
+        to_logits=make_linear(keys, chunk),
+        to_gradient=make_linear(keys.T, chunk) if need_grad else None,
+        present=centroids.present,
+        num_others=num_others,
+        shifted=not rows.have_small_logits(temperature),
+        project=norms is not None,
+        temperature=temperature,
+        epsilon=epsilon,
+        need_terms=need_terms,
     )
-    own_slot = slots.unsqueeze(1)
+    own_slot = rows.slots.unsqueeze(1)
     scale = None
     if need_grad and norms is not None:
         # Finite for lengths that have no finite inverse, where a gradient of 0 must stay 0.
@@ -185,5 +189,10 @@ def _sweep_chunk(
     return loss, others, g
 
 
-# As `reference_terms`, without ``[N, K]`` matrices.
-eager_terms = make_operator("varcon_loss::sweep", sweep)
+EAGER = Implementation(
+    name="eager",
+    read=read,
+    summarise=summarise,
+    sum_slots=sum_slots,
+    sweep=make_operator("varcon_loss::sweep", sweep),
+)

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varcon_loss.labels import ClassIndex, Labels, read_labels
+from varcon_loss.classes import Centroids, Classes, ClassIndex
 from varcon_loss.operators import SweepResult, make_operator
+from varcon_loss.options import Options
 from varcon_loss.proven import is_proven
 from varcon_loss.readable import values_may_be_read
-from varcon_loss.rows import Rows
+from varcon_loss.rows import Implementation, Rows
+from varcon_loss.samples import Batch, Samples, read_labels
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -98,16 +100,18 @@ def _power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any) -> None:
-    """``arguments`` end in a dict of the kernel's constants."""
-    *tensors, constants = arguments
-    if 0 in grid:
+def _launch(kernel: Any, programs: int, device: torch.device, **arguments: Any) -> None:
+    if programs == 0:
         return
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        kernel[grid](*tensors, **constants)
+        kernel[(programs,)](**arguments)
     else:
         with torch.cuda.device(device):
-            kernel[grid](*tensors, **constants)
+            kernel[(programs,)](**arguments)
+
+
+def _strides(features: Tensor) -> dict[str, int]:
+    return {"stride_row": features.stride(0), "stride_dim": features.stride(1)}
 
 
 def _operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -139,13 +143,19 @@ def row_norms(features: Tensor, valid: Tensor | None) -> Tensor:
     norms = features.new_empty(num_rows, dtype=torch.float32)
     block_d = _power_of_two(dim)
     block_n = 4096 // block_d
-    constants = {"BLOCK_N": block_n, "BLOCK_D": block_d, "HAS_VALID": valid is not None}
     _launch(
         kernels.row_norms_kernel,
-        (-(-num_rows // block_n),),
+        -(-num_rows // block_n),
         features.device,
-        *(features, valid, norms, num_rows, dim, *features.stride()),
-        constants,
+        x_ptr=features,
+        valid_ptr=valid,
+        norms_ptr=norms,
+        num_rows=num_rows,
+        dim=dim,
+        **_strides(features),
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        HAS_VALID=valid is not None,
     )
     return norms
 
@@ -208,8 +218,13 @@ def _sort_labels(
         labels, ignore_index, num_classes
     )
     num_rows, num_blocks = len(labels), max(1, -(-len(labels) // LABELS_A_BLOCK))
-    known = (ignore_index or 0, num_classes or 0)
-    constants = {
+    shared = {
+        "labels_ptr": labels,
+        "sorted_ptr": ordered,
+        "order_ptr": order,
+        "num_rows": num_rows,
+        "ignore_index": ignore_index or 0,
+        "num_classes": num_classes or 0,
         "HAS_IGNORE": ignore_index is not None,
         "HAS_RANGE": num_classes is not None,
         "BLOCK": LABELS_A_BLOCK,
@@ -217,61 +232,75 @@ def _sort_labels(
     counts = divisor
     if num_blocks > 1:
         counts = labels.new_empty(num_blocks, 3)
-        _launch(
-            kernels.count_segments_kernel,
-            (num_blocks,),
-            labels.device,
-            *(labels, ordered, order, counts, num_rows, *known),
-            constants,
-        )
+        kernel = kernels.count_segments_kernel
+        _launch(kernel, num_blocks, labels.device, counts_ptr=counts, **shared)
     _launch(
         kernels.segments_kernel,
-        (num_blocks,),
+        num_blocks,
         labels.device,
-        *(
-            labels,
-            ordered,
-            order,
-            counts,
-            values,
-            valid,
-            broken,
-            slots,
-            runs,
-            starts,
-            ends,
-            classes,
-        ),
-        *(num_present, divisor, num_rows, len(starts), num_blocks, *known),
-        constants | {"HAS_COUNTS": num_blocks > 1},
+        counts_ptr=counts,
+        values_ptr=values,
+        valid_ptr=valid,
+        broken_ptr=broken,
+        slots_ptr=slots,
+        runs_ptr=runs,
+        starts_ptr=starts,
+        ends_ptr=ends,
+        classes_ptr=classes,
+        num_present_ptr=num_present,
+        divisor_ptr=divisor,
+        num_slots=len(starts),
+        num_blocks=num_blocks,
+        HAS_COUNTS=num_blocks > 1,
+        **shared,
     )
     found = (runs, starts, ends, classes, num_present, divisor)
     return values, valid, broken, slots, order, *found
 
 
-class SortedLabels(NamedTuple):
-    """Labels read, and the samples of each class found."""
-
-    labels: Labels
-    classes: ClassIndex
-    slots: Tensor  # [N]
-    groups: Groups
+def read(batch: Batch, options: Options, dtype: torch.dtype) -> Samples:
+    """As `varcon_loss.samples.read`; the kernels divide by the lengths themselves."""
+    labels, valid, broken = read_labels(batch, options)
+    norms = row_norms(batch.features, valid) if options.normalize else None
+    return Samples(features=batch.features, labels=labels, valid=valid, broken=broken, norms=norms)
 
 
-def sort_labels(
-    labels: Tensor, num_classes: int | None, ignore_index: int | None, *, name: str = "labels"
-) -> SortedLabels:
-    """`labels.read_labels` and `labels.index_classes` in one sort, and nothing waits for ``K``."""
-    if values_may_be_read(labels):
-        read_labels(labels, num_classes, ignore_index, name=name)  # raises
-    values, valid, broken, slots, order, runs, starts, ends, classes, num_present, divisor = (
-        _sort_labels(labels.to(torch.int64), ignore_index, num_classes)
+def sort_labels(batch: Batch, options: Options) -> tuple[Samples, ClassIndex, Groups]:
+    """The labels read, their classes indexed and grouped in one sort; nothing waits for ``K``.
+
+    Lengths are not measured yet.
+    """
+    num_classes, ignore_index = options.num_classes, options.ignore_index
+    if values_may_be_read(batch.labels):
+        read_labels(batch, options)  # raises
+    labels, valid, broken, slots, order, runs, starts, ends, ascending, num_present, num_valid = (
+        _sort_labels(batch.labels.to(torch.int64), ignore_index, num_classes)
     )
-    return SortedLabels(
-        Labels(values, valid, None if num_classes is None else broken, divisor),
-        ClassIndex(len(classes), True, None, classes, num_present=num_present),
-        slots,
-        Groups(order, runs, starts, ends),
+    samples = Samples(
+        features=batch.features,
+        labels=labels,
+        valid=valid,
+        broken=None if num_classes is None else broken,
+        num_valid=num_valid,
+        slots=slots,
+    )
+    lookup = ClassIndex(
+        size=len(ascending), gaps="last", ascending=ascending, num_present=num_present
+    )
+    return samples, lookup, Groups(order=order, runs=runs, starts=starts, ends=ends)
+
+
+def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool) -> Classes:
+    """As `varcon_loss.classes.summarise`; lengths, counts and centroids fall out of the sums."""
+    samples, lookup, groups = sort_labels(batch, options)
+    sums, counts, unit, norms = class_sums(batch.features, *groups, options.normalize)
+    assert lookup.num_present is not None
+    return Classes(
+        lookup=lookup,
+        sums=sums,
+        counts=counts,
+        members=samples.measured(norms) if options.normalize else samples,
+        centroids=Centroids(unit=unit, present=None, num_present=lookup.num_present, packed=True),
     )
 
 
@@ -282,11 +311,12 @@ def group_slots(slots: Tensor, valid: Tensor | None, size: int) -> Groups:
     borders = torch.arange(size + 1, dtype=torch.int32, device=slots.device)
     borders = torch.searchsorted(ordered, borders, out_int32=True)
     runs = ordered if valid is None else ordered.masked_fill(ordered == size, -1)
-    return Groups(order, runs, borders[:-1].contiguous(), borders[1:].contiguous())
+    starts, ends = borders[:-1].contiguous(), borders[1:].contiguous()
+    return Groups(order=order, runs=runs, starts=starts, ends=ends)
 
 
-def sum_by_slot(rows: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> Tensor:
-    """As `varcon_loss.centroids.sum_by_slot`, with no float atomics: the same bits every time."""
+def sum_slots(rows: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> Tensor:
+    """As `varcon_loss.classes.sum_slots`, with no float atomics: the same bits every time."""
     return class_sums(rows, *group_slots(slots, valid, size), False)[0]
 
 
@@ -319,12 +349,18 @@ def class_sums(
     num_rows, dim = features.shape
     sums, counts, unit, norms = _new_sums(features, order, runs, starts, ends, normalize)
     block_d = _power_of_two(dim)
-    constants = {
+    shared = {
+        "x_ptr": features,
+        "order_ptr": order,
+        "starts_ptr": starts,
+        "ends_ptr": ends,
+        "norms_ptr": norms,
+        "dim": dim,
         "LONG": LONG_CLASS,
         "BLOCK_N": max(1, 4096 // block_d),
         "BLOCK_D": block_d,
         "NORMALIZE": normalize,
-    }
+    } | _strides(features)
     pieces = sums
     if num_rows > LONG_CLASS:
         # Large classes are cut into pieces that run side by side.
@@ -332,19 +368,22 @@ def class_sums(
         pieces = sums.new_empty(stretches, 2, dim)
         _launch(
             kernels.class_pieces_kernel,
-            (stretches,),
+            stretches,
             features.device,
-            *(features, order, runs, starts, ends, pieces, norms, num_rows, dim),
-            *features.stride(),
-            constants,
+            runs_ptr=runs,
+            pieces_ptr=pieces,
+            num_rows=num_rows,
+            **shared,
         )
     _launch(
         kernels.class_sums_kernel,
-        (len(starts),),
+        len(starts),
         features.device,
-        *(features, order, starts, ends, pieces, sums, unit, counts, norms, dim),
-        *features.stride(),
-        constants,
+        pieces_ptr=pieces,
+        sums_ptr=sums,
+        unit_ptr=unit,
+        counts_ptr=counts,
+        **shared,
     )
     return sums, counts, unit, norms
 
@@ -437,7 +476,9 @@ def sweep(
     """
     from varcon_loss import kernels
 
-    (features, _, norms), slots, (w, present, num_classes, packed), own, valid, broken = rows
+    anchors, centroids = rows.anchors, rows.centroids
+    features, norms, valid, broken = anchors.features, anchors.norms, anchors.valid, anchors.broken
+    w, present, slots, own = centroids.unit, centroids.present, rows.slots, rows.own
     (num_rows, dim), num_slots = features.shape, len(w)
     loss = w.new_empty(num_rows)
     others = w.new_empty(4, num_rows)
@@ -450,36 +491,60 @@ def sweep(
         # Rows in order of class: then few keys need a mask, which costs as much as all the rest.
         slots, order = slots.to(_smallest_integer(num_slots)).sort(stable=True)
     tiles = choose_tiles(num_rows, dim, features.itemsize, _device_limits(features.device)[0])
-    constants = {
-        "BLOCK_N": tiles.rows,
-        "BLOCK_K": tiles.keys,
-        "BLOCK_D": max(16, _power_of_two(dim)),
-        "HAS_ORDER": order is not None,
-        "HAS_NORMS": norms is not None,
-        "HAS_VALID": valid is not None,
-        "HAS_PRESENT": present is not None and not packed,
-        "HAS_OWN": own is not None,
-        "HAS_BROKEN": broken is not None,
-        "PACKED": packed,
-        # A small logit's exponential fits float32, but as an operand of a product not float16.
-        "PLAIN_EXP": rows.have_small_logits(temperature) and features.dtype != torch.float16,
-        "NEED_GRAD": need_grad,
-        "PRECISION": float32_precision(),
-        # Triton's interpreter multiplies bfloat16 as if its bits were integers.
-        "UPCAST": features.device.type == "cpu",
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-    }
     _launch(
         kernels.sweep_kernel,
-        (-(-num_rows // tiles.rows),),
+        -(-num_rows // tiles.rows),
         features.device,
-        *(features, order, norms, valid, slots, w, w.to(features.dtype), w.sum(0), present),
-        *(num_classes, own, broken, loss, others, gradient, scale, num_rows, num_slots, dim),
-        *(*features.stride(), temperature, epsilon),
-        constants,
+        x_ptr=features,
+        order_ptr=order,
+        norms_ptr=norms,
+        valid_ptr=valid,
+        slots_ptr=slots,
+        w_ptr=w,
+        keys_ptr=w.to(features.dtype),
+        key_sum_ptr=w.sum(0),
+        present_ptr=present,
+        num_present_ptr=centroids.num_present,
+        own_ptr=own,
+        broken_ptr=broken,
+        loss_ptr=loss,
+        others_ptr=others,
+        gradient_ptr=gradient,
+        scale_ptr=scale,
+        num_rows=num_rows,
+        num_slots=num_slots,
+        dim=dim,
+        **_strides(features),
+        temperature=temperature,
+        epsilon=epsilon,
+        BLOCK_N=tiles.rows,
+        BLOCK_K=tiles.keys,
+        BLOCK_D=max(16, _power_of_two(dim)),
+        HAS_ORDER=order is not None,
+        HAS_NORMS=norms is not None,
+        HAS_VALID=valid is not None,
+        HAS_PRESENT=present is not None and not centroids.packed,
+        HAS_OWN=own is not None,
+        HAS_BROKEN=broken is not None,
+        PACKED=centroids.packed,
+        # A small logit's exponential fits float32, but as an operand of a product not float16.
+        PLAIN_EXP=rows.have_small_logits(temperature) and features.dtype != torch.float16,
+        NEED_GRAD=need_grad,
+        PRECISION=float32_precision(),
+        # Triton's interpreter multiplies bfloat16 as if its bits were integers.
+        UPCAST=features.device.type == "cpu",
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )
     return loss, others, gradient, scale
 
 
-fused_terms = make_operator("varcon_loss::fused_sweep", sweep, fused=True)
+FUSED = Implementation(
+    name="triton",
+    read=read,
+    summarise=summarise,
+    sum_slots=sum_slots,
+    sweep=make_operator("varcon_loss::fused_sweep", sweep, fused=True),
+    why_not=why_not,
+    by_default=runs_by_default,
+)

@@ -317,7 +317,7 @@ def _sweep_tile(
 @triton.jit(do_not_specialize=SIZES)
 def sweep_kernel(
     x_ptr, order_ptr, norms_ptr, valid_ptr, slots_ptr, w_ptr, keys_ptr, key_sum_ptr, present_ptr,
-    num_classes_ptr, own_ptr, broken_ptr, loss_ptr, others_ptr, gradient_ptr, scale_ptr,
+    num_present_ptr, own_ptr, broken_ptr, loss_ptr, others_ptr, gradient_ptr, scale_ptr,
     num_rows, num_slots, dim, stride_row, stride_dim, temperature, epsilon,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_ORDER: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -356,9 +356,9 @@ def sweep_kernel(
     if UPCAST:
         x = x.to(tl.float32)
 
-    num_classes = tl.load(num_classes_ptr)
+    num_present = tl.load(num_present_ptr)
     if PACKED:
-        bound = tl.minimum(num_classes, num_slots).to(tl.int32)
+        bound = tl.minimum(num_present, num_slots).to(tl.int32)
     else:
         bound = num_slots
     to_log2 = to_unit * (LOG2_E / temperature)
@@ -409,7 +409,7 @@ def sweep_kernel(
         w_own = tl.load(own_ptr + own_at, mask=row_mask, other=0.0)
         t = tl.sum(x.to(tl.float32) * w_own, 1) * to_unit / temperature
 
-    num_others = tl.maximum(num_classes.to(tl.float32) - 1.0, 0.0)
+    num_others = tl.maximum(num_present.to(tl.float32) - 1.0, 0.0)
     lse_others = (shift + tl.log2(total)) * LN_2
     margin = lse_others - t
     p_own, p_rest = _sigmoid(-margin), _sigmoid(margin)

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varcon_loss.centroids import Centroids, unit_rows
+from varcon_loss.classes import Centroids
 from varcon_loss.norms import row_norms
 from varcon_loss.readable import values_may_be_read
+from varcon_loss.samples import unit_rows
 
 PREDICT_ROWS = 4096  # logits of this many rows are held at a time
 
@@ -55,9 +56,9 @@ def update_memory(memory: CentroidMemory, classes: Tensor, sums: Tensor, counts:
 
 
 def remembered_centroids(
-    memory: CentroidMemory, values: Tensor, dtype: torch.dtype, *, copy: bool
+    memory: CentroidMemory, labels: Tensor, dtype: torch.dtype, *, copy: bool
 ) -> tuple[Centroids, Tensor]:
-    """Every class seen so far, and the slots ``[N]`` of the labels ``values`` ``[N]`` among them.
+    """Every class seen so far, and the slots ``[N]`` of ``labels`` ``[N]`` among them.
 
     Where values can be read the cost follows the classes seen; elsewhere each class keeps a slot.
     Labels of classes not seen get some slot in range.
@@ -69,11 +70,18 @@ def remembered_centroids(
         seen = present.nonzero().squeeze(1)
         if 0 < len(seen) < len(present):
             unit = memory.unit.index_select(0, seen).to(dtype)
-            slots = torch.searchsorted(seen, values).clamp_max(len(seen) - 1)
-            return Centroids(unit, None, torch.tensor(len(seen)), True), slots
+            slots = torch.searchsorted(seen, labels).clamp_max(len(seen) - 1)
+            num_present = torch.tensor(len(seen))
+            return Centroids(unit=unit, present=None, num_present=num_present, packed=True), slots
     everything = values_may_be_read(present) and bool(present.all())
     unit = memory.unit.to(dtype, copy=copy)
-    return Centroids(unit, None if everything else present, present.sum(), everything), values
+    centroids = Centroids(
+        unit=unit,
+        present=None if everything else present,
+        num_present=present.sum(),
+        packed=everything,
+    )
+    return centroids, labels
 
 
 class Prediction(NamedTuple):
@@ -90,7 +98,8 @@ def predict(
     dtype = torch.promote_types(features.dtype, memory.unit.dtype)
     z = unit_rows(features, row_norms(features, dtype) if normalize else None, dtype)
     nothing = torch.empty(0, dtype=torch.int64, device=features.device)
-    (unit, present, *_), _ = remembered_centroids(memory, nothing, memory.unit.dtype, copy=False)
+    centroids, _ = remembered_centroids(memory, nothing, memory.unit.dtype, copy=False)
+    unit, present = centroids.unit, centroids.present
     keys = (unit / row_norms(unit, unit.dtype).unsqueeze(1)).to(dtype).T / temperature
     labels, confidences = [], []
     for part in z.split(PREDICT_ROWS):
@@ -103,4 +112,4 @@ def predict(
     label, confidence = torch.cat(labels), torch.cat(confidences)
     if len(unit) < len(memory.unit):
         label = (memory.seen > 0).nonzero().squeeze(1).index_select(0, label)
-    return Prediction(label.masked_fill(confidence.isnan(), -1), confidence)
+    return Prediction(label=label.masked_fill(confidence.isnan(), -1), confidence=confidence)

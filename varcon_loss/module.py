@@ -10,17 +10,13 @@ from torch import Tensor, nn
 
 from varcon_loss import checks
 from varcon_loss.distributed import Plans, several_ranks
-from varcon_loss.functional import (
-    Options,
-    check_options,
-    compute_loss,
-    compute_terms,
-    flatten_views,
-)
+from varcon_loss.functional import Call, Outcome, evaluate
 from varcon_loss.memory import CentroidMemory, Prediction, predict
 from varcon_loss.norms import row_norms
+from varcon_loss.options import Options, check_options
 from varcon_loss.readable import values_may_be_read
 from varcon_loss.reduction import VarConTerms
+from varcon_loss.samples import flatten_views, shape_of_samples
 
 
 class VarConLoss(nn.Module):
@@ -125,31 +121,24 @@ class VarConLoss(nn.Module):
     ) -> None:
         super().__init__()
         if unknown:
-            checks.refuse_unknown("VarConLoss", unknown, ("temperature", "epsilon", *_DEFAULTS))
+            checks.refuse_unknown("VarConLoss", unknown, (*Options._fields, *_OF_MEMORY))
         options = check_options(
-            temperature,
-            epsilon,
-            num_classes,
-            bool(normalize),
-            reduction,
-            ignore_index,
-            weight,
-            bool(leave_one_out),
-            process_group,
-            exchange,
-            impl,
+            temperature=temperature,
+            epsilon=epsilon,
+            num_classes=num_classes,
+            normalize=bool(normalize),
+            reduction=reduction,
+            ignore_index=ignore_index,
+            weight=weight,
+            leave_one_out=bool(leave_one_out),
+            process_group=process_group,
+            exchange=exchange,
+            impl=impl,
         )
-        self.temperature = options.temperature
-        self.epsilon = options.epsilon
-        self.num_classes = options.num_classes
-        self.normalize = options.normalize
-        self.reduction = options.reduction
-        self.ignore_index = options.ignore_index
         self.register_buffer("weight", None if weight is None else weight.detach().clone())
-        self.leave_one_out = options.leave_one_out
-        self.process_group = options.process_group
-        self.exchange = options.exchange
-        self.impl = options.impl
+        for name, value in options._asdict().items():
+            if name != "weight":
+                setattr(self, name, value)
 
         self.feature_dim, self.centroid_momentum = checks.check_memory_options(
             self.num_classes, feature_dim, centroid_momentum, self.leave_one_out
@@ -191,12 +180,7 @@ class VarConLoss(nn.Module):
         """
         if unknown:
             checks.refuse_unknown("the call", unknown, ("ref_features", "ref_labels"))
-        options, memory = self._options(), self._memory_of_this_call()
-        result = compute_loss(
-            features, labels, ref_features, ref_labels, options, memory, self._plans
-        )
-        self._remember_step(memory, labels)
-        return result
+        return self._evaluate(features, labels, ref_features, ref_labels, terms=False).reduced
 
     def terms(
         self,
@@ -210,12 +194,31 @@ class VarConLoss(nn.Module):
         """As the call, with the per-sample terms that one logs; the loss is ``.reduced``."""
         if unknown:
             checks.refuse_unknown("terms", unknown, ("ref_features", "ref_labels"))
+        outcome = self._evaluate(features, labels, ref_features, ref_labels, terms=True)
+        return outcome.terms(features)
+
+    def _evaluate(
+        self,
+        features: Tensor,
+        labels: Tensor | None,
+        ref_features: Tensor | None,
+        ref_labels: Tensor | None,
+        *,
+        terms: bool,
+    ) -> Outcome:
         options, memory = self._options(), self._memory_of_this_call()
-        result = compute_terms(
-            features, labels, ref_features, ref_labels, options, memory, self._plans
+        call = Call(
+            features,
+            labels,
+            ref_features,
+            ref_labels,
+            options=options,
+            memory=memory,
+            plans=self._plans,
         )
+        outcome = evaluate(call, need_terms=terms)
         self._remember_step(memory, labels)
-        return result
+        return outcome
 
     @property
     def centroids(self) -> Tensor:
@@ -246,11 +249,11 @@ class VarConLoss(nn.Module):
         """
         memory = self._require_memory()
         checks.check_features(features)
-        rows, shape = flatten_views(features)
+        rows, shape = flatten_views(features), shape_of_samples(features)
         checks.check_memory(rows, memory.unit)
         self._warn_if_empty(memory)
         found = predict(rows, memory, self.temperature, normalize=self.normalize)
-        return Prediction(found.label.view(shape), found.confidence.view(shape))
+        return Prediction(label=found.label.view(shape), confidence=found.confidence.view(shape))
 
     @torch.no_grad()
     def reset_memory(self) -> None:
@@ -273,19 +276,10 @@ class VarConLoss(nn.Module):
             self.reset_memory()
 
     def _options(self) -> Options:
-        return check_options(
-            self.temperature,
-            self.epsilon,
-            self.num_classes,
-            self.normalize,
-            self.reduction,
-            self.ignore_index,
-            self.weight,
-            self.leave_one_out,
-            self.process_group if self._learns() else None,
-            self.exchange,
-            self.impl,
-        )
+        options = {name: getattr(self, name) for name in Options._fields}
+        if not self._learns():
+            options["process_group"] = None
+        return check_options(**options)
 
     def _memory(self, *, update: bool) -> CentroidMemory | None:
         if self.centroid_momentum is None:
@@ -294,7 +288,10 @@ class VarConLoss(nn.Module):
         assert self.centroid_memory is not None
         assert self.centroid_seen is not None
         return CentroidMemory(
-            self.centroid_memory, self.centroid_seen, self.centroid_momentum, update
+            unit=self.centroid_memory,
+            seen=self.centroid_seen,
+            momentum=self.centroid_momentum,
+            update=update,
         )
 
     def _keep_memory_wide(self) -> None:
@@ -421,13 +418,13 @@ class VarConLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """What was chosen, where it differs from the defaults."""
-        shown = [f"temperature={self.temperature}", f"epsilon={self.epsilon}"]
-        for name, default in _DEFAULTS.items():
+        shown = []
+        for name, default in (Options._field_defaults | _OF_MEMORY).items():
             value = getattr(self, name)
-            if value != default:
+            if name == "weight":
+                shown += [] if value is None else [f"weight=[{len(value)}]"]
+            elif value != default or name in ("temperature", "epsilon"):
                 shown.append(f"{name}={value!r}")
-        if self.weight is not None:
-            shown.append(f"weight=[{len(self.weight)}]")
         return ", ".join(shown)
 
 
@@ -435,15 +432,4 @@ CLASSES_WATCHED = 16
 _NO_MEMORY = (
     "this loss remembers no centroids: make it with num_classes, feature_dim and centroid_momentum"
 )
-_DEFAULTS = {
-    "num_classes": None,
-    "normalize": True,
-    "reduction": "mean",
-    "ignore_index": -100,
-    "leave_one_out": False,
-    "process_group": None,
-    "exchange": "auto",
-    "impl": "auto",
-    "feature_dim": None,
-    "centroid_momentum": None,
-}
+_OF_MEMORY = {"feature_dim": None, "centroid_momentum": None}  # arguments of the module alone

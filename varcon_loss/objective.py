@@ -79,8 +79,18 @@ def row_objective(
     through_q = torch.addcmul(q_other * sum_others, q_rest, a - own_logit)
     kl = nll - minus_log_q_own - through_q
     return RowObjective(
-        *(kl + nll, kl, nll, p_own, tau2),
-        *(rise, a, margin, q_log_odds, q_rest, q_other, through_q),
+        loss=kl + nll,
+        kl=kl,
+        nll=nll,
+        confidence=p_own,
+        tau2=tau2,
+        rise=rise,
+        a=a,
+        margin=margin,
+        q_log_odds=q_log_odds,
+        q_rest=q_rest,
+        q_other=q_other,
+        through_q=through_q,
     )
 
 

@@ -12,37 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varcon_loss.centroids import Centroids
+from varcon_loss.classes import Centroids
 from varcon_loss.once import scale_rows, scale_rows_once
 from varcon_loss.reference import reference_terms
-from varcon_loss.rows import Rows, RowTerms, Samples
+from varcon_loss.rows import Rows, RowTerms, rows_of
+from varcon_loss.samples import Samples
 
 # loss [N]; KL, NLL, confidence and tau2 [4, N]; gradient [N, D] and what each of its rows is still
 # to be multiplied by [N]. None: not needed, or a scale of 1. The custom operators, which take the
 # parts of `Rows` one by one, cannot return None: there it is an empty tensor.
 SweepResult = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-
-# What the equations need of `Rows` beside the features: norms, slots, w, present, num_classes,
-# own, valid, broken.
-Parts = tuple[Tensor | None, ...]
-
-
-def _parts(rows: Rows) -> Parts:
-    w, present, num_classes, _ = rows.centroids
-    return rows.anchors.norms, rows.slots, w, present, num_classes, *rows[3:]
-
-
-def _equations(features: Tensor, parts: Parts, temperature: float, epsilon: float) -> Tensor:
-    """The per-row loss ``[N]`` by the paper's equations, for derivatives of any order."""
-    norms, slots, w, present, num_classes, *masks = parts
-    assert slots is not None
-    assert w is not None
-    assert num_classes is not None
-    if present is None:
-        present = torch.arange(w.shape[0], device=w.device) < num_classes  # the empty come last
-    centroids = Centroids(w, present, num_classes, False)
-    rows = Rows(Samples(features, None, norms), slots, centroids, *masks)
-    return reference_terms(rows, temperature, epsilon, False).loss
 
 
 class _Differentiable(torch.autograd.Function):
@@ -75,7 +54,8 @@ class _Differentiable(torch.autograd.Function):
         features, upstream, *parts = ctx.saved_tensors
 
         def loss(features: Tensor) -> Tensor:
-            return _equations(features, tuple(parts), *ctx.temperatures)
+            rows = rows_of(features, tuple(parts))
+            return reference_terms(rows, *ctx.temperatures, need_terms=False).loss
 
         def gradient(features: Tensor, upstream: Tensor) -> Tensor:
             return torch.func.vjp(loss, features)[1](upstream)[0]
@@ -84,10 +64,10 @@ class _Differentiable(torch.autograd.Function):
         return *back(*directions), *(None,) * (3 + len(parts))
 
 
-# Where features and centroids stand among the saved tensors of `Sweep`. Both may be changed in
-# place before backward, which needs neither: features by a caller who reuses them, remembered
-# centroids by the next step.
-_CHANGEABLE = (0, 5)
+# Where features and centroids stand among the saved tensors of `Sweep`, before what `Rows.tensors`
+# gives. Both may be changed in place before backward, which needs neither: features by a caller
+# who reuses them, remembered centroids by the next step.
+_CHANGEABLE = (0, 3)
 
 
 def _versions(saved: tuple[Any, ...]) -> list[int]:
@@ -180,7 +160,7 @@ def make_operator(
         features, rows, *temperatures, need_grad, _ = inputs
         ctx.versions = None
         if need_grad:
-            saved = (features, *output[2:], *_parts(rows))
+            saved = (features, *output[2:], *rows.tensors())
             ctx.save_for_backward(*saved)
             if not torch._C._are_functorch_transforms_active():
                 ctx.versions = _versions(saved)
@@ -237,7 +217,7 @@ def make_operator(
         unit: Tensor | None,
         slots: Tensor,
         present: Tensor | None,
-        num_classes: Tensor,
+        num_present: Tensor,
         packed: bool,
         own: Tensor | None,
         valid: Tensor | None,
@@ -246,8 +226,11 @@ def make_operator(
         epsilon: float,
         temperatures: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        centroids = Centroids(w, present, num_classes, packed)
-        rows = Rows(Samples(features, unit, norms), slots, centroids, own, valid, broken)
+        anchors = Samples(
+            features, labels=slots, valid=valid, broken=broken, unit=unit, norms=norms
+        )
+        centroids = Centroids(unit=w, present=present, num_present=num_present, packed=packed)
+        rows = Rows(anchors=anchors, slots=slots, centroids=centroids, own=own)
         if temperatures is not None:
             temperature, epsilon = temperatures.tolist()
         loss, others, gradient, scale = sweep(rows, temperature, epsilon, need_grad, need_terms)
@@ -281,34 +264,37 @@ def make_operator(
     operator.register_autograd(_operator_backward, setup_context=_keep_for_operator)
 
     def run(rows: Rows, temperature: float, epsilon: float, need_terms: bool) -> RowTerms:
-        samples, centroids = rows.anchors, rows.centroids
-        need_grad = torch.is_grad_enabled() and samples.features.requires_grad
-        needs = (need_grad, need_terms)
+        anchors, centroids = rows.anchors, rows.centroids
+        features = anchors.features
+        need_grad = torch.is_grad_enabled() and features.requires_grad
         if torch.compiler.is_compiling():
+            temperature, epsilon, temperatures = _options_of_operator(temperature, epsilon)
             loss, others, *_ = operator(
-                samples.features,
-                samples.norms,
-                centroids.unit,
-                *needs,
-                samples.unit,
-                rows.slots,
-                centroids.present,
-                centroids.num_classes,
-                centroids.packed,
-                rows.own,
-                rows.valid,
-                rows.broken,
-                *_options_of_operator(temperature, epsilon),
+                features=features,
+                norms=anchors.norms,
+                w=centroids.unit,
+                need_grad=need_grad,
+                need_terms=need_terms,
+                unit=anchors.unit,
+                slots=rows.slots,
+                present=centroids.present,
+                num_present=centroids.num_present,
+                packed=centroids.packed,
+                own=rows.own,
+                valid=anchors.valid,
+                broken=anchors.broken,
+                temperature=temperature,
+                epsilon=epsilon,
+                temperatures=temperatures,
             )
-        elif torch._C._are_functorch_transforms_active():
-            loss, others = TransformedSweep.apply(
-                samples.features, rows, temperature, epsilon, *needs
-            )[:2]
         else:
-            loss, others = Sweep.apply(samples.features, rows, temperature, epsilon, *needs)
-            if need_grad:
+            several = torch._C._are_functorch_transforms_active()
+            function = TransformedSweep if several else Sweep
+            given = (features, rows, temperature, epsilon, need_grad, need_terms)
+            loss, others, *_ = function.apply(*given)
+            if need_grad and not several:
                 _allow_changes(loss)
-        terms = RowTerms(loss, others)
-        return terms if fused else terms.masked(rows)
+        terms = RowTerms(loss=loss, others=others)
+        return terms if fused else terms.masked(anchors)
 
     return run

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from varcon_loss.classes import Classes
+from varcon_loss.samples import Samples
+
 
 class VarConTerms(NamedTuple):
     """The loss with everything one logs, from one sweep.
@@ -37,45 +40,76 @@ class VarConTerms(NamedTuple):
     impl: str
 
 
-class RanksTotal(NamedTuple):
-    """What a mean over the ranks of a process group divides by."""
-
-    weight: Tensor  # 0-d, summed over ranks
-    world_size: int
-
-
 def reduce_loss(
     loss: Tensor,
+    anchors: Samples,
     row_weights: Tensor | None,
-    valid: Tensor | None,
-    divisor: Tensor | None,
     reduction: str,
-    total: RanksTotal | None,
+    total: Tensor | None,
+    world_size: int,
 ) -> Tensor:
     """Weigh and reduce: ``[N]`` -> ``[]``, or ``[N]`` for ``"none"``.
 
-    ``loss`` is 0 where not ``valid``, and so are ``row_weights``. The mean is
-    ``sum(weight * loss) / sum(weight)``, and 0 where nothing has weight. ``divisor`` may give the
-    number of valid rows, at least 1. Over several ranks the
-    denominator is ``total``, and mean and sum are multiplied by the number of ranks, so that what
-    DDP and FSDP average is the loss, and the gradient, of the whole batch.
+    The mean is ``sum(weight * loss) / sum(weight)``, and 0 where nothing has weight. Over several
+    ranks the denominator is what they have together, and mean and sum are multiplied by their
+    number, so that what DDP and FSDP average is the loss, and the gradient, of the whole batch.
+
+    Args:
+        loss: ``[N]``, 0 where not valid.
+        anchors: which rows are valid.
+        row_weights: ``[N]`` class weights; None: all are 1.
+        reduction: of the public arguments.
+        total: 0-d, the denominator over all ranks; None: there is one.
+        world_size: how many ranks there are.
     """
     if row_weights is not None:
+        if anchors.valid is not None:
+            row_weights = row_weights.masked_fill(~anchors.valid, 0.0)
         loss = loss * row_weights
     if reduction == "none":
         return loss
     if total is not None:
-        loss = loss * total.world_size
+        loss = loss * world_size
     if reduction == "sum":
         return loss.sum()
     if total is None:
-        if row_weights is None and valid is None:
+        if row_weights is None and anchors.valid is None:
             return loss.mean() if loss.numel() > 0 else loss.sum()
-        if row_weights is None and divisor is not None:
-            return loss.sum() / divisor
-        shares = valid if row_weights is None else row_weights
+        if row_weights is None and anchors.num_valid is not None:
+            return loss.sum() / anchors.num_valid
+        shares = anchors.valid if row_weights is None else row_weights
         assert shares is not None
-        weight = shares.sum()
-    else:
-        weight = total.weight
-    return loss.sum() / torch.where(weight == 0, 1, weight)
+        total = shares.sum()
+    return loss.sum() / torch.where(total == 0, 1, total)
+
+
+def weigh_rows(anchors: Samples, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The class weight of each row ``[N]``, 0 where not valid; None where classes have none."""
+    if weight is None:
+        return None
+    row_weights = weight.to(dtype).index_select(0, anchors.labels)
+    if anchors.valid is not None:
+        row_weights = row_weights.masked_fill(~anchors.valid, 0.0)
+    return row_weights
+
+
+def denominator(anchors: Samples, row_weights: Tensor | None) -> Tensor:
+    """What a rank adds to the denominator of the mean, 0-d."""
+    if row_weights is not None:
+        return row_weights.sum()
+    if anchors.valid is not None:
+        return anchors.valid.sum()
+    return torch.tensor(len(anchors.labels))
+
+
+def denominator_of_kept(classes: Classes, kept: Tensor, weight: Tensor | None) -> Tensor:
+    """The denominator over all ranks where classes drop out as a whole.
+
+    A class of one does so under ``leave_one_out``. It follows from what every rank knows of all
+    classes by now; ``kept`` ``[S]``.
+    """
+    assert classes.counts is not None
+    counts = classes.counts * kept
+    if weight is not None:
+        counts = counts * weight.to(counts.dtype).index_select(0, classes.slot_labels())
+    return counts.sum()

@@ -7,23 +7,25 @@ autograd (so it can also be differentiated twice, but for compiled graphs, which
 import torch
 import torch.nn.functional as F
 
+from varcon_loss.classes import sum_slots, summarise
 from varcon_loss.once import differentiable_once
-from varcon_loss.rows import Rows, RowTerms
+from varcon_loss.rows import Implementation, Rows, RowTerms
+from varcon_loss.samples import read
 
 
 def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: bool) -> RowTerms:
     """Eq. 7-13 of arXiv 2506.07413, on ``[N, K]`` matrices; all terms, needed or not."""
-    w, present, *_ = rows.centroids
-    features = rows.anchors.features
+    anchors, w, present = rows.anchors, rows.centroids.unit, rows.centroids.present
+    features = anchors.features
     if torch.compiler.is_compiling():
         features = differentiable_once(features)
     z = features.to(w.dtype)
-    if rows.valid is not None:
-        z = z.masked_fill(~rows.valid[:, None], 0.0)
-    if rows.anchors.norms is not None:
+    if anchors.valid is not None:
+        z = z.masked_fill(~anchors.valid[:, None], 0.0)
+    if anchors.norms is not None:
         # Dividing by the (constant) length first only keeps extreme features in range; it is the
         # normalisation after it that autograd differentiates.
-        z = F.normalize(z / rows.anchors.norms[:, None], dim=1)
+        z = F.normalize(z / anchors.norms[:, None], dim=1)
     own = rows.slots[:, None]  # [N, 1]
 
     logits = z @ w.T / temperature  # [N, S]
@@ -41,4 +43,14 @@ def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: 
     loss = kl + nll  # Eq. 7
 
     others = torch.stack((kl, nll, log_p_own.exp().squeeze(1), tau2.squeeze(1)))
-    return RowTerms(loss, others.detach()).masked(rows)
+    return RowTerms(loss=loss, others=others.detach()).masked(anchors)
+
+
+REFERENCE = Implementation(
+    name="reference",
+    read=read,
+    summarise=summarise,
+    sum_slots=sum_slots,
+    sweep=reference_terms,
+    rereads_centroids=True,
+)

@@ -1,53 +1,58 @@
-"""What every implementation of the row sweep takes and gives."""
+"""What an implementation is, and what its sweep over the rows takes and gives."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from varcon_loss.centroids import Centroids, unit_rows
+from varcon_loss.classes import Centroids, Classes, SumSlots
+from varcon_loss.options import Options
+from varcon_loss.samples import Batch, Samples
 
 # Sums of 2^31 exponentials of this are finite in float32.
 LARGEST_PLAIN_LOGIT = 40.0
 
 
-class Samples(NamedTuple):
-    """Features made ready. Everything but ``features`` is free of gradient.
-
-    Rows that take no part are zero vectors in ``unit``, and hold what they held in ``features``.
-    The fused kernels read the features themselves: there ``unit`` is None.
-    """
-
-    features: Tensor  # [N, D] as the caller gave them, any float dtype; the gradient's way out
-    unit: Tensor | None  # [N, D] z: the features divided by `norms`, in float32 or wider
-    norms: Tensor | None  # [N] lengths; None: z is the features as they are
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In what is everything computed?"""
-        return torch.float32 if self.unit is None else self.unit.dtype
-
-    def unit_rows(self, valid: Tensor | None) -> Tensor:
-        """``z`` ``[N, D]``, zero vectors where not valid ``[N]``."""
-        if self.unit is not None:
-            return self.unit
-        unit = unit_rows(self.features, self.norms, self.dtype)
-        return unit if valid is None else unit.masked_fill(~valid.unsqueeze(1), 0.0)
-
-
 class Rows(NamedTuple):
     """Anchors and where they belong."""
 
-    anchors: Samples
-    slots: Tensor  # [N] int64, the own class
+    anchors: Samples  # those that are not valid have terms of 0, broken ones a loss of NaN
+    slots: Tensor  # [N] int64, the own class among the centroids
     centroids: Centroids
-    own: Tensor | None  # [N, D] own centroid of each row, where it is not centroids.unit[slots]
-    valid: Tensor | None  # [N] bool; the terms of the others are 0
-    broken: Tensor | None  # [N] bool; their loss is NaN
+    own: Tensor | None = None  # [N, D] own centroids, where they are not centroids.unit[slots]
+    kept: Tensor | None = None  # [S] bool, the classes whose members take part; None: all
 
     def have_small_logits(self, temperature: float) -> bool:
         """Is ``exp(u)`` safe with no maximum subtracted? ``|u| <= 1 / tau1`` between unit rows."""
         return self.anchors.norms is not None and 1 / temperature <= LARGEST_PLAIN_LOGIT
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the equations need beside the features, for autograd to keep: see `rows_of`."""
+        anchors, centroids = self.anchors, self.centroids
+        which = (anchors.norms, anchors.valid, anchors.broken)
+        return (
+            centroids.unit,
+            centroids.present,
+            centroids.num_present,
+            self.slots,
+            self.own,
+            *which,
+        )
+
+
+def rows_of(features: Tensor, tensors: tuple[Tensor | None, ...]) -> Rows:
+    """Rows from features ``[N, D]`` and `Rows.tensors`, as far as the equations need them."""
+    unit, present, num_present, slots, own, norms, valid, broken = tensors
+    assert unit is not None
+    assert num_present is not None
+    assert slots is not None
+    if present is None:
+        present = torch.arange(unit.shape[0], device=unit.device) < num_present  # empty ones last
+    anchors = Samples(features, labels=slots, valid=valid, broken=broken, norms=norms)
+    centroids = Centroids(unit=unit, present=present, num_present=num_present, packed=False)
+    return Rows(anchors=anchors, slots=slots, centroids=centroids, own=own)
 
 
 class RowTerms(NamedTuple):
@@ -56,13 +61,46 @@ class RowTerms(NamedTuple):
     loss: Tensor  # [N]
     others: Tensor | None  # [4, N] KL, NLL, confidence and tau2, where asked for
 
-    def masked(self, rows: Rows) -> "RowTerms":
+    def masked(self, anchors: Samples) -> "RowTerms":
         """Zero the rows that take no part; make the rows with an unusable label NaN."""
-        loss, others = self
-        if rows.valid is not None:
-            loss = torch.where(rows.valid, loss, 0.0)
+        loss, others = self.loss, self.others
+        if anchors.valid is not None:
+            loss = torch.where(anchors.valid, loss, 0.0)
             if others is not None and others.shape[1] > 0:
-                others = torch.where(rows.valid, others, 0.0)
-        if rows.broken is not None:
-            loss = torch.where(rows.broken, torch.nan, loss)
-        return RowTerms(loss, others)
+                others = torch.where(anchors.valid, others, 0.0)
+        if anchors.broken is not None:
+            loss = torch.where(anchors.broken, torch.nan, loss)
+        return RowTerms(loss=loss, others=others)
+
+
+class Summarise(Protocol):
+    """Batch ``[N]`` to classes, its own samples among them; ``count``: see `classes.summarise`."""
+
+    def __call__(
+        self, batch: Batch, options: Options, dtype: torch.dtype, *, count: bool
+    ) -> Classes: ...
+
+
+def nothing_prevents(features: Tensor, dtype: torch.dtype) -> str | None:
+    """`Implementation.why_not` of what runs everywhere."""
+    return None
+
+
+def never(features: Tensor, dtype: torch.dtype) -> bool:
+    """`Implementation.by_default` of what is chosen by name, or where nothing else is."""
+    return False
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute the loss: all that the rest of the package knows of it."""
+
+    name: str  # the value of ``impl``
+    read: Callable[[Batch, Options, torch.dtype], Samples]  # of what makes no centroids
+    summarise: Summarise  # of what does
+    sum_slots: SumSlots  # of the rows of all ranks
+    sweep: Callable[[Rows, float, float, bool], RowTerms]  # rows, tau1, epsilon, need terms
+    # What keeps it from features [N, D] computed in a dtype; None: nothing does.
+    why_not: Callable[[Tensor, torch.dtype], str | None] = nothing_prevents
+    by_default: Callable[[Tensor, torch.dtype], bool] = never  # does ``"auto"`` choose it?
+    rereads_centroids: bool = False  # in backward: what may change must be copied

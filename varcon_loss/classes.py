@@ -1,0 +1,178 @@
+"""One entry a class: which are present, their sums and their unit centroids ``w_k``.
+
+The loss only ever works with *slots*, dense numbers ``0 ... S - 1``; a label's value matters
+nowhere else. ``S`` is the number of rows that the centroids have. On a CPU it is ``K``, the number
+of classes present; where reading ``K`` would synchronise a GPU or break a compiled graph it is the
+bound ``min(num_classes, N)``, and the slots from ``K`` on stay empty (the kernels do so for any
+labels: they read ``K`` on the GPU). No gradient flows here.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from varcon_loss.norms import row_norms
+from varcon_loss.options import Options
+from varcon_loss.readable import values_may_be_read
+from varcon_loss.samples import Batch, Samples, read
+
+# float32 adds so many rows one by one.
+ROWS_A_SUM = 8192
+
+
+class ClassIndex(NamedTuple):
+    """The classes present, as a way from a label to its slot."""
+
+    size: int  # S, at least 1
+    gaps: str  # which slots may be empty: "none", the "last" ones, or "anywhere"
+    table: Tensor | None = None  # [C] slot of every class, -1 where absent
+    ascending: Tensor | None = None  # [S] labels, without a table; empty slots repeat the last
+    num_present: Tensor | None = None  # 0-d int64, K; None: unknown
+
+
+class Centroids(NamedTuple):
+    """The softmax of Eq. 8 runs over these."""
+
+    unit: Tensor  # [S, D] unit length; zero rows where the slot is empty
+    present: Tensor | None  # [S] bool; None: no slot is empty, or `packed` tells the fused sweep
+    num_present: Tensor  # 0-d int64, K
+    packed: bool  # are the first K slots the ones that are not empty?
+
+
+class Classes(NamedTuple):
+    """What a set of samples says about its classes."""
+
+    lookup: ClassIndex
+    sums: Tensor  # [S, D] sum of the unit rows of each class
+    counts: Tensor | None  # [S] how many valid rows that is; None: at least one in every slot
+    members: Samples | None = None  # the samples themselves, in their slots; None: of all ranks
+    labels: Tensor | None = None  # [S] label of each slot, 0 where empty; None: ask `slot_labels`
+    centroids: Centroids | None = None  # where they are there already
+
+    @property
+    def num_members(self) -> int:
+        """How many samples that were."""
+        return 0 if self.members is None else len(self.members.labels)
+
+    def slot_labels(self) -> Tensor:
+        """The label of each slot ``[S]``, 0 in empty slots."""
+        if self.labels is not None:
+            return self.labels
+        assert self.members is not None
+        return labels_of_slots(self.members, self.lookup.size)
+
+    def find_centroids(self) -> Centroids:
+        """Directions of the sums, unless they were found along with them."""
+        if self.centroids is not None:
+            return self.centroids
+        counts = None if self.lookup.gaps == "none" else self.counts
+        return unit_centroids(self.sums, counts, packed=self.lookup.gaps != "anywhere")
+
+
+# Sums ``[S, D]`` of rows ``[N, D]`` by their slots ``[N]``; those not valid ``[N]`` are zeros.
+SumSlots = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
+
+
+def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool) -> Classes:
+    """Read a batch, index its classes and sum each of them.
+
+    ``count`` where the number of samples matters, not only that there are some.
+    """
+    samples = read(batch, options, dtype)
+    index, slots = index_classes(samples, options.num_classes)
+    assert samples.unit is not None
+    counts = None
+    if count or index.gaps != "none":
+        counts = class_counts(slots, samples.valid, index.size, dtype)
+    sums = sum_slots(samples.unit, slots, samples.valid, index.size)
+    return Classes(lookup=index, sums=sums, counts=counts, members=samples.placed(slots))
+
+
+def index_classes(samples: Samples, num_classes: int | None) -> tuple[ClassIndex, Tensor]:
+    """The classes present among the valid samples, ascending, and the slots ``[N]`` of all.
+
+    Invalid samples get some slot in range.
+    """
+    labels, valid = samples.labels, samples.valid
+    if num_classes is None or values_may_be_read(labels):
+        # On a GPU this is the one place that synchronises: give num_classes to avoid it.
+        if valid is None and labels.numel() > 0:
+            ascending, slots = torch.unique(labels, return_inverse=True)
+            return ClassIndex(size=ascending.numel(), gaps="none", ascending=ascending), slots
+        ascending = torch.unique(labels if valid is None else labels[valid])
+        gaps = "last" if ascending.numel() == 0 else "none"
+        index = ClassIndex(size=max(1, ascending.numel()), gaps=gaps, ascending=ascending)
+        return index, find_slots(labels, index)[0]
+    marks = labels if valid is None else labels.masked_fill(~valid, num_classes)
+    present = torch.zeros(num_classes + 1, dtype=torch.bool, device=labels.device)
+    present = present.index_fill(0, marks, True)[:num_classes]
+    table = (present.cumsum(0) - 1).masked_fill(~present, -1)
+    index = ClassIndex(size=max(1, min(num_classes, labels.shape[0])), gaps="last", table=table)
+    return index, find_slots(labels, index)[0]
+
+
+def find_slots(labels: Tensor, index: ClassIndex) -> tuple[Tensor, Tensor]:
+    """Slots ``[N]`` in ``[0, S)``, and where the label's class was found ``[N]`` (bool).
+
+    Labels that are not valid, and those whose class is absent, get some slot in range.
+    """
+    if index.table is not None:
+        slots = index.table.index_select(0, labels)
+        return slots.clamp_min(0), slots >= 0
+    assert index.ascending is not None
+    if len(index.ascending) == 0:
+        return torch.zeros_like(labels), torch.zeros_like(labels, dtype=torch.bool)
+    slots = torch.searchsorted(index.ascending, labels).clamp_max(index.size - 1)
+    found = index.ascending.index_select(0, slots) == labels
+    return slots, found if index.num_present is None else found & (slots < index.num_present)
+
+
+def labels_of_slots(members: Samples, size: int) -> Tensor:
+    """The label in each slot, ``[S]``; 0 in empty slots."""
+    slots, valid = members.slots, members.valid
+    assert slots is not None
+    marks = slots if valid is None else slots.masked_fill(~valid, size)
+    return marks.new_zeros(size + 1).scatter_(0, marks, members.labels)[:size]
+
+
+def sum_slots(rows: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> Tensor:
+    """Sum the rows of each class: ``[N, D]``, slots ``[N]`` -> ``[S, D]``.
+
+    Rows that are not valid must be zero vectors. float32 sums are off by at most what summing
+    `ROWS_A_SUM` rows costs, whatever ``N``: sums of so many go on in float64.
+    """
+    sums = rows.new_zeros(size, rows.shape[1])
+    if rows.dtype == torch.float64 or rows.shape[0] <= ROWS_A_SUM:
+        return sums.index_add_(0, slots, rows)
+    total = sums.to(torch.float64)
+    for part, their_slots in zip(rows.split(ROWS_A_SUM), slots.split(ROWS_A_SUM), strict=True):
+        total += sums.zero_().index_add_(0, their_slots, part)
+    return total.to(rows.dtype)
+
+
+def class_counts(slots: Tensor, valid: Tensor | None, size: int, dtype: torch.dtype) -> Tensor:
+    """How many valid rows each class has: slots ``[N]`` -> ``[S]``."""
+    # Counted in whole numbers: adding 1 to a float32 of 2^24 changes nothing.
+    ones = torch.ones_like(slots) if valid is None else valid.to(torch.int64)
+    return ones.new_zeros(size).index_add_(0, slots, ones).to(dtype)
+
+
+def unit_centroids(sums: Tensor, counts: Tensor | None, *, packed: bool = True) -> Centroids:
+    """Directions of the class means. A class whose members cancel out gets a zero centroid.
+
+    ``counts`` ``[S]`` tells the empty slots; None: there are none.
+    """
+    unit = sums / row_norms(sums, sums.dtype).unsqueeze(1)
+    if counts is None:
+        num_present = torch.full((), sums.shape[0], dtype=torch.int64, device=sums.device)
+        return Centroids(unit=unit, present=None, num_present=num_present, packed=True)
+    present = counts > 0
+    return Centroids(unit=unit, present=present, num_present=present.sum(), packed=packed)
+
+
+def centroids_without_self(unit: Tensor, sums: Tensor, slots: Tensor) -> Tensor:
+    """Leave-one-out: each row's own centroid made of the *other* members of its class, [N, D]."""
+    others = sums.index_select(0, slots) - unit
+    return others / row_norms(others, others.dtype).unsqueeze(1)

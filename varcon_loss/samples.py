@@ -1,0 +1,150 @@
+"""One entry a sample: features without views, labels read, lengths."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from varcon_loss.norms import row_norms
+from varcon_loss.options import Options
+from varcon_loss.readable import values_may_be_read
+
+
+class Batch(NamedTuple):
+    """What the caller gave, without views."""
+
+    features: Tensor  # [N, D]
+    labels: Tensor  # [N]
+    name: str  # of the labels, in messages
+
+
+class Samples(NamedTuple):
+    """A batch made ready. Everything but ``features`` is free of gradient.
+
+    Rows that take no part are zero vectors in ``unit``, and hold what they held in ``features``.
+    The fused kernels read the features themselves: there ``unit`` is None.
+    """
+
+    features: Tensor  # [N, D] as the caller gave them, any float dtype; the gradient's way out
+    labels: Tensor  # [N] int64, made safe to index with where `num_classes` is given
+    valid: Tensor | None = None  # [N] bool, False where ignored or unusable; None: all are valid
+    broken: Tensor | None = None  # [N] bool, labels that cannot be: their loss is NaN; None: none
+    num_valid: Tensor | None = None  # 0-d float32, at least 1; None: not counted
+    slots: Tensor | None = None  # [N] int64, where their classes are; None: they made no classes
+    unit: Tensor | None = None  # [N, D] z: the features divided by `norms`, in float32 or wider
+    norms: Tensor | None = None  # [N] lengths; None: z is the features as they are
+
+    def unit_rows(self, dtype: torch.dtype) -> Tensor:
+        """``z`` ``[N, D]``, zero vectors where not valid."""
+        if self.unit is not None:
+            return self.unit
+        unit = unit_rows(self.features, self.norms, dtype)
+        return unit if self.valid is None else unit.masked_fill(~self.valid.unsqueeze(1), 0.0)
+
+    def placed(self, slots: Tensor) -> "Samples":
+        """The same in these slots ``[N]``."""
+        return self._with(slots=slots)
+
+    def measured(self, norms: Tensor) -> "Samples":
+        """The same with their lengths ``[N]``."""
+        return self._with(norms=norms)
+
+    def narrowed(self, kept: Tensor, broken: Tensor | None = None) -> "Samples":
+        """The same, valid only where ``kept`` ``[N]``; ``broken`` ``[N]`` where more are."""
+        if broken is None:
+            if values_may_be_read(kept) and bool(kept.all()):
+                return self
+            broken = self.broken
+        valid = kept if self.valid is None else self.valid & kept
+        return self._with(valid=valid, broken=broken, num_valid=None)
+
+    def _with(self, **changed: Any) -> "Samples":
+        # `_replace`, which the compiler of torch 2.6 does not trace.
+        kept = {name: getattr(self, name) for name in Samples._fields}
+        return Samples(**(kept | changed))
+
+
+def shape_of_samples(features: Tensor) -> torch.Size:
+    """``[N]``, or ``[B, V]`` with views."""
+    return features.shape[:1] if features.ndim == 2 else features.shape[:2]
+
+
+def flatten_views(features: Tensor) -> Tensor:
+    """``[B, V, ...]`` -> ``[B * V, D]``; ``[N, D]`` as it is."""
+    if features.ndim == 2:
+        return features
+    return features.reshape(features.shape[:2].numel(), features.shape[2:].numel())
+
+
+def flatten(features: Tensor, labels: Tensor, name: str) -> Batch:
+    """Each view is a sample with the same label."""
+    if features.ndim > 2:
+        labels = labels.repeat_interleave(features.shape[1], dim=0)
+    return Batch(features=flatten_views(features), labels=labels, name=name)
+
+
+def read_labels(batch: Batch, options: Options) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``labels``, ``valid`` and ``broken`` of `Samples`: the labels as int64, and which are usable.
+
+    Not usable are ``ignore_index`` and those outside ``[0, num_classes)``.
+
+    Raises:
+        ValueError: a label out of range, on a CPU in eager mode. Elsewhere it is marked in
+            ``broken``.
+    """
+    num_classes, ignore_index = options.num_classes, options.ignore_index
+    values = batch.labels.to(torch.int64)
+    if not torch.compiler.is_compiling() and values.is_inference():
+        values = values.clone()  # autograd keeps none that were made in inference mode
+    readable = values_may_be_read(values)
+    if readable and values.numel() > 0:
+        lowest, highest = (int(extreme) for extreme in values.aminmax())
+        none_ignored = ignore_index is None or not lowest <= ignore_index <= highest
+        if none_ignored and (num_classes is None or 0 <= lowest <= highest < num_classes):
+            return values, None, None
+    valid = None if ignore_index is None else values != ignore_index
+    if readable and valid is not None and bool(valid.all()):
+        valid = None
+    if num_classes is None:
+        return values, valid, None
+    broken = (values < 0) | (values >= num_classes)
+    if valid is not None:
+        broken &= valid
+    if readable:
+        if bool(broken.any()):
+            example = int(values[broken][0])
+            hint = "" if ignore_index is None else f" (or ignore_index={ignore_index})"
+            raise ValueError(
+                f"{batch.name} must lie in [0, {num_classes}){hint}, got {example}: "
+                "raise num_classes, or leave it out to allow any values"
+            )
+        broken = None
+    else:
+        valid = ~broken if valid is None else valid & ~broken
+    if valid is not None:
+        values = values.masked_fill(~valid, 0)
+    return values, valid, broken
+
+
+def read(batch: Batch, options: Options, dtype: torch.dtype) -> Samples:
+    """Labels read, lengths measured, and rows divided by them in ``dtype``."""
+    labels, valid, broken = read_labels(batch, options)
+    taking_part = batch.features
+    if valid is not None:
+        # From here on a row that takes no part is a zero vector, whatever it held: it adds
+        # nothing to any sum, and its gradient is exactly 0.
+        taking_part = taking_part.masked_fill(~valid.unsqueeze(1), 0.0)
+    norms = row_norms(taking_part, dtype) if options.normalize else None
+    return Samples(
+        features=batch.features,
+        labels=labels,
+        valid=valid,
+        broken=broken,
+        unit=unit_rows(taking_part, norms, dtype),
+        norms=norms,
+    )
+
+
+def unit_rows(rows: Tensor, norms: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``z`` ``[N, D]`` in ``dtype``: rows divided by their lengths, or as they are."""
+    return rows.to(dtype) if norms is None else rows.to(dtype) / norms.unsqueeze(1)
