@@ -30,7 +30,7 @@ TARGETS = (90, 100, 89, 80, 120, 86)
 POINTERS = {
     **dict.fromkeys(
         ("labels_ptr", "order_ptr", "counts_ptr", "values_ptr", "classes_ptr", "num_present_ptr",
-         "num_present_ptr", "sorted_ptr"), "*i64"),
+         "sorted_ptr"), "*i64"),
     **dict.fromkeys(("starts_ptr", "ends_ptr", "runs_ptr"), "*i32"),
     **dict.fromkeys(("valid_ptr", "broken_ptr", "present_ptr"), "*i1"),
     **dict.fromkeys(("x_ptr", "keys_ptr", "gradient_ptr"), None),  # the dtype of the features
@@ -183,7 +183,11 @@ def compile_helpers(dtype: torch.dtype, dim: int, *, target: int = 90) -> int:
     variants: list[tuple[Any, dict[str, Any]]] = [
         *((kernels.row_norms_kernel, blocks | {"HAS_VALID": flag}) for flag in yes_no),
         *((kernels.class_pieces_kernel, flags) for flags in sums),
-        *((kernels.class_sums_kernel, flags) for flags in sums),
+        *(
+            (kernels.class_sums_kernel, flags | {"KEEP_SUMS": keep})
+            for flags in sums
+            for keep in yes_no
+        ),
         *((kernels.count_segments_kernel, flags) for flags in labels),
         *(
             (kernels.segments_kernel, flags | {"HAS_COUNTS": many})
@@ -209,7 +213,10 @@ def compile_smallest(dtype: torch.dtype, *, target: int = 90) -> int:
     }  # fmt: skip
     variants: list[tuple[Any, dict[str, Any]]] = [
         (kernels.row_norms_kernel, blocks | {"HAS_VALID": True}),
-        (kernels.class_sums_kernel, blocks | {"LONG": fused.LONG_CLASS, "NORMALIZE": True}),
+        (
+            kernels.class_sums_kernel,
+            blocks | {"LONG": fused.LONG_CLASS, "NORMALIZE": True, "KEEP_SUMS": True},
+        ),
         (kernels.sweep_kernel, blocks | flags | {"BLOCK_K": 16}),
     ]
     for kernel, constants in variants:

@@ -124,4 +124,8 @@ def test_programs_launches_and_memory_of_a_step() -> None:
     assert found["step"]["kernels"] == 3, found
     assert found["step"]["operators"] <= 10, found
     assert found["step"]["allocations"] <= 19, found
-    assert found["memory"]["known"] <= 2.2, found
+    # Times the features' bytes. Kept for backward: the gradient, and centroids for a second one.
+    most = {"known": (1.75, 2.45), "any": (4.35, 4.15)}
+    for case, (forward, backward) in most.items():
+        assert found["memory"][case]["forward"] <= forward, found
+        assert found["memory"][case]["backward"] <= backward, found

@@ -45,7 +45,7 @@ class Classes(NamedTuple):
     """What a set of samples says about its classes."""
 
     lookup: ClassIndex
-    sums: Tensor  # [S, D] sum of the unit rows of each class
+    sums: Tensor  # [S, D] sums of the unit rows; [0, D] from kernels that were not asked to count
     counts: Tensor | None  # [S] how many valid rows that is; None: at least one in every slot
     members: Samples | None = None  # the samples themselves, in their slots; None: of all ranks
     labels: Tensor | None = None  # [S] label of each slot, 0 where empty; None: ask `slot_labels`
