@@ -22,6 +22,7 @@ WIDTHS = (64, 128, 256, 512, 1024)
 # What users get by default, and float32 where torch is told to use tf32.
 MODES = (("bf16", "none"), ("fp32", "ieee"), ("fp16", "none"), ("fp32", "tf32"))
 LARGE_BATCH = 65_536
+TABLE = Path(__file__).parent / "results" / "kernel-code.json"
 LARGEST_PROGRAM_THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 REGISTERS = 65_536  # of a multiprocessor
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block; one more in all
@@ -29,7 +30,7 @@ TARGETS = (90, 100, 89, 80, 120, 86)
 POINTERS = {
     **dict.fromkeys(
         ("labels_ptr", "order_ptr", "counts_ptr", "values_ptr", "classes_ptr", "num_present_ptr",
-         "num_present_ptr", "sorted_ptr"), "*i64"),
+         "sorted_ptr"), "*i64"),
     **dict.fromkeys(("starts_ptr", "ends_ptr", "runs_ptr"), "*i32"),
     **dict.fromkeys(("valid_ptr", "broken_ptr", "present_ptr"), "*i1"),
     **dict.fromkeys(("x_ptr", "keys_ptr", "gradient_ptr"), None),  # the dtype of the features
@@ -44,35 +45,47 @@ def command(
         f"{dtype}:{precision}" for dtype, precision in MODES
     ),
     widths: Annotated[str, typer.Option(help="embedding widths D")] = ",".join(map(str, WIDTHS)),
-    out: Annotated[Path, typer.Option(help="folder of the result files")] = Path(
-        "runs/kernel-code"
-    ),
-    resume: Annotated[bool, typer.Option(help="keep what is already there")] = False,
+    out: Annotated[Path, typer.Option(help="folder of the result files")] = TABLE.parent,
+    resume: Annotated[bool, typer.Option(help="keep what is there of these already")] = False,
 ) -> None:
-    """Compile the sweep for GPUs that need not be there: registers, spills, instructions."""
+    """Compile the sweep for GPUs that need not be there: registers, spills, instructions.
+
+    Rows of other targets, modes and widths stay in the table.
+    """
     # Imported only now: what compiles a kernel needs none of what these import.
     from benchmarks.common import options, results
     from benchmarks.common.terminal import console, written
 
-    path = out / "kernel-code.json"
-    rows: list[dict[str, Any]] = []
-    if resume and path.exists():
-        rows = json.loads(path.read_text())["rows"]
-    done = {(row["target"], row["dtype"], row["precision"], row["dim"]) for row in rows}
-    env = results.environment()
     pairs = [(mode.partition(":")[0], mode.partition(":")[2]) for mode in options.names(modes)]
-    todo = wanted(options.integers(targets), pairs, options.integers(widths))
-    for target, dtype, precision, dim in todo:
-        if (f"sm_{target}", dtype, precision, dim) in done:
+    unknown = [
+        f"{dtype}:{precision}" for dtype, precision in pairs if (dtype, precision) not in MODES
+    ]
+    numbers = options.integers(targets)
+    unknown += [str(number) for number in numbers if number not in TARGETS]
+    if unknown:
+        known = (*map(str, TARGETS), *(":".join(mode) for mode in MODES))
+        raise typer.BadParameter(f"got {', '.join(unknown)}; there are {', '.join(known)}")
+    path, env = out / TABLE.name, results.environment()
+    saved = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = {(row["target"], row["dtype"], row["precision"], row["dim"]): row for row in saved}
+    for target, dtype, precision, dim in wanted(numbers, pairs, options.integers(widths)):
+        key = (f"sm_{target}", dtype, precision, dim)
+        if resume and key in rows:
             continue
-        row = compile_sweep(
-            DTYPES[dtype], dim, LARGE_BATCH, target=target,
-            precision="ieee" if precision == "none" else precision,
-        )  # fmt: skip
-        rows.append(row._asdict())
-        console.print(row._asdict())
-        results.save("kernel-code", rows, env, out)
+        torch_precision = "ieee" if precision == "none" else precision
+        made = compile_sweep(
+            DTYPES[dtype], dim, LARGE_BATCH, target=target, precision=torch_precision
+        )
+        rows[key] = made._asdict()
+        console.print(rows[key])
+        results.save(path.stem, [rows[key] for key in sorted(rows, key=_place)], env, out)
     written(path, path.with_suffix(".csv"))
+
+
+def _place(key: tuple[str, str, str, int]) -> tuple[int, int, int]:
+    """Of a row in the table: by dtype and precision, width, target."""
+    target, dtype, precision, dim = key
+    return MODES.index((dtype, precision)), dim, int(target.removeprefix("sm_"))
 
 
 class KernelCode(NamedTuple):
@@ -83,7 +96,6 @@ class KernelCode(NamedTuple):
     precision: str  # of float32 products
     dim: int
     default: bool  # do users get this precision without asking?
-    tiles: str
     registers: int  # a thread; 255 is the most there are
     spills_in_loop: int  # loads and stores of spilled registers, a step of the worst inner loop
     spills_outside: int  # once a block of rows
@@ -142,7 +154,6 @@ def compile_sweep(
         precision=precision if dtype == torch.float32 else "none",
         dim=dim,
         default=precision == "ieee",
-        tiles=f"{tiles.rows} x {tiles.keys}, {tiles.warps} warps, {tiles.stages} stages",
         registers=registers,
         spills_in_loop=in_loop,
         spills_outside=all_spills - sum(loop.spills for loop in loops),
@@ -172,7 +183,11 @@ def compile_helpers(dtype: torch.dtype, dim: int, *, target: int = 90) -> int:
     variants: list[tuple[Any, dict[str, Any]]] = [
         *((kernels.row_norms_kernel, blocks | {"HAS_VALID": flag}) for flag in yes_no),
         *((kernels.class_pieces_kernel, flags) for flags in sums),
-        *((kernels.class_sums_kernel, flags) for flags in sums),
+        *(
+            (kernels.class_sums_kernel, flags | {"KEEP_SUMS": keep})
+            for flags in sums
+            for keep in yes_no
+        ),
         *((kernels.count_segments_kernel, flags) for flags in labels),
         *(
             (kernels.segments_kernel, flags | {"HAS_COUNTS": many})
@@ -198,7 +213,10 @@ def compile_smallest(dtype: torch.dtype, *, target: int = 90) -> int:
     }  # fmt: skip
     variants: list[tuple[Any, dict[str, Any]]] = [
         (kernels.row_norms_kernel, blocks | {"HAS_VALID": True}),
-        (kernels.class_sums_kernel, blocks | {"LONG": fused.LONG_CLASS, "NORMALIZE": True}),
+        (
+            kernels.class_sums_kernel,
+            blocks | {"LONG": fused.LONG_CLASS, "NORMALIZE": True, "KEEP_SUMS": True},
+        ),
         (kernels.sweep_kernel, blocks | flags | {"BLOCK_K": 16}),
     ]
     for kernel, constants in variants:

@@ -7,7 +7,6 @@ the environment are the whole process's.
 
 import collections
 import dataclasses
-import itertools
 import json
 import os
 import sys
@@ -18,8 +17,9 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 import triton
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -140,23 +140,37 @@ def variants(sizes: list[int], known: bool) -> dict[str, int]:
     return {name: len(keys) for name, keys in COMPILED.items()}
 
 
-def peak_over_features(num_rows: int, num_classes: int, known: bool) -> float:
-    """The most memory that forward has at a time, in units of the features' bytes.
+class Allocations(TorchDispatchMode):
+    """The most bytes alive at a time that operators have made, those of backward too."""
 
-    Backward has the kept gradient and its product with the upstream one: twice the features. (On a
-    CPU torch also makes float32 copies there, so it is left out.)
-    """
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.given = {tensor.untyped_storage()._cdata for tensor in given}
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.given:
+                    self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return made
+
+
+def peak_over_features(num_rows: int, num_classes: int, known: bool) -> dict[str, float]:
+    """The most memory that a step has at a time, in units of the features' bytes."""
     features, labels, criterion = problem(num_rows, num_classes, known)
-    criterion(features, labels)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with Allocations(features, labels) as allocations:
         loss = criterion(features, labels)
-    del loss
-    events = record.profiler.kineto_results.events()
-    changes = sorted(
-        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
-    )
-    peak = max(itertools.accumulate(change for _, change in changes))
-    return peak / (num_rows * 128 * 2)
+        forward = allocations.most
+        allocations.most = 0
+        torch.autograd.grad(loss, features)
+    unit = features.numel() * features.element_size()
+    return {"forward": forward / unit, "backward": allocations.most / unit}
 
 
 SIZES = [1, 2, 15, 16, 17, 100, 512, 513, 1024, 1025, 4095, 4096, 5000, 8191, 16384, 20000]

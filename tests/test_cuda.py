@@ -1,6 +1,8 @@
 """What only a GPU can show. `tests/test_triton.py` runs there too, with compiled kernels."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,26 +71,13 @@ def test_memory_and_reference_set_do_not_wait(sync_debug_mode: Callable[[str], N
 
 
 def test_a_captured_graph_replays_on_new_data() -> None:
-    criterion = VarConLoss(num_classes=10, impl="triton")
+    """By the code of the documentation."""
+    page = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
+    documented: dict[str, Any] = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], documented)
     features, labels = batch(96, 10, 32)
-
-    def step() -> Tensor:
-        features.grad = None
-        loss = criterion(features, labels)
-        loss.backward()
-        return loss
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-    gradient = features.grad
-    assert gradient is not None
+    criterion = VarConLoss(num_classes=10, impl="triton")
+    graph, loss, gradient = documented["capture"](criterion, features, labels)
     for seed in range(3):
         generator = torch.Generator("cuda").manual_seed(seed)
         with torch.no_grad():

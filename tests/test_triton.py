@@ -268,7 +268,10 @@ def test_sums_of_large_classes(
     rows = Batch(features, labels.to(DEVICE), "labels")
     found, _, groups = fused.sort_labels(rows, Options(num_classes=len(sizes)))
     assert found.slots is not None
-    sums, counts, unit, norms = fused.class_sums(features, *groups, normalize)
+    sums, counts, unit, norms = fused.class_sums(features, *groups, normalize, True)
+    none_kept, *others = fused.class_sums(features, *groups, normalize, False)
+    assert none_kept.shape == (0, 5)
+    assert all(torch.equal(a, b) for a, b in zip(others[:2], (counts, unit), strict=True))
     lengths = torch.linalg.vector_norm(features, dim=1)
     rows = features / lengths[:, None] if normalize else features
     valid = labels.to(DEVICE) >= 0
@@ -434,10 +437,11 @@ def test_operators_follow_the_rules(dtype: torch.dtype) -> None:
     for operator, arguments in (
         (operators.row_norms, (features, valid)),
         (operators.sort_labels, (labels, 2, 4)),
-        (operators.class_sums, (features, *groups, True)),
+        (operators.class_sums, (features, *groups, True, True)),
+        (operators.class_sums, (features, *groups, True, False)),
     ):
         torch.library.opcheck(operator.default, arguments, test_utils=checks)
-    _, counts, w, _ = fused.class_sums(features, *groups, True)
+    _, counts, w, _ = fused.class_sums(features, *groups, True, False)
     present, count = counts > 0, lookup.num_present
     features.requires_grad_()
     differentiated = (features, norms, w, True, True)  # need_grad, need_terms

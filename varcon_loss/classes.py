@@ -43,9 +43,9 @@ class Classes(NamedTuple):
     """What a set of samples says about its classes."""
 
     lookup: ClassIndex
-    sums: Tensor  # [S, D] sum of the unit rows of each class
-    counts: Tensor | None  # [S] how many valid rows that is, in shares where labels are shares;
-    # None: at least one in every slot
+    sums: Tensor  # [S, D] sums of the unit rows; [0, D] from kernels that were not asked to count
+    # [S] how many valid rows that is, in shares where labels are; None: at least one in each slot
+    counts: Tensor | None
     members: Samples | None = None  # the samples themselves, in their slots; None: of all ranks
     labels: Tensor | None = None  # [S] label of each slot, 0 where empty; None: ask `slot_labels`
     centroids: Centroids | None = None  # where they are there already

@@ -291,9 +291,12 @@ def sort_labels(batch: Batch, options: Options) -> tuple[Samples, ClassIndex, Gr
 
 
 def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool) -> Classes:
-    """As `varcon_loss.classes.summarise`; lengths, counts and centroids fall out of the sums."""
+    """As `varcon_loss.classes.summarise`; lengths, counts and centroids fall out of the sums.
+
+    The sums themselves, as large as the centroids, are kept only where ``count``.
+    """
     samples, lookup, groups = sort_labels(batch, options)
-    sums, counts, unit, norms = class_sums(batch.features, *groups, options.normalize)
+    sums, counts, unit, norms = class_sums(batch.features, *groups, options.normalize, count)
     assert lookup.num_present is not None
     return Classes(
         lookup=lookup,
@@ -316,16 +319,22 @@ def group_slots(slots: Tensor, valid: Tensor | None, size: int) -> Groups:
 
 
 def sum_slots(rows: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> Tensor:
-    """As `varcon_loss.classes.sum_slots`, with no float atomics: the same bits every time."""
-    return class_sums(rows, *group_slots(slots, valid, size), False)[0]
+    """As `varcon_loss.sums.sum_slots`, with no float atomics: the same bits every time."""
+    return class_sums(rows, *group_slots(slots, valid, size), False, True)[0]
 
 
 def _new_sums(
-    features: Tensor, order: Tensor, runs: Tensor, starts: Tensor, ends: Tensor, normalize: bool
+    features: Tensor,
+    order: Tensor,
+    runs: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    normalize: bool,
+    keep_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (num_rows, dim), size = features.shape, starts.shape[0]
     return (
-        features.new_empty(size, dim, dtype=torch.float32),
+        features.new_empty(size if keep_sums else 0, dim, dtype=torch.float32),
         features.new_empty(size, dtype=torch.float32),
         features.new_empty(size, dim, dtype=torch.float32),
         features.new_empty(num_rows if normalize else 0, dtype=torch.float32),
@@ -334,20 +343,27 @@ def _new_sums(
 
 @_operator("class_sums", _new_sums)
 def class_sums(
-    features: Tensor, order: Tensor, runs: Tensor, starts: Tensor, ends: Tensor, normalize: bool
+    features: Tensor,
+    order: Tensor,
+    runs: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    normalize: bool,
+    keep_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sum the rows ``[N, D]`` of each class, divided by their lengths if ``normalize``.
 
     The members of a class are added in their order in the batch, so two runs give the same bits.
 
     Returns:
-        sums ``[S, D]``, counts ``[S]``, centroids ``[S, D]``, and the lengths ``[N]`` of the rows
-        that are in a class (others are not set), or ``[0]`` without ``normalize``; all float32.
+        sums ``[S, D]`` (``[0, D]`` without ``keep_sums``), counts ``[S]``, centroids ``[S, D]``,
+        and the lengths ``[N]`` of the rows that are in a class (others are not set), or ``[0]``
+        without ``normalize``; all float32.
     """
     from varcon_loss import kernels
 
     num_rows, dim = features.shape
-    sums, counts, unit, norms = _new_sums(features, order, runs, starts, ends, normalize)
+    sums, counts, unit, norms = _new_sums(features, order, runs, starts, ends, normalize, keep_sums)
     block_d = _power_of_two(dim)
     shared = {
         "x_ptr": features,
@@ -361,11 +377,11 @@ def class_sums(
         "BLOCK_D": block_d,
         "NORMALIZE": normalize,
     } | _strides(features)
-    pieces = sums
+    pieces = unit
     if num_rows > LONG_CLASS:
         # Large classes are cut into pieces that run side by side.
         stretches = -(-num_rows // LONG_CLASS)
-        pieces = sums.new_empty(stretches, 2, dim)
+        pieces = unit.new_empty(stretches, 2, dim)
         _launch(
             kernels.class_pieces_kernel,
             stretches,
@@ -383,6 +399,7 @@ def class_sums(
         sums_ptr=sums,
         unit_ptr=unit,
         counts_ptr=counts,
+        KEEP_SUMS=keep_sums,
         **shared,
     )
     return sums, counts, unit, norms

@@ -238,6 +238,7 @@ def class_sums_kernel(
     x_ptr, order_ptr, starts_ptr, ends_ptr, pieces_ptr, sums_ptr, unit_ptr, counts_ptr, norms_ptr,
     dim, stride_row, stride_dim,
     LONG: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
+    KEEP_SUMS: tl.constexpr,
 ):  # fmt: skip
     """Sum of a class, a program each, its members taken in the order of the batch; their lengths.
 
@@ -263,7 +264,8 @@ def class_sums_kernel(
     scale = _inverse_power_of_two(tl.max(tl.abs(total), 0))
     norm = tl.sum(_lengths(total[None, :]), 0)
     at = slot * dim + dims
-    tl.store(sums_ptr + at, total, mask=dims < dim)
+    if KEEP_SUMS:
+        tl.store(sums_ptr + at, total, mask=dims < dim)
     # A direction; zero if the members cancel out.
     tl.store(unit_ptr + at, total * scale / (norm * scale), mask=dims < dim)
     tl.store(counts_ptr + slot, (last - first).to(tl.float32))
