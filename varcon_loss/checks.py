@@ -143,7 +143,7 @@ def check_samples(
     if not isinstance(labels, Tensor):
         raise TypeError(f"{labels_name} must be a tensor, got {type(labels).__name__}")
     probabilities = labels.ndim == 2 and labels.dtype in FEATURE_DTYPES
-    of_samples = labels.ndim == 2 and len(labels) == len(features) and labels.shape[1] > 1
+    of_samples = labels.ndim == 2 and labels.shape[0] == features.shape[0] and labels.shape[1] > 1
     if of_samples and labels.dtype in LABEL_DTYPES:
         raise TypeError(
             f"{labels_name} are integers of shape {list(labels.shape)}: cast class probabilities "

@@ -44,6 +44,14 @@ class Shares(NamedTuple):
         part = part.to(dtype)
         return part if self.views == 1 else part.repeat_interleave(self.views, 0)
 
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """`rows` of all samples, ``[N, S]`` (or ``[N, M]``)."""
+        part = self.values
+        if self.columns is not None:
+            part = part.index_select(1, self.columns)
+        part = part.to(dtype)
+        return part if self.views == 1 else part.repeat_interleave(self.views, 0)
+
     def slots_of(self, start: int, stop: int) -> Tensor:
         """The slots ``[n, M]`` beside `rows`."""
         assert self.slots is not None
@@ -60,7 +68,7 @@ class Shares(NamedTuple):
     def table(self, size: int, dtype: torch.dtype) -> Tensor:
         """All of it, ``[N, S]``."""
         if self.slots is None:
-            return self.rows(0, self.num_rows, dtype)
+            return self.whole(dtype)
         table = self.values.new_zeros(self.values.shape[0], size, dtype=dtype)
         if self.background is not None:
             table += self.background
@@ -234,6 +242,9 @@ def class_masses(shares: Shares, size: int, dtype: torch.dtype) -> Tensor:
             masses += background.sum(dtype=torch.float64)
         masses.index_add_(0, shares.slots.reshape(-1), above.reshape(-1))
         return masses.mul_(shares.views).to(dtype)
+    if not values_may_be_read(shares.values):
+        masses = shares.values.sum(0, dtype=torch.float64).mul_(shares.views).to(dtype)
+        return masses if shares.columns is None else masses.index_select(0, shares.columns)
     masses = shares.values.new_zeros(size, dtype=torch.promote_types(dtype, torch.float32))
     total = masses.to(torch.float64) if len(shares.values) > ROWS_A_SUM else masses
     for start in range(0, shares.values.shape[0], ROWS_A_SUM):
@@ -251,6 +262,8 @@ def share_sums(shares: Shares, unit: Tensor, size: int) -> Tensor:
     if shares.views > 1:
         unit = unit.unflatten(0, (-1, shares.views)).sum(1)
         shares = shares._replace(views=1)
+    if torch.compiler.is_compiling():  # no pieces: their number would be compiled in
+        return torch.mm(shares.whole(unit.dtype).T, unit)
     total = unit.new_zeros(size, unit.shape[1])
     if unit.shape[0] > ROWS_A_SUM:
         total = total.to(torch.float64)
@@ -286,6 +299,8 @@ def row_totals(shares: Shares, weight: Tensor) -> Tensor:
             totals += background * (weight.sum() - own.sum(1))
     elif shares.columns is None and shares.values.dtype == weight.dtype:
         totals = torch.mv(shares.values, weight)
+    elif torch.compiler.is_compiling():
+        return torch.mv(shares.whole(weight.dtype), weight)
     else:
         once = shares._replace(views=1)
         step = max(1, PIECE // max(1, len(weight)))
