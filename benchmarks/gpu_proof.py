@@ -66,7 +66,7 @@ NEEDS = {
     "test_values.py": ("hypothesis",),
     "test_golden.py": ("numpy",),
     "test_kernel_code.py": ("typer", "rich", "pandas"),
-    "test_gpu_proof.py": ("typer", "rich", "pandas"),
+    "test_gpu_proof.py": ("typer", "rich", "pandas", "sklearn"),
 }
 # What shows nothing about a GPU, or is a stage of its own.
 NOT_IN_SUITE = (
@@ -92,8 +92,7 @@ def command(only: str = "", out: Path = Path("runs/gpu-proof")) -> None:
     keys = ("stage", "status", "seconds", "last_line")
     lines = [[row[key] for key in keys] for row in rows]
     print_table("On this GPU", ("stage", "outcome", "seconds", "last line"), lines)
-    env = results.environment("cuda") | environment("cuda")
-    written(results.save("gpu-proof", rows, env, out))
+    written(save(out, "cuda"))
     print(f"copy it to {results.RESULTS} and run report")
     if any(row["status"] != "passed" for row in rows):
         raise typer.Exit(1)
@@ -129,16 +128,12 @@ def suite_command(*, tiny: bool) -> list[str]:
     return pytest_command("tests", *(f"--ignore-glob=tests/{name}" for name in left_out), tiny=tiny)
 
 
-def speed_command(
-    num_rows: int, num_classes: int, device: str, out: Path, *, tiny: bool
-) -> list[str]:
-    short = ["--contenders", "lean", "--max-repeats", "3"] if tiny else []
+def speed_command(num_rows: int, num_classes: int, device: str, out: Path) -> list[str]:
     return [
         sys.executable, "-m", "benchmarks", "speed", "--device", device, "--name",
         f"speed-{device}-{num_rows}-{num_classes}", "--rows", str(num_rows), "--classes",
         str(num_classes), "--dtypes", "bfloat16" if device == "cuda" else "float32",
         "--budget", "1", "--cell-timeout", "20", "--no-compiled", "--out", str(out),
-        *short,
     ]  # fmt: skip
 
 
@@ -162,7 +157,7 @@ def stages(device: str, out: Path, *, tiny: bool = False) -> dict[str, list[str]
         "racecheck": sanitizer_command("racecheck", tiny=tiny),
         "initcheck": sanitizer_command("initcheck", tiny=tiny),
         "suite": suite_command(tiny=tiny),
-        **{f"speed-{n}-{k}": speed_command(n, k, device, out, tiny=tiny) for n, k in sizes},
+        **{f"speed-{n}-{k}": speed_command(n, k, device, out) for n, k in sizes},
     }
 
 
@@ -183,7 +178,7 @@ def supports(proof: Proof, folder: Path) -> bool:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Device and versions, with nothing but torch."""
+    """As `results.environment`, with nothing but torch."""
     versions = {
         package: importlib.metadata.version(package)
         for package in ("torch", "triton", "numpy")
@@ -192,10 +187,21 @@ def environment(device: str) -> dict[str, Any]:
     on_gpu = device == "cuda"
     return {
         "date": time.strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "capability": torch.cuda.get_device_capability() if on_gpu else None,
         "versions": {"python": sys.version.split()[0], **versions},
     }
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def run(
@@ -224,6 +230,20 @@ def run(
     return rows
 
 
+def save(out: Path, device: str, *, tiny: bool = False) -> Path:
+    """Write ``gpu-proof.json``: all stages that have left a file on this device, on any day.
+
+    ``report`` makes its part of RESULTS.md from it.
+    """
+    env = environment(device)
+    left = [out / f"{name}.json" for name in stages(device, out, tiny=tiny)]
+    rows = [json.loads(path.read_text()) for path in left if path.exists()]
+    rows = [row for row in rows if row.pop("environment")["device"] == env["device"]]
+    path = out / "gpu-proof.json"
+    path.write_text(json.dumps({"environment": env, "rows": rows}, indent=1))
+    return path
+
+
 def _run_stage(name: str, command: list[str], out: Path, device: str) -> dict[str, Any]:
     variables = dict(os.environ)
     if device == "cuda":
@@ -235,13 +255,14 @@ def _run_stage(name: str, command: list[str], out: Path, device: str) -> dict[st
     log = out / f"{name}.log"
     with log.open("w") as file:
         code = _run_to_the_end(command, file, variables)
-    lines = log.read_text(errors="replace").splitlines()
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     measured = next((json.loads(line) for line in reversed(lines) if line.startswith("[{")), None)
+    last = lines[-1][:200] if lines else ""
     return {
         "stage": name,
         "status": "passed" if code == 0 else f"failed: {code}",
         "seconds": round(time.perf_counter() - start),
-        "last_line": next((line for line in reversed(lines) if line.strip()), "")[:200],
+        "last_line": f"{len(measured)} rows" if measured and last.startswith("[{") else last,
         "rows": measured,
     }
 
@@ -517,9 +538,7 @@ def main(stage: str, *arguments: str) -> None:
     if stage == "run":
         out, *only = arguments
         rows = run(Path(out), "cuda", only)
-        Path(out, "gpu-proof.json").write_text(
-            json.dumps({"environment": environment("cuda"), "rows": rows}, indent=1)
-        )
+        save(Path(out), "cuda")
         raise SystemExit(any(row["status"] != "passed" for row in rows))
     if stage not in MEASURED:
         raise SystemExit(f"no stage {stage!r}: there are {', '.join(MEASURED)}, and run")

@@ -169,36 +169,25 @@ def compile_sweep(
 
 
 def compile_helpers(dtype: torch.dtype, dim: int, *, target: int = 90) -> int:
-    """Compile every other kernel with every flag on and off; how many programs that were."""
+    """Compile every other kernel, its flags all on and all off; how many programs that were."""
     from varcon_loss import kernels
 
-    blocks = {"BLOCK_N": 4096 // dim, "BLOCK_D": dim}
-    yes_no = (True, False)
-    labels = [
-        {"HAS_IGNORE": ignore, "HAS_RANGE": known, "BLOCK": fused.LABELS_A_BLOCK}
-        for ignore in yes_no
-        for known in yes_no
+    rows = {"BLOCK_N": 4096 // dim, "BLOCK_D": dim}
+    sums = rows | {"LONG": fused.LONG_CLASS}
+    labels = {"BLOCK": fused.LABELS_A_BLOCK}
+    flags: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
+        (kernels.row_norms_kernel, rows, ("HAS_VALID",)),
+        (kernels.class_pieces_kernel, sums, ("NORMALIZE",)),
+        (kernels.class_sums_kernel, sums, ("NORMALIZE", "KEEP_SUMS")),
+        (kernels.count_segments_kernel, labels, ("HAS_IGNORE", "HAS_RANGE")),
+        (kernels.segments_kernel, labels, ("HAS_IGNORE", "HAS_RANGE", "HAS_COUNTS")),
     ]
-    sums = [blocks | {"LONG": fused.LONG_CLASS, "NORMALIZE": flag} for flag in yes_no]
-    variants: list[tuple[Any, dict[str, Any]]] = [
-        *((kernels.row_norms_kernel, blocks | {"HAS_VALID": flag}) for flag in yes_no),
-        *((kernels.class_pieces_kernel, flags) for flags in sums),
-        *(
-            (kernels.class_sums_kernel, flags | {"KEEP_SUMS": keep})
-            for flags in sums
-            for keep in yes_no
-        ),
-        *((kernels.count_segments_kernel, flags) for flags in labels),
-        *(
-            (kernels.segments_kernel, flags | {"HAS_COUNTS": many})
-            for flags in labels
-            for many in yes_no
-        ),
-    ]
-    for kernel, constants in variants:
-        keys = {"sorted_ptr": "*i16" if constants.get("HAS_RANGE") else "*i64"}
-        compile_kernel(kernel, dtype, constants, target, 4, 3, keys)
-    return len(variants)
+    for kernel, constants, names in flags:
+        for on in (True, False):
+            keys = {"sorted_ptr": "*i16" if on else "*i64"}
+            chosen = constants | dict.fromkeys(names, on)
+            compile_kernel(kernel, dtype, chosen, target, 4, 3, keys)
+    return 2 * len(flags)
 
 
 def compile_smallest(dtype: torch.dtype, *, target: int = 90) -> int:

@@ -719,7 +719,11 @@ def _gpu(folder: Path) -> Iterator[str]:
         ([row[key] for key in keys] for _, row in frame.iterrows()),
     )
     for _, row in frame.dropna(subset=["rows"]).iterrows():
-        measured = pd.DataFrame(row["rows"]).drop(columns="names", errors="ignore")
+        # What is a table itself stays in the file.
+        measured = pd.DataFrame(row["rows"]).drop(
+            columns=["microseconds", "floor"], errors="ignore"
+        )
+        measured = measured.astype(object).where(measured.notna(), None)
         lines = (
             [f"{v:.3g}" if isinstance(v, float) else v for v in line]
             for line in measured.itertuples(index=False)

@@ -1,6 +1,9 @@
-"""The proof of the kernels on a GPU, without one: every stage runs, at tiny sizes."""
+"""The proof of the kernels on a GPU, without one: what it measures runs, at tiny sizes."""
 
+import importlib
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +13,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+typer = pytest.importorskip("typer")
+pytest.importorskip("sklearn")
+from typer.main import get_command
 
 from benchmarks import gpu_proof
 from benchmarks.common.contenders import CONTENDERS
@@ -18,13 +24,13 @@ if torch.cuda.is_available():
     pytest.skip("there is a GPU: run the proof itself", allow_module_level=True)
 
 
-def test_every_stage_runs_here_at_tiny_sizes(tmp_path: Path) -> None:
+def test_stages_run_here_at_tiny_sizes(tmp_path: Path) -> None:
     """A dry run: commands are right, measurements give rows, the sanitizers' tests are found.
 
-    The other stages that are tests are these and more, and the suite has its own test below.
+    What the other stages run has tests of its own: here only their commands are looked at.
     """
     commands = gpu_proof.stages("cuda", tmp_path)
-    assert {*gpu_proof.PROOF, "suite", "speed-8192-1000"} <= set(commands)
+    assert {*gpu_proof.PROOF, "suite"} <= set(commands)
     for tool in ("racecheck", "initcheck"):
         assert [tool if word == "memcheck" else word for word in commands["memcheck"]] == (
             commands[tool]
@@ -32,8 +38,12 @@ def test_every_stage_runs_here_at_tiny_sizes(tmp_path: Path) -> None:
     for stage in ("kernels", "device"):
         (file,) = (word for word in commands[stage] if word.startswith("tests/"))
         assert (Path(__file__).parents[1] / file).exists()
-    left_out = ("kernels", "device", "racecheck", "initcheck", "suite")
-    names = [name for name in gpu_proof.stages("cpu", tmp_path, tiny=True) if name not in left_out]
+    speed = typer.Typer(add_completion=False)
+    speed.command()(importlib.import_module("benchmarks.speed").command)
+    for size in gpu_proof.SIZES:
+        _, _, _, _, *options = commands[f"speed-{size[0]}-{size[1]}"]
+        get_command(speed).make_context("speed", options)  # raises where one is unknown
+    names = ["launches", "targets", "large", "memcheck", "tiles"]
     rows = gpu_proof.run(tmp_path, "cpu", names, tiny=True)
     assert [row["stage"] for row in rows] == names
     assert {row["stage"]: row["status"] for row in rows if row["status"] != "passed"} == {}
@@ -55,6 +65,18 @@ def test_every_stage_runs_here_at_tiny_sizes(tmp_path: Path) -> None:
     (tried,) = found["tiles"]
     assert tried["error"] < 0.05
     assert tried["wall_s"] > 0
+    check_report(gpu_proof.save(tmp_path, "cpu", tiny=True), names)
+
+
+def check_report(saved: Path, names: list[str]) -> None:
+    """What `report` makes of the file: a line a stage, and tables that can be read."""
+    report = pytest.importorskip("benchmarks.report")
+    assert {"commit", "threads"} <= set(json.loads(saved.read_text())["environment"])
+    lines = "\n".join(report._gpu(saved.parent)).splitlines()
+    stages = [line.split(" | ") for line in lines if line.startswith("| ")]
+    assert [line[0] for line in stages if line[1] == "passed"] == [f"| {name}" for name in names]
+    assert max(len(line) for line in lines) < 300
+    assert not {"nan", "None"} & set(re.findall(r"\w+", "\n".join(lines)))
 
 
 def test_a_stage_that_passed_is_not_run_again_and_one_that_failed_is(
@@ -71,11 +93,19 @@ def test_a_stage_that_passed_is_not_run_again_and_one_that_failed_is(
     for _ in range(2):
         passed, failed, absent = gpu_proof.run(tmp_path, "cpu")
         assert (passed["status"], passed["rows"]) == ("passed", [{"a": 1}])
+        assert passed["last_line"] == "1 rows"
         assert (failed["status"], failed["last_line"]) == ("failed: 1", "no such luck")
         assert absent["status"] == "failed: no-such-program is not installed"
     assert (good.read_text(), bad.read_text()) == ("x", "xx")
     with pytest.raises(ValueError, match="no stage"):
         gpu_proof.run(tmp_path, "cpu", ["nonsense"])
+    # A later loan may run a few stages only, or be of another device.
+    gpu_proof.run(tmp_path, "cpu", ["good"])
+    elsewhere = json.loads((tmp_path / "absent.json").read_text())
+    elsewhere["environment"]["device"] = "another"
+    (tmp_path / "absent.json").write_text(json.dumps(elsewhere))
+    saved = json.loads(gpu_proof.save(tmp_path, "cpu").read_text())
+    assert [row["stage"] for row in saved["rows"]] == ["good", "bad"]
 
 
 def test_a_stage_over_its_time_leaves_nothing_running(
