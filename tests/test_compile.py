@@ -119,12 +119,27 @@ def test_the_operator_is_registered_soundly(make_batch: MakeBatch) -> None:
     norms = features.detach().norm(dim=1)
     present = torch.tensor([True, True, True, False])
     w[3] = 0
-    for own in (None, torch.nn.functional.normalize(torch.randn_like(z), dim=1)):
-        rows = (z, labels, present, torch.tensor(3), True, own, None, None)
+    num_present = torch.tensor(3)
+    given = {
+        "features": features, "norms": norms, "w": w, "need_grad": True, "unit": z, "slots": labels,
+        "shares": None, "columns": None, "class_weight": None, "present": present,
+        "num_present": num_present, "packed": True, "own": None, "valid": None, "broken": None,
+        "temperature": 0.1, "epsilon": 0.02, "temperatures": None,
+    }  # fmt: skip
+    shares = torch.rand(12, 4, dtype=z.dtype)
+    weight = torch.rand(4, dtype=z.dtype)
+    for change in (
+        {},
+        {"own": torch.nn.functional.normalize(torch.randn_like(z), dim=1)},
+        {"slots": None, "shares": shares},
+        {"slots": None, "shares": shares.repeat(1, 2), "columns": torch.tensor([1, 4, 5, 7])},
+        {"slots": None, "shares": shares[:6], "class_weight": weight},
+    ):
         for need_terms in (True, False):
             for temperatures in (None, torch.tensor([0.1, 0.02], dtype=torch.float64)):
-                arguments = (features, norms, w, True, need_terms, *rows, 0.1, 0.02, temperatures)
-                torch.library.opcheck(torch.ops.varcon_loss.sweep.default, arguments)
+                arguments = given | change
+                arguments |= {"need_terms": need_terms, "temperatures": temperatures}
+                torch.library.opcheck(torch.ops.varcon_loss.sweep.default, (), arguments)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

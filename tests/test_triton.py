@@ -205,7 +205,8 @@ def test_sorted_labels(num_rows: int, num_classes: int | None, ignore_index: int
     rows = Batch(torch.zeros(num_rows, 1, device=DEVICE), labels, "labels")
     got, lookup, groups = fused.sort_labels(rows, options)
     expected = EAGER.read(rows, options, torch.float32)
-    _, slots = index_classes(expected, num_classes)
+    assert isinstance(expected.labels, Tensor)
+    _, slots = index_classes(expected.labels, expected.valid, num_classes)
     valid = torch.ones_like(labels, dtype=torch.bool) if expected.valid is None else expected.valid
     present = torch.unique(labels[valid])
     assert got.valid is not None
@@ -444,9 +445,13 @@ def test_operators_follow_the_rules(dtype: torch.dtype) -> None:
     _, counts, w, _ = fused.class_sums(features, *groups, True, False)
     present, count = counts > 0, lookup.num_present
     features.requires_grad_()
-    differentiated = (features, norms, w, True, True)  # need_grad, need_terms
-    rest = (None, found.slots, present, count, False, None, valid, None, 0.1, 0.02, None)
-    torch.library.opcheck(operators.fused_sweep.default, (*differentiated, *rest))
+    given = {
+        "features": features, "norms": norms, "w": w, "need_grad": True, "need_terms": True,
+        "unit": None, "slots": found.slots, "shares": None, "columns": None, "class_weight": None,
+        "present": present, "num_present": count, "packed": False, "own": None, "valid": valid,
+        "broken": None, "temperature": 0.1, "epsilon": 0.02, "temperatures": None,
+    }  # fmt: skip
+    torch.library.opcheck(operators.fused_sweep.default, (), given)
 
 
 def test_float64_is_an_error_and_wide_rows_too() -> None:
