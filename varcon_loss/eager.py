@@ -5,9 +5,8 @@ With ``u = z . w / tau1``, the derivatives of a row's loss are
     dL/du_k = rest_slope * p_k / (1 - p_y) - q_other   (k != y)        dL/du_y = own_slope
 
 so two matrix products a chunk of rows do everything, ``z -> u`` and ``dL/du -> dL/dz``. The
-chunk's logits stay in the cache, and backward is one multiplication by the upstream gradient. One
-extra key, the sum of all centroids, makes the first product yield ``sum_k u_k`` and lets the
-second apply ``- q_other`` to all classes at once.
+chunk's logits stay in the cache, and backward is one multiplication by the upstream gradient. The
+sum of all keys yields ``sum_k u_k`` and applies ``- q_other`` to all classes at once.
 
 Small batches feel every call into torch more than its arithmetic, hence columns ``[N, 1]`` rather
 than vectors, and no slicing where one chunk holds all rows.
@@ -34,8 +33,9 @@ from varcon_loss.sums import sum_slots
 class _Sweep(NamedTuple):
     """What all chunks share."""
 
-    to_logits: Callable[[Tensor, Tensor | None], Tensor]  # [n, D] -> [n, S + 1]
+    to_logits: Callable[[Tensor, Tensor | None], Tensor]  # [n, D] -> [n, S]
     to_gradient: Callable[[Tensor, Tensor | None], Tensor] | None  # and back; None: not needed
+    key_sum: Tensor  # [D] sum of the keys
     present: Tensor | None  # [S] bool; None: no slot is empty
     num_others: Tensor | int  # K - 1
     shifted: bool  # must a maximum be subtracted before exp?
@@ -61,7 +61,7 @@ def sweep(
     num_chunks = max(1, -(-num_rows // max(128, budget // (num_slots + dim))))
     chunk = -(-num_rows // num_chunks)
 
-    keys = torch.cat((w, w.sum(0, keepdim=True))).div_(temperature)  # [S + 1, D]
+    keys = w / temperature  # [S, D]
     # K = 0: no row is valid, but log(-1) would turn the zeros into NaN.
     if on_cpu:
         num_others: Tensor | int = max(0, int(num_present) - 1)
@@ -70,6 +70,7 @@ def sweep(
     shared = _Sweep(
         to_logits=make_linear(keys, chunk),
         to_gradient=make_linear(keys.T, chunk) if need_grad else None,
+        key_sum=keys.sum(0),
         present=centroids.present,
         num_others=num_others,
         shifted=not rows.have_small_logits(temperature),
@@ -88,8 +89,8 @@ def sweep(
         # Freed at once, never written: glibc then keeps what a chunk frees for the next one, and
         # no longer hands it back to the system. Otherwise up to 150,000 page faults, and half of
         # the time, at N = 65,536, K = 1000.
-        z.new_empty(3, chunk, num_slots + 1)
-    buffer = z.new_empty(chunk, num_slots + 1)
+        z.new_empty(3, chunk, num_slots)
+    buffer = z.new_empty(chunk, num_slots)
     gradient = torch.empty_like(z) if need_grad else None
     losses, others = [], []
     for start in range(0, num_rows, chunk):
@@ -131,24 +132,23 @@ def _sweep_chunk(
         z: ``[n, D]``.
         own_slot: ``[n, 1]``.
         own: ``[n, D]`` own centroids, where they are not those of the slots.
-        buffer: ``[n, S + 1]`` room for the logits.
+        buffer: ``[n, S]`` room for the logits.
         gradient: ``[n, D]`` where the gradient goes.
     """
     logits = shared.to_logits(z, buffer)
-    every_logit = logits[:, -1:]
+    every_logit = torch.mv(z, shared.key_sum).unsqueeze(1)
     slot_logit = logits.gather(1, own_slot)
     sum_others = every_logit - slot_logit
     own_logit = slot_logit
     if own is not None:
         own_logit = (z * own).sum(1, keepdim=True).div_(shared.temperature)
 
-    # From here on the own class is out of the sums, and so is the extra key: exp(-inf) = 0.
-    every_logit.fill_(-torch.inf)
+    # From here on the own class is out of the sums: exp(-inf) = 0.
     logits.scatter_(1, own_slot, -torch.inf)
     shift = None
     if shared.shifted:
         if shared.present is not None:
-            logits[:, :-1].masked_fill_(~shared.present, -torch.inf)
+            logits.masked_fill_(~shared.present, -torch.inf)
         shift = logits.amax(1, keepdim=True)
         shift.masked_fill_(shift == -torch.inf, 0.0)
         logits.sub_(shift)
@@ -156,7 +156,7 @@ def _sweep_chunk(
     if shared.present is None:
         total = weights.sum(1, keepdim=True)
     else:
-        total = torch.mv(weights[:, :-1], shared.present.to(z.dtype)).unsqueeze(1)
+        total = torch.mv(weights, shared.present.to(z.dtype)).unsqueeze(1)
     lse_others = total.log() if shift is None else total.log().add_(shift)
 
     row = row_objective(
@@ -171,10 +171,9 @@ def _sweep_chunk(
     # weights -> dL/du. The empty slots' keys are zero, whatever their weights.
     rest_slope, own_slope = row_slopes(row)
     weights.mul_(rest_slope / total.clamp_min_(chunks.TINY))
-    torch.neg(row.q_other, out=every_logit)
     at_slot = row.q_other if own is not None else own_slope + row.q_other
     weights.scatter_(1, own_slot, at_slot)
-    g = shared.to_gradient(weights, gradient)
+    g = shared.to_gradient(weights, gradient).addcmul_(row.q_other, shared.key_sum, value=-1)
     if own is not None:
         g.addcmul_(own, own_slope, value=1 / shared.temperature)
     if shared.project:

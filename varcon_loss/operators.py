@@ -69,19 +69,22 @@ class _Differentiable(torch.autograd.Function):
 # gives, and the shares that a caller may have given as labels. All may be changed in place before
 # backward, which needs none: features and shares by a caller who reuses them, remembered centroids
 # by the next step.
-_CHANGEABLE = (0, 3, 7)
+_CHANGEABLE = (0, 3)
+_SHARES = 7  # None for integer labels
 
 
 def _versions(saved: tuple[Any, ...]) -> list[int]:
-    return [saved[index]._version for index in _CHANGEABLE if saved[index] is not None]
+    shares = saved[_SHARES]
+    return [saved[i]._version for i in _CHANGEABLE] + ([] if shares is None else [shares._version])
 
 
-def _allow_changes(loss: Tensor) -> None:
+def _allow_changes(loss: Tensor, *, shares: bool) -> None:
     """Have autograd not check the versions of these saved tensors: `_check_unchanged` does."""
     # Under hooks of the caller's nothing is checked, and no other hooks may be added.
     with contextlib.suppress(RuntimeError):
-        for index in _CHANGEABLE:
-            loss.grad_fn._raw_saved_tensors[index].register_hooks(_as_is, _as_is)  # type: ignore[union-attr]
+        saved = loss.grad_fn._raw_saved_tensors  # type: ignore[union-attr]
+        for index in (*_CHANGEABLE, _SHARES) if shares else _CHANGEABLE:
+            saved[index].register_hooks(_as_is, _as_is)
 
 
 def _as_is(tensor: Tensor) -> Tensor:
@@ -106,9 +109,10 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Ten
 def _check_unchanged(ctx: Any) -> None:
     if ctx.versions is not None and ctx.versions != _versions(ctx.saved_tensors):
         raise RuntimeError(
-            "a second derivative of VarCon needs the features, and the centroid memory where there "
-            "is one, as they were when the loss was computed, and they were changed in place "
-            "since: differentiate before the next step, or use impl='reference'"
+            "a second derivative of VarCon needs the features, and class probabilities or a "
+            "centroid memory where there are any, as they were when the loss was computed, and "
+            "they were changed in place since: differentiate before the next step, or use "
+            "impl='reference'"
         )
 
 
@@ -317,7 +321,7 @@ def make_operator(
             given = (features, rows, temperature, epsilon, need_grad, need_terms)
             loss, others, *_ = function.apply(*given)
             if need_grad and not several:
-                _allow_changes(loss)
+                _allow_changes(loss, shares=isinstance(rows.slots, Shares))
         terms = RowTerms(loss=loss, others=others)
         return terms if fused else terms.masked(anchors)
 

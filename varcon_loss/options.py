@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from varcon_loss import checks
@@ -33,17 +34,24 @@ def check_options(**given: Any) -> Options:
     """
     options = Options(**given)
     temperature, epsilon = checks.check_temperatures(options.temperature, options.epsilon)
-    ignore_index = options.ignore_index
+    ignore_index, num_classes = options.ignore_index, options.num_classes
     if ignore_index is not None:
         ignore_index = checks.whole_number("ignore_index", ignore_index)
     checks.check_choices(options.reduction, options.impl)
-    num_classes = checks.resolve_num_classes(options.num_classes, options.weight)
+    num_classes = checks.resolve_num_classes(num_classes, options.weight)
     checks.check_exchange(options.process_group, options.exchange, num_classes)
-    # Not by `_replace`, which the compiler of torch 2.6 does not trace.
-    checked: dict[str, Any] = {
+    if not torch.compiler.is_compiling() and (
+        temperature is options.temperature
+        and epsilon is options.epsilon
+        and num_classes is options.num_classes
+        and ignore_index is options.ignore_index
+    ):
+        return options
+    checked = {
         "temperature": temperature,
         "epsilon": epsilon,
-        "ignore_index": ignore_index,
         "num_classes": num_classes,
+        "ignore_index": ignore_index,
     }
+    # Not by `_replace`, which the compiler of torch 2.6 does not trace.
     return Options(**{**given, **checked})
