@@ -25,8 +25,9 @@ from torch import Tensor
 from benchmarks.common import measure
 from benchmarks.common.contenders import CONTENDERS, Loss
 from benchmarks.common.measure import Problem
-from varcon_loss import VarConLoss, fused
-from varcon_loss.proven import Proof
+from varcon_loss import VarConLoss
+from varcon_loss.sweeps import fused
+from varcon_loss.sweeps.proven import Proof
 
 LIMIT = 400  # seconds a stage
 OURS = "varcon-loss"

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 
-from varcon_loss import fused
+from varcon_loss.sweeps import fused
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
@@ -125,7 +125,7 @@ def compile_sweep(
 
     ``everything``: with gaps between the classes and an own centroid for each row, too.
     """
-    from varcon_loss import kernels
+    from varcon_loss.sweeps import kernels
 
     tiles = fused.choose_tiles(num_rows, dim, dtype.itemsize, divmod(target, 10))
     ordered = num_rows == LARGE_BATCH
@@ -170,7 +170,7 @@ def compile_sweep(
 
 def compile_helpers(dtype: torch.dtype, dim: int, *, target: int = 90) -> int:
     """Compile every other kernel, its flags all on and all off; how many programs that were."""
-    from varcon_loss import kernels
+    from varcon_loss.sweeps import kernels
 
     rows = {"BLOCK_N": 4096 // dim, "BLOCK_D": dim}
     sums = rows | {"LONG": fused.LONG_CLASS}
@@ -192,7 +192,7 @@ def compile_helpers(dtype: torch.dtype, dim: int, *, target: int = 90) -> int:
 
 def compile_smallest(dtype: torch.dtype, *, target: int = 90) -> int:
     """Compile what rows of one number launch: a launch makes a width or stride of 1 a constant."""
-    from varcon_loss import kernels
+    from varcon_loss.sweeps import kernels
 
     blocks = {"BLOCK_N": 16, "BLOCK_D": 16}
     flags = {

@@ -244,6 +244,13 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
 
 def _check_inputs(embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> None:
     """Under the names that PML gives them."""
+    for name, given in (("labels", labels), ("ref_labels", ref_labels)):
+        if given.is_floating_point():
+            raise TypeError(
+                f"{name} must be integers, as everywhere in pytorch-metric-learning, got "
+                f"{given.dtype} {list(given.shape)}: for class probabilities use "
+                "varcon_loss.VarConLoss"
+            )
     checks.check_samples(embeddings, labels, features_name="embeddings")
     checks.check_samples(ref_emb, ref_labels, features_name="ref_emb", labels_name="ref_labels")
     for name, rows in (("embeddings", embeddings), ("ref_emb", ref_emb)):

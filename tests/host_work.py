@@ -24,9 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from varcon_loss import VarConLoss, fused, kernels
+from varcon_loss import VarConLoss
 from varcon_loss.implementations import IMPLEMENTATIONS
 from varcon_loss.rows import nothing_prevents
+from varcon_loss.sweeps import fused, kernels
 
 LAUNCHED: collections.Counter[str] = collections.Counter()
 COMPILED: dict[str, set[str]] = collections.defaultdict(set)

@@ -153,6 +153,22 @@ def test_first_steps_without_a_sample_on_any_rank(tmp_path: Path) -> None:
         assert losses == [0] * len(losses)
 
 
+def classes_after_nothing_on_rank(rank: int, world_size: int) -> list[int]:
+    found = []
+    for exchange in ("auto", "all-gather"):
+        criterion = VarConLoss(num_classes=NUM_CLASSES, process_group="world", exchange=exchange)
+        nothing = torch.empty(0, dtype=torch.int64)
+        criterion(torch.randn(0, DIM), nothing)
+        terms = criterion.terms(torch.randn(4, DIM), torch.arange(4) + 3 * rank)
+        found.append(int(terms.num_classes))
+    return found
+
+
+def test_a_step_without_samples_makes_no_room_for_the_next(tmp_path: Path) -> None:
+    for found in run_ranks(classes_after_nothing_on_rank, 2, tmp_path):
+        assert found == [7, 7]
+
+
 class CountCollectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -585,7 +601,7 @@ def test_join_is_refused() -> None:
 
 def sums_on_rank(rank: int, world_size: int) -> dict[str, list[str]]:
     """Which kernels are launched where ranks gather class sums, by implementation."""
-    from varcon_loss import fused
+    from varcon_loss.sweeps import fused
 
     launched: list[str] = []
     plain = fused._launch

@@ -10,13 +10,14 @@ from torch import Tensor
 from tests import oracle_shares
 from tests.conftest import MakeBatch
 from tests.test_shares import LargestWritten
-from varcon_loss import chunks, products, varcon_terms
+from varcon_loss import varcon_terms
 from varcon_loss.classes import Centroids, unit_centroids
-from varcon_loss.expectation import Expected, expected_loss
-from varcon_loss.expectation_reference import expected_loss_by_equations
 from varcon_loss.norms import row_norms
 from varcon_loss.samples import unit_rows
 from varcon_loss.shares import Shares, class_masses, in_slots, share_sums
+from varcon_loss.sweeps import chunks, products
+from varcon_loss.sweeps.expectation import Expected, expected_loss
+from varcon_loss.sweeps.expectation_reference import expected_loss_by_equations
 
 F64 = torch.float64
 FORMS = ("table", "entries", "background")

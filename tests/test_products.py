@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from varcon_loss import products, varcon_terms
-from varcon_loss.products import make_linear
+from varcon_loss import varcon_terms
+from varcon_loss.sweeps import products
+from varcon_loss.sweeps.products import make_linear
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"

@@ -12,7 +12,8 @@ from torch._subclasses import FakeTensorMode
 
 from benchmarks import gpu_proof
 from benchmarks.gpu_proof import PROOF, supports
-from varcon_loss import fused, proven, varcon_loss
+from varcon_loss import varcon_loss
+from varcon_loss.sweeps import fused, proven
 
 pytest.importorskip("triton")
 

@@ -13,12 +13,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from varcon_loss import VarConLoss, VarConTerms, fused, varcon_loss, varcon_terms
+from varcon_loss import VarConLoss, VarConTerms, varcon_loss, varcon_terms
 from varcon_loss.classes import Centroids, index_classes
-from varcon_loss.eager import EAGER
 from varcon_loss.options import Options
 from varcon_loss.rows import Rows
 from varcon_loss.samples import Batch, Samples
+from varcon_loss.sweeps import fused
+from varcon_loss.sweeps.eager import EAGER
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOAT32 = {"rtol": 2e-5, "atol": 2e-6}

@@ -227,7 +227,7 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, make_batch: MakeBat
     features, labels = make_batch(1000, 17)
     results = []
     for budget in (1, 2**30):
-        monkeypatch.setattr("varcon_loss.chunks.CHUNK_CPU", budget)
+        monkeypatch.setattr("varcon_loss.sweeps.chunks.CHUNK_CPU", budget)
         features.grad = None
         terms = varcon_terms(features, labels, impl="eager")
         terms.reduced.backward()

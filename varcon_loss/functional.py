@@ -78,7 +78,14 @@ def varcon_loss(
         exchange=exchange,
         impl=impl,
     )
-    call = Call(features, labels, ref_features, ref_labels, options, plans=PLANS_OF_FUNCTIONS)
+    call = Call(
+        features=features,
+        labels=labels,
+        ref_features=ref_features,
+        ref_labels=ref_labels,
+        options=options,
+        plans=PLANS_OF_FUNCTIONS,
+    )
     return evaluate(call, need_terms=False).reduced
 
 
@@ -120,7 +127,14 @@ def varcon_terms(
     if unknown:
         checks.refuse_unknown("varcon_terms", unknown, Options._fields)
     checked = check_options(temperature=temperature, epsilon=epsilon, **options)
-    call = Call(features, labels, ref_features, ref_labels, checked, plans=PLANS_OF_FUNCTIONS)
+    call = Call(
+        features=features,
+        labels=labels,
+        ref_features=ref_features,
+        ref_labels=ref_labels,
+        options=checked,
+        plans=PLANS_OF_FUNCTIONS,
+    )
     return evaluate(call, need_terms=True).terms(features)
 
 
@@ -327,11 +341,11 @@ def _with_num_classes(call: Call) -> Call:
         return call
     options = {name: getattr(call.options, name) for name in Options._fields}
     return Call(
-        call.features,
-        call.labels,
-        call.ref_features,
-        call.ref_labels,
-        Options(**{**options, "num_classes": _num_classes(call)}),
+        features=call.features,
+        labels=call.labels,
+        ref_features=call.ref_features,
+        ref_labels=call.ref_labels,
+        options=Options(**{**options, "num_classes": _num_classes(call)}),
         plans=call.plans,
         memory=call.memory,
     )

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from varcon_loss.eager import EAGER
-from varcon_loss.fused import FUSED
-from varcon_loss.reference import REFERENCE
 from varcon_loss.rows import Implementation
+from varcon_loss.sweeps.eager import EAGER
+from varcon_loss.sweeps.fused import FUSED
+from varcon_loss.sweeps.reference import REFERENCE
 
 IMPLEMENTATIONS = {way.name: way for way in (REFERENCE, EAGER, FUSED)}
 

@@ -41,10 +41,10 @@ class VarConLoss(nn.Module):
         weight: ``[num_classes]``, scales the loss of each class as in `torch.nn.CrossEntropyLoss`
             (the mean is ``sum(w l) / sum(w)``, 0 if no weight is left); centroids are unaffected.
             Implies ``num_classes``.
-        leave_one_out: an extension of the paper: compare each sample with the centroid of the
-            *other* members of its class. A sample alone in its class has none: like a SupCon
-            anchor without positives it is left out of the mean (``terms.valid`` is False), while
-            its class still counts among the others.
+        leave_one_out: an extension of the paper, for integer labels: compare each sample with the
+            centroid of the *other* members of its class. A sample alone in its class has none: like
+            a SupCon anchor without positives it is left out of the mean (``terms.valid`` is False),
+            while its class still counts among the others.
         process_group: ``"world"`` or a `torch.distributed.ProcessGroup`: centroids over all its
             ranks. Ranks exchange class sums and counts, never embeddings, in one collective a step
             (two without ``num_classes``) and none in backward. The call returns
@@ -80,7 +80,11 @@ class VarConLoss(nn.Module):
     Shape:
         features: ``[N, D]``, or ``[B, V, ...]`` for ``V`` views of each sample (trailing dimensions
         are flattened), float16, bfloat16, float32 or float64, with or without autocast.
-        labels: ``[N]`` or ``[B]``, any integer dtype but uint64, on the same device.
+        labels: ``[N]`` or ``[B]``, any integer dtype but uint64, on the same device; or class
+            probabilities ``[N, C]`` or ``[B, C]``, any float dtype, at least 0 (an extension of the
+            paper: the loss is its expectation under them, and each sample counts for the centroids
+            by its shares). A row of zeros takes no part; the mean divides by the rows that do, or
+            by the weights of their shares.
         Output: a scalar, float32 or wider; ``[N]`` or ``[B, V]`` for ``reduction="none"``.
 
     Raises:
@@ -171,11 +175,12 @@ class VarConLoss(nn.Module):
 
         Args:
             features: ``[N, D]`` or ``[B, V, ...]``.
-            labels: ``[N]`` or ``[B]``; required.
+            labels: ``[N]`` or ``[B]`` integers, or class probabilities ``[N, C]`` or ``[B, C]``;
+                required.
             ref_features: ``[M, D]`` or with views; centroids come from these instead of
                 ``features``, and ``K`` counts their classes. No gradient flows to them: to train
                 two towers call the loss both ways.
-            ref_labels: ``[M]``; must contain every label of ``labels``.
+            ref_labels: ``[M]`` integers or ``[M, C]``; must contain every label of ``labels``.
             **unknown: nothing; what SupCon's call takes is refused with what it becomes here.
         """
         if unknown:
@@ -208,10 +213,10 @@ class VarConLoss(nn.Module):
     ) -> Outcome:
         options, memory = self._options(), self._memory_of_this_call()
         call = Call(
-            features,
-            labels,
-            ref_features,
-            ref_labels,
+            features=features,
+            labels=labels,
+            ref_features=ref_features,
+            ref_labels=ref_labels,
             options=options,
             memory=memory,
             plans=self._plans,

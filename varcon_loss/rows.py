@@ -33,7 +33,13 @@ class Rows(NamedTuple):
 
     def without_weight(self) -> "Rows":
         """The same, classes having no weights."""
-        return Rows(self.anchors, self.slots, self.centroids, own=self.own, kept=self.kept)
+        return Rows(
+            anchors=self.anchors,
+            slots=self.slots,
+            centroids=self.centroids,
+            own=self.own,
+            kept=self.kept,
+        )
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What the equations need beside the features, for autograd to keep: see `rows_of`."""
@@ -60,7 +66,9 @@ def rows_of(features: Tensor, tensors: tuple[Tensor | None, ...]) -> Rows:
     places: Tensor | Shares | None = slots
     if values is not None:
         views = features.shape[0] // max(1, values.shape[0])
-        places = Shares(values, entries, columns, background, views)
+        places = Shares(
+            values=values, slots=entries, columns=columns, background=background, views=views
+        )
     assert places is not None
     anchors = Samples(features, labels=places, valid=valid, broken=broken, norms=norms)
     centroids = Centroids(unit=unit, present=present, num_present=num_present, packed=False)

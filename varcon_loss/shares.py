@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varcon_loss.products import make_linear
 from varcon_loss.readable import values_may_be_read
 from varcon_loss.sums import ROWS_A_SUM
+from varcon_loss.sweeps.products import make_linear
 
 # Entries a row up to which they are kept one by one: each costs as much as a small fraction of a
 # row of classes does, hence also no more than every fourth class.
@@ -100,7 +100,11 @@ def read_shares(values: Tensor, dtype: torch.dtype, views: int = 1, *, name: str
     readable = values_may_be_read(values)
     if values.numel() == 0:
         none = torch.zeros(values.shape[0] * views, dtype=torch.bool, device=values.device)
-        return ReadShares(Shares(values, None, None, None, views), none, None)
+        return ReadShares(
+            shares=Shares(values=values, slots=None, columns=None, background=None, views=views),
+            valid=none,
+            broken=None,
+        )
     lowest, highest = values.amin(1), None
     blocks = None
     if readable and _may_have_few(values, lowest):
@@ -122,7 +126,12 @@ def read_shares(values: Tensor, dtype: torch.dtype, views: int = 1, *, name: str
         valid = None if valid is None else valid.repeat_interleave(views)
         broken = None if broken is None else broken.repeat_interleave(views)
     shares = None if blocks is None else find_entries(values, lowest, blocks, dtype, views)
-    return ReadShares(shares or Shares(values, None, None, None, views), valid, broken)
+    return ReadShares(
+        shares=shares
+        or Shares(values=values, slots=None, columns=None, background=None, views=views),
+        valid=valid,
+        broken=broken,
+    )
 
 
 def _refuse(values: Tensor, lowest: Tensor, highest: Tensor, name: str) -> None:
@@ -185,7 +194,13 @@ def find_entries(
     missing = torch.ones(num_rows * size, dtype=torch.bool)
     slots[place], entries[place], missing[place] = columns, values[rows, columns].to(dtype), False
     background = lowest.unsqueeze(1).to(dtype) if float(lowest.max()) > 0 else None
-    shares = Shares(entries.view(-1, size), slots.view(-1, size), None, background, views)
+    shares = Shares(
+        values=entries.view(-1, size),
+        slots=slots.view(-1, size),
+        columns=None,
+        background=background,
+        views=views,
+    )
     return _fill(shares, missing.view(-1, size))
 
 

@@ -18,16 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varcon_loss import chunks
 from varcon_loss.classes import summarise
-from varcon_loss.expectation import sweep_shares
-from varcon_loss.objective import row_objective, row_slopes
-from varcon_loss.operators import SweepResult, gradient_scale, make_operator
-from varcon_loss.products import make_linear
 from varcon_loss.rows import Implementation, Rows
 from varcon_loss.samples import read
 from varcon_loss.shares import Shares
 from varcon_loss.sums import sum_slots
+from varcon_loss.sweeps import chunks
+from varcon_loss.sweeps.expectation import sweep_shares
+from varcon_loss.sweeps.objective import row_objective, row_slopes
+from varcon_loss.sweeps.operators import SweepResult, gradient_scale, make_operator
+from varcon_loss.sweeps.products import make_linear
 
 
 class _Sweep(NamedTuple):

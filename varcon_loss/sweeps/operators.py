@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from varcon_loss.classes import Centroids
-from varcon_loss.once import scale_rows, scale_rows_once
-from varcon_loss.reference import reference_terms
 from varcon_loss.rows import Rows, RowTerms, rows_of
 from varcon_loss.samples import Samples
 from varcon_loss.shares import Shares
+from varcon_loss.sweeps.once import scale_rows, scale_rows_once
+from varcon_loss.sweeps.reference import reference_terms
 
 # loss [N]; KL, NLL, confidence and tau2 [4, N]; gradient [N, D] and what each of its rows is still
 # to be multiplied by [N]. None: not needed, or a scale of 1. The custom operators, which take the

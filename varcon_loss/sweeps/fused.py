@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from varcon_loss.classes import Centroids, Classes, ClassIndex
-from varcon_loss.operators import SweepResult, make_operator
 from varcon_loss.options import Options
-from varcon_loss.proven import is_proven
 from varcon_loss.readable import values_may_be_read
 from varcon_loss.rows import Implementation, Rows
 from varcon_loss.samples import Batch, Samples, read_labels
+from varcon_loss.sweeps.operators import SweepResult, make_operator
+from varcon_loss.sweeps.proven import is_proven
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -36,7 +36,7 @@ SORTED_FROM = 2**34
 
 
 def runs_by_default(features: Tensor, dtype: torch.dtype) -> bool:
-    """Does ``impl="auto"`` run the kernels? Only where `varcon_loss.proven` has an entry."""
+    """Does ``impl="auto"`` run the kernels? Only where `varcon_loss.sweeps.proven` has an entry."""
     if features.device.type != "cuda" or torch.version.hip is not None:
         return False
     capability = _device_limits(features.device).capability
@@ -137,7 +137,7 @@ def _fake_norms(features: Tensor, valid: Tensor | None) -> Tensor:
 @_operator("row_norms", _fake_norms)
 def row_norms(features: Tensor, valid: Tensor | None) -> Tensor:
     """As `varcon_loss.norms.row_norms`: ``[N, D]`` -> ``[N]`` float32; infinity if not valid."""
-    from varcon_loss import kernels
+    from varcon_loss.sweeps import kernels
 
     num_rows, dim = features.shape
     norms = features.new_empty(num_rows, dtype=torch.float32)
@@ -211,7 +211,7 @@ def _smallest_integer(largest: int) -> torch.dtype:
 def _sort_labels(
     labels: Tensor, ignore_index: int | None, num_classes: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from varcon_loss import kernels
+    from varcon_loss.sweeps import kernels
 
     ordered, order = _sort(labels, num_classes)
     values, valid, broken, slots, runs, starts, ends, classes, num_present, divisor = _new_labels(
@@ -360,7 +360,7 @@ def class_sums(
         and the lengths ``[N]`` of the rows that are in a class (others are not set), or ``[0]``
         without ``normalize``; all float32.
     """
-    from varcon_loss import kernels
+    from varcon_loss.sweeps import kernels
 
     num_rows, dim = features.shape
     sums, counts, unit, norms = _new_sums(features, order, runs, starts, ends, normalize, keep_sums)
@@ -431,29 +431,29 @@ class Tiles(NamedTuple):
 # `benchmarks/kernel_code.py` shows what the compiler makes of them: no loop spills registers.
 TILES = {
     2: {
-        64: Tiles(64, 128, 4, 3),
-        128: Tiles(64, 128, 4, 2),
-        256: Tiles(64, 64, 8, 2),
-        512: Tiles(32, 32, 8, 2),
-        1024: Tiles(16, 16, 8, 2),
+        64: Tiles(rows=64, keys=128, warps=4, stages=3),
+        128: Tiles(rows=64, keys=128, warps=4, stages=2),
+        256: Tiles(rows=64, keys=64, warps=8, stages=2),
+        512: Tiles(rows=32, keys=32, warps=8, stages=2),
+        1024: Tiles(rows=16, keys=16, warps=8, stages=2),
     },
     4: {
-        64: Tiles(64, 32, 8, 2),
-        128: Tiles(64, 16, 8, 2),
-        256: Tiles(32, 16, 8, 2),
-        512: Tiles(16, 16, 8, 2),
-        1024: Tiles(16, 16, 8, 1),
+        64: Tiles(rows=64, keys=32, warps=8, stages=2),
+        128: Tiles(rows=64, keys=16, warps=8, stages=2),
+        256: Tiles(rows=32, keys=16, warps=8, stages=2),
+        512: Tiles(rows=16, keys=16, warps=8, stages=2),
+        1024: Tiles(rows=16, keys=16, warps=8, stages=1),
     },
 }
 # The same by the major number of the compute capability, where those would spill.
 OTHER_TILES = {
-    (8, 2, 64): Tiles(64, 64, 4, 3),
-    (8, 2, 128): Tiles(64, 64, 4, 2),
-    (12, 2, 64): Tiles(64, 64, 4, 3),
-    (12, 2, 128): Tiles(64, 64, 4, 2),
-    (10, 2, 128): Tiles(64, 64, 4, 2),
-    (10, 4, 128): Tiles(32, 16, 8, 2),
-    (12, 4, 128): Tiles(32, 16, 8, 2),
+    (8, 2, 64): Tiles(rows=64, keys=64, warps=4, stages=3),
+    (8, 2, 128): Tiles(rows=64, keys=64, warps=4, stages=2),
+    (12, 2, 64): Tiles(rows=64, keys=64, warps=4, stages=3),
+    (12, 2, 128): Tiles(rows=64, keys=64, warps=4, stages=2),
+    (10, 2, 128): Tiles(rows=64, keys=64, warps=4, stages=2),
+    (10, 4, 128): Tiles(rows=32, keys=16, warps=8, stages=2),
+    (12, 4, 128): Tiles(rows=32, keys=16, warps=8, stages=2),
 }
 
 
@@ -491,7 +491,7 @@ def sweep(
 
     A kernel that has the loss has the other terms: ``need_terms`` changes nothing.
     """
-    from varcon_loss import kernels
+    from varcon_loss.sweeps import kernels
 
     anchors, centroids = rows.anchors, rows.centroids
     features, norms, valid, broken = anchors.features, anchors.norms, anchors.valid, anchors.broken

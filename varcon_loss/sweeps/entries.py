@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varcon_loss.chunks import TINY, Evaluated, Shared
-from varcon_loss.objective import row_objective, row_slope
 from varcon_loss.shares import Shares
+from varcon_loss.sweeps.chunks import TINY, Evaluated, Shared
+from varcon_loss.sweeps.objective import row_objective, row_slope
 
 # A logarithm costs as much as several products, and the eighth power of so many classes is finite
 # in float32. Nobody has more than its fourth root.
@@ -102,7 +102,7 @@ def evaluate_entries(
         if others is not None and rest.others is not None:
             others += rest.others
     if shared.to_gradient is None:
-        return Evaluated(loss, others, None)
+        return Evaluated(loss=loss, others=others, dl_dz=None)
 
     slopes = values * row_slope(row)
     slope = slopes.sum(1, keepdim=True)
@@ -127,7 +127,9 @@ def evaluate_entries(
             at_slots += rest.for_all
             sum_q_other += rest.for_all
     dz = shared.to_gradient(dl_du.scatter_(1, slots, at_slots), gradient)
-    return Evaluated(loss, others, dz.addcmul_(sum_q_other, shared.key_sum, value=-1))
+    return Evaluated(
+        loss=loss, others=others, dl_dz=dz.addcmul_(sum_q_other, shared.key_sum, value=-1)
+    )
 
 
 def _sum_of_others(entries: Tensor) -> Tensor:
@@ -232,7 +234,15 @@ def _evaluate_rest(
     else:
         by_class.sub_(2 / num_classes).mul_(shared.scale)
     by_row = background * num_classes
-    return _Rest(loss.squeeze(1), others, slope, sum_q_other, by_class, by_row, for_all)
+    return _Rest(
+        loss=loss.squeeze(1),
+        others=others,
+        slope=slope,
+        sum_q_other=sum_q_other,
+        by_class=by_class,
+        by_row=by_row,
+        for_all=for_all,
+    )
 
 
 def _sum_classes(numbers: Tensor, scale: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Triton kernels: labels, row lengths, class sums, the sweep. Launched by `varcon_loss.fused`.
+"""Triton kernels: labels, row lengths, class sums, the sweep. Launched by `fused`.
 
 Rows enter as the caller gave them, in their own dtype. A power of two near a row's length brings
 it to about unit size without rounding; what is left of the length, a factor near 1, is applied in

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from varcon_loss.classes import summarise
-from varcon_loss.expectation_reference import expected_loss_by_equations
-from varcon_loss.once import differentiable_once
 from varcon_loss.rows import Implementation, Rows, RowTerms
 from varcon_loss.samples import read
 from varcon_loss.shares import Shares
 from varcon_loss.sums import sum_slots
+from varcon_loss.sweeps.expectation_reference import expected_loss_by_equations
+from varcon_loss.sweeps.once import differentiable_once
 
 
 def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: bool) -> RowTerms:

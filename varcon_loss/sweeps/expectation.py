@@ -18,14 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varcon_loss import chunks
-from varcon_loss.chunks import Shared
-from varcon_loss.entries import evaluate_entries
-from varcon_loss.operators import SweepResult, gradient_scale
-from varcon_loss.products import make_linear
 from varcon_loss.rows import Rows
 from varcon_loss.shares import Shares
-from varcon_loss.table import evaluate_table
+from varcon_loss.sweeps import chunks
+from varcon_loss.sweeps.chunks import Shared
+from varcon_loss.sweeps.entries import evaluate_entries
+from varcon_loss.sweeps.operators import SweepResult, gradient_scale
+from varcon_loss.sweeps.products import make_linear
+from varcon_loss.sweeps.table import evaluate_table
 
 
 class Expected(NamedTuple):
@@ -75,7 +75,7 @@ def expected_loss(
     on_cpu = z.device.type == "cpu"
     if shares.background is not None and int(num_classes) == 1:
         # The class must come out as 0 exactly, and stand alone for that.
-        shares = Shares(shares.table(num_slots, z.dtype), None, None)
+        shares = Shares(values=shares.table(num_slots, z.dtype), slots=None, columns=None)
     dense = shares.slots is None
     budget = chunks.CHUNK_CPU if on_cpu else chunks.CHUNK_ACCELERATOR
     chunk = _chunk_rows(num_rows, num_slots + dim, budget, shares.views)
@@ -87,20 +87,20 @@ def expected_loss(
     keys = w / temperature
     key_sum = keys.sum(0)
     shared = Shared(
-        make_linear(keys, chunk),
-        make_linear(keys.T, chunk) if need_grad else None,
-        key_sum,
-        key_sum if weight is None else torch.mv(keys.T, weight),
-        present,
-        counted,
-        weight if counted is None else counted if weight is None else counted * weight,
-        num_others,
-        weight,
-        not small_logits,
-        project,
-        temperature,
-        epsilon,
-        need_terms,
+        to_logits=make_linear(keys, chunk),
+        to_gradient=make_linear(keys.T, chunk) if need_grad else None,
+        key_sum=key_sum,
+        weighted_key_sum=key_sum if weight is None else torch.mv(keys.T, weight),
+        present=present,
+        counted=counted,
+        scale=weight if counted is None else counted if weight is None else counted * weight,
+        num_others=num_others,
+        weight=weight,
+        shifted=not small_logits,
+        project=project,
+        temperature=temperature,
+        epsilon=epsilon,
+        need_terms=need_terms,
     )
     evaluate = evaluate_table if dense else evaluate_entries
     num_buffers = 7 if dense else 1 if shares.background is None else 5
@@ -131,7 +131,7 @@ def expected_loss(
         terms = None if terms is None else terms.masked_fill_(~valid, 0.0)
         if gradient is not None:
             gradient.masked_fill_(~valid.unsqueeze(1), 0.0)
-    return Expected(loss, terms, gradient)
+    return Expected(loss=loss, others=terms, gradient=gradient)
 
 
 def _chunk_rows(num_rows: int, width: int, budget: int, views: int) -> int:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from varcon_loss.chunks import TINY, Evaluated, Shared
-from varcon_loss.objective import row_objective, row_slope
 from varcon_loss.shares import Shares
+from varcon_loss.sweeps.chunks import TINY, Evaluated, Shared
+from varcon_loss.sweeps.objective import row_objective, row_slope
 
 
 def evaluate_table(
@@ -103,7 +103,7 @@ def evaluate_table(
         tau2 = lowest_tau2 * mass + 2 * epsilon * confidence
         others = torch.stack((kl, expected_nll, confidence, tau2))
     if shared.to_gradient is None:
-        return Evaluated(loss, others, None)
+        return Evaluated(loss=loss, others=others, dl_dz=None)
 
     slopes = torch.addcmul(two, through, minus_a, value=2 * epsilon, out=through)
     slopes.scatter_(1, m, 0.0)
@@ -116,7 +116,9 @@ def evaluate_table(
     at_own = rest_slope - torch.sigmoid(row.margin) * slope
     dl_du.scatter_(1, m, at_own + own_share * (row.q_other + row.q_rest))
     dz = shared.to_gradient(dl_du, gradient)
-    return Evaluated(loss, others, dz.addcmul_(sum_q_other, shared.key_sum, value=-1))
+    return Evaluated(
+        loss=loss, others=others, dl_dz=dz.addcmul_(sum_q_other, shared.key_sum, value=-1)
+    )
 
 
 def _dot(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
