@@ -22,7 +22,23 @@ QUESTIONS = {
     "report": "Rebuild benchmarks/RESULTS.md and its pictures from the saved results.",
 }
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+EXAMPLES = """Examples:
+
+python -m benchmarks quickstart
+
+python -m benchmarks speed --rows 256,8192 --classes 100,1000
+
+python -m benchmarks quality --data digits --batch-sizes 64 --seeds 3
+
+python -m benchmarks COMMAND --help
+"""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog=EXAMPLES,
+)
 
 
 @app.callback()

@@ -1,5 +1,6 @@
 """The other questions of the benchmark harness, and what its user sees."""
 
+import importlib
 import multiprocessing
 import re
 import subprocess
@@ -9,11 +10,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner, Result
 
 pytest.importorskip("sklearn")
 from benchmarks import quickstart
-from benchmarks.__main__ import QUESTIONS, app
+from benchmarks.__main__ import EXAMPLES, QUESTIONS, app
 from benchmarks.common import data, terminal
 from benchmarks.common.training import Recipe
 
@@ -54,6 +56,17 @@ def test_the_list_of_commands_needs_no_heavy_import() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in QUESTIONS)
     assert done.stdout.rstrip().endswith("set()")
+
+
+def test_the_examples_of_the_help_can_be_given() -> None:
+    shown = [line for line in EXAMPLES.splitlines() if line.startswith("python -m benchmarks")]
+    assert len(shown) >= 3
+    for line in shown[:-1]:  # the last stands for any command
+        question, *given = line.split()[3:]
+        module = importlib.import_module(f"benchmarks.{question.replace('-', '_')}")
+        alone = typer.Typer()
+        alone.command()(module.command)
+        typer.main.get_command(alone).make_context(question, given)
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
