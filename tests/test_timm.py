@@ -193,6 +193,7 @@ def test_what_cannot_be_mixed() -> None:
         ({"mixup": Mixup(0.2, mode="half")}, "got mode 'half'"),
         ({"mixup": Mixup(0.2), "leave_one_out": True}, "leave_one_out has no meaning"),
         ({"smoothing": 0.1, "leave_one_out": True}, "leave_one_out has no meaning"),
+        ({"smoothing": 0.1, "centroid_momentum": 0.9}, "moves every remembered class"),
         ({"smoothing": 1.0}, "smoothing must be at least 0 and less than 1, got 1.0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -754,7 +755,8 @@ UNSUITABLE = {
     "--mixup 0.2 --batch-size 7": "--batch-size 7 (mixing pairs images, give an even number)",
     "--cutmix 1 --mixup-mode half": "--mixup-mode half (give one of batch, pair, elem)",
     "--cutmix-minmax 0.3": "--cutmix-minmax 0.3 (give two numbers",
-    "--mixup 0.2 --varcon-leave-one-out": "--varcon-leave-one-out (mixed labels leave no class",
+    "--mixup 0.2 --varcon-leave-one-out": "--varcon-leave-one-out (an image of several classes",
+    "--smoothing 0.1 --varcon-centroid-momentum 0.9": "--varcon-centroid-momentum 0.9 (smoothed",
 }
 
 
@@ -771,9 +773,20 @@ def test_unsuitable_flags_are_listed_together(
         assert ";" not in alone
     smooth = ("--smoothing", 0.1, "--varcon-leave-one-out")
     said = varcon_timm(SCRIPT, images, "--loss", "varcon", *smooth).refusal
-    assert "--varcon-leave-one-out (smoothed labels leave no class out, drop it or use" in said
+    assert "--varcon-leave-one-out (an image of several classes" in said
     with_one_view = ("--no-aug", "--no-prefetcher", "--num-classes", 3, "--varcon-views", 1)
     assert varcon_timm(SCRIPT, images, "--loss", "varcon", *with_one_view).code == 0
+
+
+def test_the_documents_name_what_is_refused() -> None:
+    from varcon_loss.integrations import timm_launch
+
+    page = (Path(__file__).parent.parent / "docs/timm.md").read_text()
+    table = page.partition("## What cannot be combined")[2].partition("## ")[0]
+    rules = [rule for name, rule in vars(timm_launch).items() if name.startswith("_REFUSED")]
+    assert len(rules) == 5
+    for name, _, _ in (entry for rule in rules for entry in rule):
+        assert f"`--{name.replace('_', '-')}" in table, name
 
 
 @pytest.mark.parametrize(
