@@ -69,6 +69,9 @@ def flag_parser() -> Parser:
         help="augmented views an image; a step then sees that many images (default 2)")  # fmt: skip
     add("--varcon-probe-weight", type=float, default=1.0, metavar="W",
         help="weight of the online linear probe's loss (default 1)")  # fmt: skip
+    add("--varcon-smoothing", type=float, metavar="S",
+        help="smoothing of VarCon's own labels (default: --smoothing where the command line has "
+        "it, else 0); the probe's is --smoothing")  # fmt: skip
     switch = argparse.BooleanOptionalAction
     add("--varcon-leave-one-out", action=switch, default=False,
         help="centroids without the sample itself")  # fmt: skip

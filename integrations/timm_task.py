@@ -5,11 +5,14 @@ as an online linear probe, on detached features. Validation, EMA, checkpoints an
 the plain timm model (and the projection, where it trains).
 """
 
+import copy
 import logging
 import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from timm.data import Mixup
 from timm.models import group_parameters
 from timm.task import ClassificationTask
 from timm.utils.model import unwrap_model
@@ -24,6 +27,7 @@ from varcon_loss.integrations.timm_classifier import (
 
 _logger = logging.getLogger(__name__)
 
+MIXUP_MODES = ("batch", "pair", "elem")
 METRICS = ("varcon_loss", "probe_loss", "kl", "nll", "confidence", "tau2")
 
 
@@ -80,14 +84,23 @@ class VarConTask(ClassificationTask):
         centroid_momentum: remember centroids, as in `varcon_loss.VarConLoss`.
         log_interval: after the first and then every so many training steps, log the means of
             `METRICS` since the last line; 0: never.
+        mixup: mixup and CutMix of steps that learn, each view by itself. Its ``label_smoothing``
+            is the probe's alone; the probe then trains on class probabilities, so ``criterion``
+            must take them, as ``timm.loss.SoftTargetCrossEntropy`` does. While its
+            ``mixup_enabled`` is False nothing is mixed.
+        views: how many views a batch holds, one after the other. Only mixing needs to know.
+        smoothing: share of VarCon's own labels that is spread over all classes. Every class is
+            then in every batch: VarCon compares with all of them, also those of which the batch
+            has no image. Not with ``centroid_momentum``.
 
     The result of a step holds ``loss``, ``output`` (the probe's logits) and the detached 0-d
     `METRICS`. Batches may hold several views of an image, as long as labels repeat with them.
-    Whether a step learns (moves the memory, exchanges centroids) follows the trainable module's
-    training mode, and gradients being enabled; other steps are local and count in no mean.
+    Whether a step learns (mixes, moves the memory, exchanges centroids) follows the trainable
+    module's training mode, and gradients being enabled; other steps are local and count in no mean.
 
     Raises:
-        ValueError: a model without classifier; whatever `varcon_loss.VarConLoss` refuses.
+        ValueError: a model without classifier; options that do not go together; whatever
+            `varcon_loss.VarConLoss` refuses.
     """
 
     def __init__(
@@ -108,6 +121,9 @@ class VarConTask(ClassificationTask):
         global_centroids: bool = False,
         centroid_momentum: float | None = None,
         log_interval: int = 50,
+        mixup: Mixup | None = None,
+        views: int = 1,
+        smoothing: float = 0.0,
     ) -> None:
         if criterion is None:
             criterion = nn.CrossEntropyLoss() if criterion_kwargs is None else None
@@ -121,6 +137,17 @@ class VarConTask(ClassificationTask):
         detach_classifier(model)
         if not (math.isfinite(probe_weight) and probe_weight >= 0):
             raise ValueError(f"probe_weight must be finite and at least 0, got {probe_weight}")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must be at least 0 and less than 1, got {smoothing}")
+        if mixup is not None and mixup.mode not in MIXUP_MODES:
+            raise ValueError(f"mixup must mix by one of {MIXUP_MODES}, got mode {mixup.mode!r}")
+        if leave_one_out and (mixup is not None or smoothing):
+            raise ValueError("leave_one_out has no meaning with mixed or smoothed labels")
+        if centroid_momentum is not None and smoothing:
+            raise ValueError(
+                "smoothing with centroid_momentum moves every remembered class to the batch's "
+                "mean: give one of the two"
+            )
         parameter = next(model.parameters())
         projection.to(device=parameter.device, dtype=parameter.dtype)
         self.trainable_module = VarConTrainableModule(model, projection)
@@ -135,6 +162,9 @@ class VarConTask(ClassificationTask):
         ).to(parameter.device)
         self.probe_weight = probe_weight
         self.log_interval = log_interval
+        self.mixup = mixup
+        self.views = views
+        self.smoothing = float(smoothing)
         self.options: dict[str, Any] = {
             "temperature": float(temperature),
             "epsilon": float(epsilon),
@@ -143,6 +173,7 @@ class VarConTask(ClassificationTask):
             "probe_weight": float(probe_weight),
             "leave_one_out": bool(leave_one_out),
             "centroid_momentum": None if centroid_momentum is None else float(centroid_momentum),
+            "smoothing": self.smoothing,
         }
         self._since_line = _Means()
         self._since_pop = _Means()
@@ -251,17 +282,21 @@ class VarConTask(ClassificationTask):
         """One step.
 
         Args:
-            input: images ``[N, C, H, W]``.
-            target: class indices ``[N]``.
+            input: images ``[N, 3, H, W]``.
+            target: class indices ``[N]``, or class probabilities ``[N, C]`` of images that were
+                mixed before.
         """
-        if target.ndim != 1 or target.is_floating_point():
-            raise ValueError(
-                "VarCon needs one class index an image, got targets "
-                f"{target.dtype} {list(target.shape)}: switch mixup, cutmix and multi-label off"
-            )
+        module = unwrap_model(self.trainable_module)
+        labels = target
+        if self.mixup is not None:
+            if self.mixup.mixup_enabled and module.training and torch.is_grad_enabled():
+                input, labels = self._mixed(input, target)
+            target = self._smoothed(labels, self.mixup.label_smoothing)
         projections, logits = self.trainable_module(input)
-        self.contrast.train(unwrap_model(self.trainable_module).training)
-        terms = self.contrast.terms(projections, target)
+        self.contrast.train(module.training)
+        if self.smoothing:
+            labels = self._smoothed(labels, self.smoothing)
+        terms = self.contrast.terms(projections, labels)
         branches = logits if isinstance(logits, (tuple, list)) else (logits,)
         probe_loss = torch.stack([self.criterion(x, target) for x in branches]).mean()
         metrics = {
@@ -276,6 +311,33 @@ class VarConTask(ClassificationTask):
             self._log(metrics)
         loss = terms.reduced + self.probe_weight * probe_loss
         return {"loss": loss, "output": branches[0], **metrics}
+
+    def _mixed(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Images mixed, each view by itself, and their classes ``[N, C]``, not smoothed."""
+        if target.ndim != 1 or target.is_floating_point():
+            raise ValueError(
+                "mixing needs one class index an image, got targets "
+                f"{target.dtype} {list(target.shape)}: mix them before, or here"
+            )
+        if len(input) % (2 * self.views):
+            raise ValueError(
+                f"mixing pairs the images of a view: {self.views} views need a batch that divides "
+                f"by {2 * self.views}, got {len(input)} images"
+            )
+        mixer = copy.copy(self.mixup)
+        assert mixer is not None
+        mixer.label_smoothing = 0.0
+        pairs = [  # of clones: Mixup writes into what it is given
+            mixer(view.clone(), classes)
+            for view, classes in zip(input.chunk(self.views), target.chunk(self.views), strict=True)
+        ]
+        return torch.cat([view for view, _ in pairs]), torch.cat([shares for _, shares in pairs])
+
+    def _smoothed(self, labels: Tensor, smoothing: float) -> Tensor:
+        """Class probabilities ``[N, C]``, ``smoothing`` of each row spread over all classes."""
+        if not labels.is_floating_point():
+            labels = F.one_hot(labels.long(), self.contrast.num_classes).float()
+        return labels * (1 - smoothing) + labels.mean(1, keepdim=True) * smoothing
 
     def _log(self, metrics: dict[str, Tensor]) -> None:
         self._since_line.add(metrics)

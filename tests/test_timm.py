@@ -20,9 +20,12 @@ import torch
 import yaml
 
 timm = pytest.importorskip("timm")
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 
 import varcon_loss
+from varcon_loss import VarConLoss
 from varcon_loss.integrations import timm_flags, timm_train
 from varcon_loss.integrations.timm_checkpoint import read_checkpoint
 from varcon_loss.integrations.timm_classifier import embedding_width
@@ -110,7 +113,96 @@ def test_a_step(task: VarConTask) -> None:
     assert all(p.grad is not None for p in task.trainable_module.parameters())
     means = task.pop_means()
     assert means["tau2"] == pytest.approx(float(result["tau2"]))
-    with pytest.raises(ValueError, match="VarCon needs one class index an image"):
+    shares = torch.rand(8, 4)  # of images that the caller has mixed
+    result = task(x, shares)
+    projections, logits = task.trainable_module(x)
+    torch.testing.assert_close(result["varcon_loss"], task.contrast(projections, shares).detach())
+    expected = torch.nn.functional.cross_entropy(logits, shares)
+    torch.testing.assert_close(result["probe_loss"], expected.detach())
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_each_view_is_mixed_by_itself(mode: str) -> None:
+    def mixup(**options: object) -> Mixup:
+        return Mixup(0.4, 1.0, mode=mode, num_classes=4, **options)
+
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=4)
+    options = {"criterion": SoftTargetCrossEntropy(), "dim": 16, "verbose": False}
+    task = VarConTask(model, **options, mixup=mixup(label_smoothing=0.2), views=2)
+    x, y = batch(8)
+    kept = x.clone()
+
+    def by_hand(**options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        np.random.seed(3)
+        pairs = [mixup(**options)(x[i : i + 4].clone(), y[i : i + 4]) for i in (0, 4)]
+        images, shares = zip(*pairs, strict=True)
+        return torch.cat(images), torch.cat(shares)
+
+    np.random.seed(3)
+    result = task(x, y)
+    assert torch.equal(x, kept)
+    images, shares = by_hand(label_smoothing=0.0)
+    assert not torch.equal(shares[:4], shares[4:])
+    assert ((shares > 0) & (shares < 1)).any()
+    projections, logits = task.trainable_module(images)
+    expected = task.contrast(projections, shares)
+    torch.testing.assert_close(result["varcon_loss"], expected.detach())
+    expected = task.criterion(logits, by_hand(label_smoothing=0.2)[1])
+    torch.testing.assert_close(result["probe_loss"], expected.detach())
+
+    # Nothing is mixed where nothing is learned, of whatever length, and after the end of mixing.
+    def is_plain(x: torch.Tensor, y: torch.Tensor) -> None:
+        result = task(x, y)
+        projections, logits = task.trainable_module(x)
+        expected = task.contrast(projections, y).detach()
+        torch.testing.assert_close(result["varcon_loss"], expected)
+        smooth = torch.nn.functional.cross_entropy(logits, y, label_smoothing=0.2).detach()
+        torch.testing.assert_close(result["probe_loss"], smooth)
+
+    with torch.no_grad():
+        is_plain(x[:7], y[:7])
+    task.mixup.mixup_enabled = False
+    is_plain(x, y)
+    task.mixup.mixup_enabled = True
+    task.trainable_module.eval()
+    is_plain(x[:7], y[:7])
+
+
+def test_smoothing_is_of_varcon_alone() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=4)
+    task = VarConTask(model, dim=16, verbose=False, smoothing=0.1)
+    x, y = batch()
+    mixed = torch.tensor([[0.75, 0.25, 0, 0]]).expand(8, 4)
+    smooth = torch.nn.functional.one_hot(y, 4) * 0.9 + 0.025
+    for target, labels in ((y, smooth), (mixed, mixed * 0.9 + 0.025)):
+        result = task(x, target)
+        projections, logits = task.trainable_module(x)
+        expected = task.contrast(projections, labels).detach()
+        torch.testing.assert_close(result["varcon_loss"], expected)
+        expected = torch.nn.functional.cross_entropy(logits, target).detach()
+        torch.testing.assert_close(result["probe_loss"], expected)
+
+
+def test_what_cannot_be_mixed() -> None:
+    def make(**options: object) -> VarConTask:
+        return VarConTask(timm.create_model("resnet10t", num_classes=4), verbose=False, **options)
+
+    for options, message in (
+        ({"mixup": Mixup(0.2, mode="half")}, "got mode 'half'"),
+        ({"mixup": Mixup(0.2), "leave_one_out": True}, "leave_one_out has no meaning"),
+        ({"smoothing": 0.1, "leave_one_out": True}, "leave_one_out has no meaning"),
+        ({"smoothing": 0.1, "centroid_momentum": 0.9}, "moves every remembered class"),
+        ({"smoothing": 1.0}, "smoothing must be at least 0 and less than 1, got 1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**options)
+    task = make(mixup=Mixup(0.2, num_classes=4), views=2)
+    x, y = batch()
+    with pytest.raises(ValueError, match="2 views need a batch that divides by 4, got 6 images"):
+        task(x[:6], y[:6])
+    with pytest.raises(ValueError, match=r"one class index an image, got .* \[8, 4\]"):
         task(x, torch.rand(8, 4))
 
 
@@ -498,6 +590,121 @@ def test_a_script_with_a_loss_of_its_own(
             runpy.run_path(str(path), run_name="__main__")
 
 
+@pytest.fixture
+def labels_seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What VarCon is given, step by step."""
+    seen: list[torch.Tensor] = []
+    terms = VarConLoss.terms
+
+    def listen(self: VarConLoss, features: torch.Tensor, labels: torch.Tensor) -> object:
+        seen.append(labels)
+        return terms(self, features, labels)
+
+    monkeypatch.setattr(VarConLoss, "terms", listen)
+    return seen
+
+
+@pytest.mark.parametrize("flags", ["", "--varcon-views 1", "--varcon-views 1 --no-prefetcher"])
+def test_the_launcher_mixes_until_the_script_ends_it(
+    flags: str,
+    images: Path,
+    varcon_timm: Callable[..., Done],
+    labels_seen: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    targets: list[torch.Tensor] = []
+    forward = SoftTargetCrossEntropy.forward
+
+    def listen(self: SoftTargetCrossEntropy, x: torch.Tensor, target: torch.Tensor) -> object:
+        targets.append(target)
+        return forward(self, x, target)
+
+    monkeypatch.setattr(SoftTargetCrossEntropy, "forward", listen)
+    mixing = ("--mixup", 0.4, "--cutmix", 1.0, "--mixup-off-epoch", 2)
+    common = (SCRIPT, images, "--num-classes", 3, "--loss", "varcon", "--epochs", 3)
+    done = varcon_timm(*common, *mixing, *flags.split())
+    assert done.code == 0, done
+    views = 1 if flags else 2
+    assert f"batch {8 * views} VarConTask" in done.out
+    how = "each view by itself" if views == 2 else "the images"
+    assert f"mixes {how}, for VarCon and the probe alike: --mixup 0.4 --cutmix 1.0" in done.out
+    assert "--mixup-off-epoch 2\n" in done.out
+    assert "smooths the labels of VarCon by 0, those of the probe by 0.1\n" in done.out
+
+    mixed, plain = labels_seen[:6], labels_seen[6:]
+    assert [labels.dtype for labels in plain] == [torch.int64] * 3
+    for labels in mixed:
+        assert labels.shape == (8 * views, 3)
+        assert (labels > 0).sum(1).max() <= 2  # not smoothed
+        torch.testing.assert_close(labels.sum(1), torch.ones(8 * views))
+    assert ((torch.cat(mixed) > 0).sum(1) == 2).any()
+    if views == 2:
+        assert any(not torch.equal(*labels.chunk(2)) for labels in mixed)
+    for labels, target in zip(labels_seen, targets, strict=True):
+        if not labels.is_floating_point():
+            labels = torch.nn.functional.one_hot(labels, 3)
+        torch.testing.assert_close(target, labels * 0.9 + 0.1 / 3)
+
+    # Recorded as it was given, in plain numbers, and repeated from there.
+    first = recorded("out")
+    assert (first["mixup"], first["cutmix"], first["mixup_off_epoch"]) == (0.4, 1.0, 2)
+    assert first["aug_splits"] == (2 if views == 2 else 0)
+    args = read_checkpoint("out/last.pth.tar").args
+    assert {key: args[key] for key in first} == first
+    labels_seen.clear()
+    again = ("-c", "out/args.yaml", "--resume", "out/last.pth.tar", "--output", "again")
+    assert varcon_timm(SCRIPT, images, *again).code == 0
+    assert recorded("again") | {"output": "out", "resume": ""} == first
+    assert [labels.ndim for labels in labels_seen] == [2] * 6 + [1] * 3
+
+
+def test_labels_of_varcon_are_smoothed_where_smoothing_was_typed(
+    images: Path, varcon_timm: Callable[..., Done], labels_seen: list[torch.Tensor]
+) -> None:
+    Path("plain.yaml").write_text("smoothing: 0.3\n")
+    Path("ours.yaml").write_text("loss: varcon\nsmoothing: 0.3\nvarcon_smoothing: 0.15\n")
+    for flags, ours, probes in (
+        ("", 0, 0.1),
+        ("--smoothing 0.2", 0.2, 0.2),
+        ("--smooth=0.1", 0.1, 0.1),  # argparse completes it
+        ("--smoothing 0", 0, 0),
+        ("--smoothing 0.2 --varcon-smoothing 0", 0, 0.2),
+        ("--varcon-smoothing 0.3", 0.3, 0.1),
+        ("-c plain.yaml", 0, 0.3),  # a recorded run holds every default
+        ("-c ours.yaml", 0.15, 0.3),
+    ):
+        labels_seen.clear()
+        done = varcon_timm(
+            SCRIPT, images, "--num-classes", 3, "--loss", "varcon", *flags.split(), "--epochs", 1
+        )
+        assert done.code == 0, done
+        line = f"smooths the labels of VarCon by {ours:g}, those of the probe by {probes:g}"
+        assert (line in done.out) == bool(ours or probes), (flags, done.out)
+        assert recorded("out")["varcon_smoothing"] == ours
+        for labels in labels_seen:
+            assert labels.is_floating_point() == bool(ours), flags
+            if ours:
+                torch.testing.assert_close(labels.amax(1), torch.full((16,), 1 - ours * 2 / 3))
+
+
+def test_mixing_reaches_workers_as_a_function() -> None:
+    from timm.data.loader import fast_collate
+
+    from varcon_loss.integrations.timm_launch import varcon_in_timm
+
+    flags = timm_flags.flag_parser().parse_args(["--loss", "varcon"])
+    plain = timm.data.Mixup, timm.data.FastCollateMixup
+    with varcon_in_timm(flags) as launch:
+        mixing = timm.data.FastCollateMixup(mixup_alpha=0.2, num_classes=3)
+        assert isinstance(mixing, timm.data.FastCollateMixup)
+        # As where workers are spawned, not forked.
+        assert pickle.loads(pickle.dumps(mixing)) is fast_collate
+        assert type(launch.mixup) is Mixup
+        mixing.mixup_enabled = False
+        assert not launch.mixup.mixup_enabled
+    assert (timm.data.Mixup, timm.data.FastCollateMixup) == plain
+
+
 def test_the_task_stays_a_class(images: Path, varcon_timm: Callable[..., Done]) -> None:
     script = Path("derives.py")
     script.write_text(
@@ -532,8 +739,6 @@ def test_without_varcon_the_launcher_is_not_there(
 
 
 UNSUITABLE = {
-    "--mixup 0.2": "--mixup 0.2 (VarCon needs one class an image, use --mixup 0)",
-    "--cutmix 1.0": "--cutmix 1.0 (VarCon needs one class an image, use --cutmix 0)",
     "--jsd-loss": "--jsd-loss (VarCon replaces it, drop it)",
     "--bce-loss": "--bce-loss (",
     "--kd-model-name resnet18": "--kd-model-name resnet18 (distillation",
@@ -545,6 +750,12 @@ UNSUITABLE = {
     "--no-prefetcher": "--no-prefetcher (drop it or use --varcon-views 1)",
     "--train-img-sizes 32 48": "--train-img-sizes 32 48 (",
     "--dataset WDS/x": "--dataset WDS/x (it is iterable",
+    "--smoothing 1 --varcon-smoothing 0": "--smoothing 1.0 (a share, give 0 or more and",
+    "--varcon-smoothing -1": "--varcon-smoothing -1.0 (a share,",
+    "--mixup 0.2 --batch-size 7": "--batch-size 7 (mixing pairs images, give an even number)",
+    "--cutmix 1 --mixup-mode half": "--mixup-mode half (give one of batch, pair, elem)",
+    "--cutmix-minmax 0.3": "--cutmix-minmax 0.3 (give two numbers",
+    "--mixup 0.2 --varcon-leave-one-out": "--varcon-leave-one-out (an image of several classes",
 }
 
 
@@ -559,8 +770,25 @@ def test_unsuitable_flags_are_listed_together(
         alone = varcon_timm(SCRIPT, images, "--loss", "varcon", *flag.split()).refusal
         assert expected in alone
         assert ";" not in alone
+    smooth = (SCRIPT, images, "--loss", "varcon", "--smoothing", 0.1)
+    for flag, expected in (
+        ("--varcon-leave-one-out", "--varcon-leave-one-out (an image of several classes"),
+        ("--varcon-centroid-momentum=0.9", "--varcon-centroid-momentum 0.9 (smoothed labels"),
+    ):
+        assert expected in varcon_timm(*smooth, flag).refusal
     with_one_view = ("--no-aug", "--no-prefetcher", "--num-classes", 3, "--varcon-views", 1)
     assert varcon_timm(SCRIPT, images, "--loss", "varcon", *with_one_view).code == 0
+
+
+def test_the_documents_name_what_is_refused() -> None:
+    from varcon_loss.integrations import timm_launch
+
+    page = (Path(__file__).parent.parent / "docs/timm.md").read_text()
+    table = page.partition("## What cannot be combined")[2].partition("## ")[0]
+    rules = [rule for name, rule in vars(timm_launch).items() if name.startswith("_REFUSED")]
+    assert len(rules) == 5
+    for name, _, _ in (entry for rule in rules for entry in rule):
+        assert f"`--{name.replace('_', '-')}" in table, name
 
 
 @pytest.mark.parametrize(
@@ -633,6 +861,10 @@ def test_unsuitable_scripts(tmp_path: Path, varcon_timm: Callable[..., Done]) ->
     ends = "p.add_argument('--opt')\np.parse_args()\nraise SystemExit(0)\n"
     assert "nothing was trained with VarCon" in run(never + parses + ends)
     assert "before it parses its arguments" in run(f"{never}ClassificationTask(None)\n")
+    mixes = "p.add_argument('--opt')\np.add_argument('--mixup', type=float)\np.parse_args()\n"
+    early = f"{never}{parses}{mixes}ClassificationTask(None)\n"
+    said = run(early, "--loss", "varcon", "--mixup", "1")
+    assert "builds its task before it sets up mixup" in said
     script.write_text(never + parses + "p.parse_args()\n")
     assert varcon_timm(script, "--loss", "varcon", "--help").code == 0
 
@@ -782,7 +1014,9 @@ def test_no_code_of_a_checkpoint_is_run(
     assert mark.exists()
 
 
-def remember_over_ranks(rank: int, world_size: int) -> tuple[torch.Tensor | None, ...]:
+def remember_over_ranks(
+    rank: int, world_size: int, **options: object
+) -> tuple[torch.Tensor | None, ...]:
     """Each rank sees classes of its own; DDP broadcasts buffers as train.py lets it."""
     torch.manual_seed(0)
     task = VarConTask(
@@ -790,30 +1024,48 @@ def remember_over_ranks(rank: int, world_size: int) -> tuple[torch.Tensor | None
         dim=8,
         centroid_momentum=0.9,
         verbose=False,
+        **options,
     )
     task.prepare_distributed(device_ids=[torch.device("cpu")], broadcast_buffers=True)
     x, _ = batch(4)
     for _ in range(3):
         task(x, torch.tensor([0, 1, 0, 1]) + 2 * rank)["loss"].backward()
-    return task.contrast.centroid_seen, task.contrast.centroid_memory
+    parameters = torch.cat([p.grad.flatten() for p in task.trainable_module.parameters()])
+    return task.contrast.centroid_seen, task.contrast.centroid_memory, parameters
 
 
-def test_ranks_remember_the_same(tmp_path: Path) -> None:
+def mix_over_ranks(rank: int, world_size: int) -> tuple[torch.Tensor | None, ...]:
+    """Each rank mixes as it likes."""
+    np.random.seed(rank)
+    mixup = Mixup(0.4, 1.0, mode="elem", num_classes=2 * world_size)
+    return remember_over_ranks(rank, world_size, mixup=mixup, views=2)
+
+
+@pytest.mark.parametrize("step", [remember_over_ranks, mix_over_ranks])
+def test_ranks_remember_the_same(step: Callable[..., tuple], tmp_path: Path) -> None:
     from benchmarks.common.ranks import run_ranks
 
-    (seen, memory), (_, other) = run_ranks(remember_over_ranks, 2, tmp_path)
+    (seen, *ours), (_, *theirs) = run_ranks(step, 2, tmp_path)
     assert seen.all()
-    assert torch.equal(memory, other)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+        assert a.isfinite().all()
 
 
-@pytest.mark.skipif("TIMM_TRAIN_PY" not in os.environ, reason="TIMM_TRAIN_PY: path of a train.py")
+real_train_py = pytest.mark.skipif(
+    "TIMM_TRAIN_PY" not in os.environ, reason="TIMM_TRAIN_PY: path of a train.py"
+)
+SMALL = (
+    "--model", "resnet10t", "--num-classes", 3, "--img-size", 32, "--batch-size", 8,
+    "--workers", 1, "--device", "cpu", "--lr", 0.05, "--warmup-epochs", 0, "--output", "out",
+    "--epochs", 1, "--loss", "varcon",
+)  # fmt: skip
+
+
+@real_train_py
 def test_the_real_train_py(images: Path, tmp_path: Path) -> None:
     script = Path(os.environ["TIMM_TRAIN_PY"]).resolve()
-    common = [
-        images, "--model", "resnet10t", "--num-classes", 3, "--img-size", 32, "--batch-size", 8,
-        "--workers", 1, "--device", "cpu", "--lr", 0.05, "--warmup-epochs", 0, "--output", "out",
-        "--epochs", 1, "--loss", "varcon",
-    ]  # fmt: skip
+    common = [images, *SMALL]
     done = launch(script, *common, "--model-ema", "--experiment", "a", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "train_varcon_loss" in (tmp_path / "out/a/summary.csv").read_text()
@@ -826,9 +1078,9 @@ def test_the_real_train_py(images: Path, tmp_path: Path) -> None:
     ):
         done = launch(script, *common, *extra, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    done = launch(script, *common, "--mixup", 0.1, "--no-aug", cwd=tmp_path)
+    done = launch(script, *common, "--bce-loss", "--no-aug", cwd=tmp_path)
     assert done.returncode == 2
-    assert "--mixup 0.1 (" in done.stderr
+    assert "--bce-loss (" in done.stderr
     assert "--no-aug (" in done.stderr
     done = launch(script, *common, "--varcon-dim", 8, "--resume", last, cwd=tmp_path)
     assert done.returncode == 2
@@ -853,3 +1105,49 @@ def test_the_real_train_py(images: Path, tmp_path: Path) -> None:
     done = launch(*probe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "images of 3x32x32" in done.stdout
+
+
+@real_train_py
+def test_the_real_train_py_mixes(
+    images: Path,
+    tmp_path: Path,
+    varcon_timm: Callable[..., Done],
+    labels_seen: list[torch.Tensor],
+) -> None:
+    script = Path(os.environ["TIMM_TRAIN_PY"]).resolve()
+    mixing = ("--mixup", 0.2, "--cutmix", 1.0, "--mixup-mode", "elem")
+    # Its workers live on from epoch to epoch, and so would mixing in them.
+    off = ("--epochs", 3, "--mixup-off-epoch", 2, "--model-ema", "--experiment", "a")
+    done = varcon_timm(script, images, *SMALL, *mixing, *off)
+    assert done.code == 0, done
+    assert "--mixup 0.2 --cutmix 1.0 --mixup-mode elem" in done.out
+    assert "VarConTask: criterion=SoftTargetCrossEntropy" in done.err
+    assert [labels.ndim for labels in labels_seen] == [2] * 6 + [1] * 3
+    assert all(not torch.equal(*labels.chunk(2)) for labels in labels_seen[:6])
+    first = recorded("out/a")
+    assert (first["mixup"], first["mixup_mode"], first["aug_splits"]) == (0.2, "elem", 2)
+
+    last = "out/a/last.pth.tar"
+    timm.create_model("resnet10t", num_classes=3, checkpoint_path=last)
+    amp = ("--amp", "--amp-dtype", "bfloat16", "--grad-accum-steps", 2, "--channels-last")
+    for flags, kinds in (
+        (("-c", "out/a/args.yaml", "--resume", last, "--epochs", 4), [1]),
+        ((*SMALL, *mixing, "--epochs", 4, "--resume", last, "--model-ema"), [2]),
+        ((*SMALL, *mixing, *amp, "--split-bn", "--reprob", 0.5, "--resplit"), [2]),
+        ((*SMALL, "--cutmix-minmax", 0.2, 0.8, "--varcon-views", 1, "--no-prefetcher"), [2]),
+        ((*SMALL, "--smoothing", 0.2), [2]),
+        (SMALL, [1]),
+    ):
+        labels_seen.clear()
+        done = varcon_timm(script, images, *flags, "--experiment", "b")
+        assert done.code == 0, done
+        assert [labels.ndim for labels in labels_seen] == kinds * 3, flags
+
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
+    memory = ("--varcon-centroid-momentum", 0.9, "--experiment", "c")
+    ranks = launch(
+        script, images, *SMALL, *mixing, *memory, "--batch-size", 4, cwd=tmp_path, launcher=torchrun
+    )
+    assert ranks.returncode == 0, ranks.stderr
+    assert ranks.stdout.count("mixes each view by itself") == 1
+    assert "train_varcon_loss" in (tmp_path / "out/c/summary.csv").read_text()

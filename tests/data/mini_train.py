@@ -7,7 +7,15 @@ import os
 import torch
 import yaml
 from timm import utils
-from timm.data import AugMixDataset, create_dataset, create_loader, resolve_data_config
+from timm.data import (
+    AugMixDataset,
+    FastCollateMixup,
+    Mixup,
+    create_dataset,
+    create_loader,
+    resolve_data_config,
+)
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import create_model
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.task import ClassificationTask, resume_task_checkpoint
@@ -43,6 +51,12 @@ parser.add_argument("--no-aug", action="store_true")
 parser.add_argument("--no-prefetcher", action="store_true")
 parser.add_argument("--mixup", type=float, default=0.0)
 parser.add_argument("--cutmix", type=float, default=0.0)
+parser.add_argument("--cutmix-minmax", type=float, nargs="+")
+parser.add_argument("--mixup-prob", type=float, default=1.0)
+parser.add_argument("--mixup-switch-prob", type=float, default=0.5)
+parser.add_argument("--mixup-mode", default="batch")
+parser.add_argument("--mixup-off-epoch", type=int, default=0)
+parser.add_argument("--smoothing", type=float, default=0.1)
 parser.add_argument("--jsd-loss", action="store_true")
 parser.add_argument("--bce-loss", action="store_true")
 parser.add_argument("--kd-model-name", default=None)
@@ -68,14 +82,37 @@ def main():
     args.num_classes = model.num_classes
     data = resolve_data_config(vars(args), model=model)
     dataset = create_dataset("", root=args.data, split=args.train_split, is_training=True)
-    if args.aug_splits > 1:
-        dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
+    splits, collate, mixup = 0, None, None
+    if args.aug_splits > 0:
+        splits = args.aug_splits
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixes:
+        settings = {
+            "mixup_alpha": args.mixup, "cutmix_alpha": args.cutmix, "prob": args.mixup_prob,
+            "cutmix_minmax": args.cutmix_minmax, "switch_prob": args.mixup_switch_prob,
+            "mode": args.mixup_mode, "label_smoothing": args.smoothing,
+            "num_classes": args.num_classes,
+        }  # fmt: skip
+        if args.no_prefetcher:
+            mixup = Mixup(**settings)
+        else:
+            assert not splits
+            collate = FastCollateMixup(**settings)
+    if splits > 1:
+        dataset = AugMixDataset(dataset, num_splits=splits)
     loader = create_loader(
         dataset, data["input_size"], args.batch_size, is_training=True, num_workers=1,
         device=device, mean=data["mean"], std=data["std"], interpolation=data["interpolation"],
-        num_aug_splits=args.aug_splits, use_prefetcher=True, persistent_workers=False,
+        num_aug_splits=splits, use_prefetcher=not args.no_prefetcher, persistent_workers=False,
+        collate_fn=collate,
     )  # fmt: skip
-    task = ClassificationTask(model=model, criterion=torch.nn.CrossEntropyLoss(), device=device)
+    if mixes:
+        criterion = SoftTargetCrossEntropy()
+    elif args.smoothing:
+        criterion = LabelSmoothingCrossEntropy(smoothing=args.smoothing)
+    else:
+        criterion = torch.nn.CrossEntropyLoss()
+    task = ClassificationTask(model=model, criterion=criterion, device=device)
     optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args))
     if args.resume:
         resume_task_checkpoint(task, args.resume, optimizer=optimizer)
@@ -86,9 +123,16 @@ def main():
         recovery_dir=args.output, task=task,
     )  # fmt: skip
     for epoch in range(args.epochs):
+        if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+            if not args.no_prefetcher and loader.mixup_enabled:
+                loader.mixup_enabled = False
+            elif mixup is not None:
+                mixup.mixup_enabled = False
         task.get_trainable_module().train()
         losses = utils.AverageMeter()
         for input, target in loader:
+            if mixup is not None:
+                input, target = mixup(input, target)
             result = task(input, target)
             loss = result["loss"]
             loss /= 1.0
