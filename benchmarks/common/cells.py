@@ -226,6 +226,7 @@ def tune_and_run(
 
     The choice is by linear probe plus kNN on the validation split, whose labels are right, from
     the same grid for all, with a seed of its own; the test split is read only with the rate chosen.
+    A grid of one rate leaves nothing to choose.
 
     Args:
         bases: their learning rate, seed and split do not count.
@@ -240,14 +241,17 @@ def tune_and_run(
     """
     deadline = time.monotonic() + 60 * budget if budget else math.inf
     options: dict[str, Any] = {"workers": workers, "root": root, "device": device}
-    tuned = run_cells(
-        [
-            replace(base, learning_rate=rate, seed=TUNING_SEED, split="validation", extra=None)
-            for base, rate in itertools.product(bases, learning_rates)
-        ],
-        store, title=f"{title}: learning rates", deadline=deadline, **options,
-    )  # fmt: skip
-    rates = best_rates(tuned)
+    if len(learning_rates) == 1:
+        rates = {setting(asdict(base)): learning_rates[0] for base in bases}
+    else:
+        tuned = run_cells(
+            [
+                replace(base, learning_rate=rate, seed=TUNING_SEED, split="validation", extra=None)
+                for base, rate in itertools.product(bases, learning_rates)
+            ],
+            store, title=f"{title}: learning rates", deadline=deadline, **options,
+        )  # fmt: skip
+        rates = best_rates(tuned)
     return run_cells(
         [
             replace(base, learning_rate=rates[setting(asdict(base))], seed=seed, split="test")
