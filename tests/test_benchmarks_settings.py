@@ -39,7 +39,8 @@ def reported(files: list[Path], tmp_path: Path) -> str:
 
 def test_accuracy_over_a_setting(tmp_path: Path) -> None:
     command = ["settings", "temperature", "--values", "0.1,0.3", "--batch-sizes", "256",
-               "--seeds", "2", "--out", str(tmp_path), *SMALL, "--learning-rates", "0.1,0.2"]  # fmt: skip
+               "--seeds", "2", "--out", str(tmp_path), *SMALL,
+               "--learning-rates", "0.1,0.2"]  # fmt: skip
     outcome = ask(*command)
     assert outcome.exit_code == 0, outcome.output
     assert "temperature 0.3" in outcome.output

@@ -53,6 +53,7 @@ class Cell:
     temperature: float | None = None  # where not 0.1
     epsilon: float | None = None  # where not the method's own
     augmentation: str | None = None  # where not the default strength
+    mixup: float | None = None  # alpha, where images are mixed
     extra: str | None = None  # further read-outs: corruption, transfer, hierarchy
 
 
@@ -66,7 +67,7 @@ def run_cell(cell: Cell, root: Path | None = None, device: str = "cpu") -> dict[
         centroid_momentum=cell.momentum,
         **{
             key: value
-            for key in ("temperature", "epsilon", "augmentation")
+            for key in ("temperature", "epsilon", "augmentation", "mixup")
             if (value := getattr(cell, key)) is not None
         },
     )

@@ -1,4 +1,7 @@
-"""The training objectives compared: encoder features in, loss out."""
+"""The training objectives compared: encoder features in, loss out.
+
+Labels are classes ``[N]``; those of `MIXABLE` also take class probabilities ``[N, C]``.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -37,7 +40,9 @@ class CrossEntropy(nn.Module):
     def forward(self, features: Tensor, labels: Tensor) -> Step:
         logits = self.classifier(features)
         loss = F.cross_entropy(logits, labels)
-        confidence = logits.detach().softmax(1).gather(1, labels.unsqueeze(1)).mean()
+        p = logits.detach().softmax(1)
+        own = p * labels if labels.is_floating_point() else p.gather(1, labels.unsqueeze(1))
+        confidence = own.sum(1).mean()
         value = float(loss.detach())
         collapsed = math.isclose(value, math.log(logits.shape[1]), rel_tol=0.005)
         return Step(loss, {"loss": value, "confidence": float(confidence)}, collapsed)
@@ -137,6 +142,9 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "NormFace": NormFace,
     "SINCERE": Sincere,
 }
+
+# What can be trained on mixed images, whose labels are class probabilities.
+MIXABLE = ("cross-entropy", "VarCon", "VarCon epsilon=0", "VarCon memory")
 
 # The same with other settings, to see what a difference between methods hangs on.
 VARIANTS: dict[str, Callable[..., nn.Module]] = {

@@ -28,13 +28,21 @@ KEYS = ("data", "noise", "batch_size", "method", "seed", "learning_rate", "colla
 
 SETTING = (
     "data", "method", "batch_size", "noise", "epochs", "momentum", "classes", "temperature",
-    "epsilon", "augmentation",
+    "epsilon", "augmentation", "mixup",
 )  # fmt: skip
 
 
 def setting(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a run is a run of: all but learning rate, seed and split."""
     return tuple(row.get(key) for key in SETTING)
+
+
+def told_apart(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose method's name says whether its images were mixed."""
+    return [
+        row | {"method": f"{row['method']}, mixup {row['mixup']:g}"} if row.get("mixup") else row
+        for row in rows
+    ]
 
 
 def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], float]:

@@ -95,7 +95,8 @@ def _positive(mine: pd.DataFrame, value: str) -> pd.DataFrame:
 def draw_quality(rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
     """Accuracy over batch size by method, and tau2 while VarCon trains, for one data set."""
     data = rows[0]["data"]
-    plotted = [m for m in style.LINES if any(row["method"] == m for row in rows)]
+    methods = dict.fromkeys(row["method"] for row in rows)
+    plotted = [m for name in style.LINES for m in methods if m.partition(", mixup ")[0] == name]
     figure, axes = style.panels(2, 2, 6.6)
     sizes = sorted({row["batch_size"] for row in rows})
     shown = {
@@ -118,11 +119,13 @@ def draw_quality(rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
         style.log_ticks(axis, x=sizes)
         axis.set_xlim(min(sizes) / 1.4, max(sizes) * 1.4)
         axis.set(title=title, ylabel="accuracy, %", xlabel="batch size")
-    ends = {axes[1, 1]: _draw_tau2(axes[1, 1], rows)}
+    tau2 = _draw_tau2(axes[1, 1], rows)
+    if not tau2:
+        axes[1, 1].remove()
     seeds = len({row["seed"] for row in rows if row["split"] == "test"})
     figure.suptitle(f"{data}: mean and 95 % interval over {seeds} seeds")
     style.legend(figure, axes.flat[:3], 3)
-    return [style.save(figure, out / f"quality-{data}.png", ends)]
+    return [style.save(figure, out / f"quality-{data}.png", {axes[1, 1]: tau2} if tau2 else {})]
 
 
 def draw_gains(gains: Mapping[str, pd.DataFrame], path: Path) -> Path:
@@ -169,8 +172,11 @@ def _epochs(axis: Axes, last: int, room: float) -> None:
 
 def _draw_tau2(axis: Axes, rows: Sequence[dict[str, Any]]) -> style.Ends:
     """Median and quartiles by epoch, of one run of VarCon for each batch size."""
-    wanted = {"method": "VarCon", "seed": 0, "noise": 0.0}
-    runs = [row for row in reported(rows) if all(row[key] == v for key, v in wanted.items())]
+    runs = [
+        row
+        for row in reported(rows)
+        if row["method"].partition(", mixup ")[0] == "VarCon" and row["seed"] == row["noise"] == 0
+    ]
     ends = []
     for index, run in enumerate(sorted(runs, key=lambda r: r["batch_size"])):
         quantiles = np.array(run["tau2"]).T  # 5, 25, 50, 75, 95 %
