@@ -29,6 +29,7 @@ from benchmarks.common.readouts import (
     knn_predictions,
     linear_predictions,
 )
+from benchmarks.common.several import multi_hot, several_scores
 from benchmarks.common.terminal import progress_bar
 from benchmarks.common.training import Recipe, Run, encode, train
 
@@ -54,6 +55,7 @@ class Cell:
     epsilon: float | None = None  # where not the method's own
     augmentation: str | None = None  # where not the default strength
     mixup: float | None = None  # alpha, where images are mixed
+    several: bool | None = None  # labels are the two digits of a pair, see `several`
     extra: str | None = None  # further read-outs: corruption, transfer, hierarchy
 
 
@@ -72,12 +74,19 @@ def run_cell(cell: Cell, root: Path | None = None, device: str = "cpu") -> dict[
         },
     )
     labels = with_noise(data.train.labels, data.num_classes, cell.noise, cell.seed)
+    if cell.several:
+        hot = multi_hot(data, labels)
+        data, labels = replace(data, num_classes=hot.shape[1]), hot / hot.sum(1, keepdim=True)
     start = time.perf_counter()
     run = train(data, cell.method, recipe, cell.seed, labels=labels, device=device)
     seconds = time.perf_counter() - start
     held_out = data.test if cell.split == "test" else data.validation
     row = {**asdict(cell), "seconds": round(seconds, 1), "collapsed": run.collapsed}
-    row |= read_out(run, data, held_out, labels, device)
+    if cell.several:
+        features, test = (encode(run.encoder, s, device) for s in (data.train, held_out))
+        row |= several_scores(features, hot, test, multi_hot(data, held_out.labels))
+    else:
+        row |= read_out(run, data, held_out, labels, device)
     if cell.extra is not None and row["linear"] is not None:
         row["further"] = further_scores(cell.extra, run.encoder, data, device, root)
     row["history"] = [{k: round(v, 4) for k, v in log.items()} for log in run.history]

@@ -28,7 +28,7 @@ KEYS = ("data", "noise", "batch_size", "method", "seed", "learning_rate", "colla
 
 SETTING = (
     "data", "method", "batch_size", "noise", "epochs", "momentum", "classes", "temperature",
-    "epsilon", "augmentation", "mixup",
+    "epsilon", "augmentation", "mixup", "several",
 )  # fmt: skip
 
 
