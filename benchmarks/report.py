@@ -7,9 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks import momentum, robustness, settings, speed
+from benchmarks import hierarchy, momentum, robustness, settings, several_labels, speed
 from benchmarks.common import measure, methods, paired, plots, results
 from benchmarks.common.contenders import OURS
+from benchmarks.common.data import class_names
 from benchmarks.common.terminal import progress_bar, written
 
 YARDSTICKS = {
@@ -35,15 +36,22 @@ def command() -> None:
 
 def write(folder: Path = results.RESULTS) -> Path:
     """Rebuild the report and its pictures; returns its path."""
-    rows = _quality_rows(folder)
+    rows = paired.told_apart(_lines_of(folder, "quality"))
+    mixed = [row for row in rows if row.get("mixup")]
+    beside = rows
+    rows = [row for row in rows if not row.get("mixup")]
     sections: dict[str, Callable[[], Iterable[str]]] = {
         "first page": lambda: _first_page(rows, folder),
         "quality": lambda: _quality(rows, folder),
+        "mixup": lambda: _mixup(mixed, beside),
+        "several labels": lambda: _several_labels(folder),
         "settings": lambda: _swept(folder),
         "robustness": lambda: _robustness(folder),
+        "hierarchy": lambda: _hierarchy(folder),
         "momentum": lambda: _momentum(folder),
         "evolution": lambda: _evolution(folder),
         "speed": lambda: _speed(folder),
+        "labels": lambda: _labels(folder),
         "costs": lambda: _costs(folder),
         "gpu": lambda: _gpu(folder),
     }
@@ -58,11 +66,8 @@ def write(folder: Path = results.RESULTS) -> Path:
     return path
 
 
-def _quality_rows(folder: Path) -> list[dict[str, Any]]:
-    rows = []
-    for path in sorted(folder.glob("quality-*.jsonl")):
-        rows += [json.loads(line) for line in path.read_text().splitlines()]
-    return rows
+def _lines_of(folder: Path, question: str) -> list[dict[str, Any]]:
+    return [row for path in sorted(folder.glob(f"{question}-*.jsonl")) for row in _lines(path)]
 
 
 # Pieces of Markdown
@@ -94,6 +99,23 @@ def _origin(command: str, env: dict[str, Any]) -> str:
     if results.changed_since(env["commit"]):
         text += " (an older commit: `varcon_loss/` has changed since)"
     return text + "."
+
+
+def _setup(rows: list[dict[str, Any]]) -> str:
+    """What the runs had in common, and how learning rates were found."""
+    runs = paired.reported(rows)
+    sizes, epochs = (
+        ", ".join(str(value) for value in sorted({row[key] for row in runs}))
+        for key in ("batch_size", "epochs")
+    )
+    seeds = _seeds(pd.Series(pd.DataFrame(runs).groupby("method")["seed"].nunique()))
+    rates = "; ".join(
+        f"{method} {', '.join(f'{rate:g}' for rate in sorted(set(mine)))}"
+        for method, mine in pd.DataFrame(runs).groupby("method", sort=False)["learning_rate"]
+    )
+    grid = sorted({row["learning_rate"] for row in rows if row["split"] == "validation"})
+    found = f"chosen from {', '.join(f'{rate:g}' for rate in grid)}" if grid else "not searched"
+    return f"Batch {sizes}, {epochs} epochs, {seeds}. Learning rates, {found}: {rates}."
 
 
 # The first page
@@ -437,6 +459,63 @@ def _verdicts(table: pd.DataFrame, method: str) -> str:
     return "; ".join(f"{name}: {', '.join(cells)}" for name, cells in groups.items() if cells)
 
 
+def _mixup(mixed: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Iterator[str]:
+    """With and without mixup, beside SupCon, which cannot be trained on mixed images."""
+    if not mixed:
+        return
+    yield "## Does mixup help?\n"
+    yield (
+        f"{_origin('quality --mixup', mixed[-1]['environment'])} Mixed images have class "
+        "probabilities as labels; each view is mixed on its own. The learning rates are those "
+        "chosen without mixup, whose runs are paired with these by seed. An extension of the "
+        "paper; SupCon does not take such labels.\n"
+    )
+    shown = ("linear", "knn", "class mean", "linear, 5 a class", "linear, 1 a class")
+    for (name, size), part in pd.DataFrame(mixed).groupby(["data", "batch_size"]):
+        here = [
+            row
+            for row in rows
+            if (row["data"], row["batch_size"], row["noise"]) == (name, size, 0.0)
+        ]
+        lines, said = [], []
+        plain = {value: paired.summary(here, value) for value in shown}
+        supcon = [plain[value][plain[value]["method"] == "SupCon"] for value in shown]
+        lines.append(["SupCon", *map(paired.text, supcon)])
+        for method in dict.fromkeys(part["method"]):
+            base = method.partition(", mixup ")[0]
+            both = [row for row in here if row["method"] in (base, method)]
+            tables = [paired.summary(both, value, base) for value in shown]
+            for which in (base, method):
+                found = [table[table["method"] == which] for table in tables]
+                lines.append([which, *map(paired.text, found)])
+            said.append(f"{base} {paired.gain(tables[0][tables[0]['method'] == method])}")
+        alphas = ", ".join(f"{alpha:g}" for alpha in sorted(set(part["mixup"])))
+        seeds = part.groupby("method")["seed"].nunique()
+        yield (
+            f"**{name}, batch {size}, alpha {alphas}, {_seeds(seeds)}**: linear probe with mixup, "
+            f"difference from without: {'; '.join(said)}.\n"
+        )
+        yield from _folded(
+            f"{name}: accuracy, %: mean ± 95 % interval (difference from the same without mixup)",
+            _grid(["method", *(paired.TITLES[value] for value in shown)], lines),
+        )
+
+
+def _several_labels(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("several-labels-*.jsonl")):
+        rows = _lines(path)
+        yield f"## Can an image have several labels? {rows[0]['data']}\n"
+        yield (
+            f"{_origin('several-labels', rows[-1]['environment'])} The two digits of a pair are "
+            "two labels out of twenty; VarCon takes the multi-hot rows, divided by their sums, as "
+            f"class probabilities. An extension of the paper. {_setup(rows)} Percent: mean ± 95 % "
+            f"interval (difference from {several_labels.BASELINE}); {several_labels.FLOOR}.\n"
+        )
+        columns = ["method", *several_labels.TITLES.values()]
+        yield from _grid(columns, several_labels.lines(rows))
+        yield ""
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -450,7 +529,8 @@ def _swept(folder: Path) -> Iterator[str]:
             best = table.loc[table[table["readout"] == "linear"].groupby("method")["mean"].idxmax()]
             yield f"## Which {vary}? {rows[0]['data']}\n"
             yield (
-                f"{_origin(f'settings {vary}', rows[-1]['environment'])} Best linear probe: "
+                f"{_origin(f'settings {vary}', rows[-1]['environment'])} {_setup(rows)} Best "
+                "linear probe: "
                 + ", ".join(
                     f"{row['method']} at {row[vary]} ({100 * row['mean']:.1f} %)"
                     for _, row in best.iterrows()
@@ -482,7 +562,7 @@ def _robustness(folder: Path) -> Iterator[str]:
             rows = _lines(path)
             table = robustness.tabulate(rows)
             yield f"## {title} {rows[0]['data']}\n"
-            yield f"{_origin(f'robustness {kind}', rows[-1]['environment'])}\n"
+            yield f"{_origin(f'robustness {kind}', rows[-1]['environment'])} {_setup(rows)}\n"
             if kind == "corruption":
                 picture = plots.draw_corruption(table, path.with_suffix(".png"))
                 yield _picture(picture, "accuracy over severity")
@@ -497,6 +577,24 @@ def _robustness(folder: Path) -> Iterator[str]:
                 "SupCon)",
                 _grid(["images", *dict.fromkeys(table["method"])], lines),
             )
+
+
+def _hierarchy(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("hierarchy-*.jsonl")):
+        rows = _lines(path)
+        name = rows[0]["data"]
+        yield f"## Do similar classes lie near one another? {name}\n"
+        yield (
+            f"{_origin('hierarchy', rows[-1]['environment'])} {_setup(rows)} Trees of class means "
+            "of held-out features, by cosine distance: how well a tree keeps the distances, and "
+            "how well cutting it finds known groups (kinds of clothes; the left digit of a pair). "
+            "Percent: mean ± 95 % interval (difference from SupCon).\n"
+        )
+        yield from _grid(*hierarchy.tabulate(rows))
+        trees = hierarchy.trees(rows)
+        names = class_names(name, len(next(iter(trees.values()))) + 1)
+        picture = plots.draw_trees(trees, names, path.with_suffix(".png"))
+        yield _picture(picture, "trees of class means")
 
 
 def _momentum(folder: Path) -> Iterator[str]:
@@ -617,6 +715,22 @@ def _speed(folder: Path) -> Iterator[str]:
     for (k, mode), part in frame.groupby(["num_classes", "mode"]):
         title = "forward alone, without a gradient" if mode == "forward" else "forward + backward"
         yield from _folded(f"K = {k:,}, {title}: ms (times ours)", _speed_table(part))
+
+
+def _labels(folder: Path) -> Iterator[str]:
+    """Time of class probabilities beside integer labels."""
+    for kind, title in (
+        ("mixup", "What do mixed labels cost?"), ("smooth", "What do smoothed labels cost?"),
+    ):  # fmt: skip
+        if not (folder / f"speed-cpu-{kind}.json").exists():
+            continue
+        frame, env = results.read(f"speed-cpu-{kind}", folder)
+        yield f"## {title}\n"
+        busy = f" The machine was busy (load {env['load']:.1f})." if env["load"] > 1 else ""
+        yield f"{_origin(f'speed --labels {kind}', env)} Forward and backward, D = 128.{busy}\n"
+        for line in speed.beside_integers(frame):
+            yield f"- {line}"
+        yield ""
 
 
 def _speed_table(part: pd.DataFrame) -> Iterator[str]:

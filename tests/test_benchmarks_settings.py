@@ -148,3 +148,7 @@ class TestHierarchy:
         assert outcome.exit_code == 0, outcome.output
         assert "cophenetic correlation" in outcome.output
         assert (tmp_path / "hierarchy-digits.png").stat().st_size > 10_000
+        page = reported([tmp_path / "hierarchy-digits.jsonl"], tmp_path)
+        assert "## Do similar classes lie near one another? digits" in page
+        assert "Batch 256, 1 epochs, 1 seeds. Learning rates, not searched: SupCon 0.2" in page
+        assert re.search(r"\| VarCon \| \d+\.\d \(", page)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("sklearn")
+from benchmarks import report
 from benchmarks.__main__ import app
 from benchmarks.common import data
 from benchmarks.common.methods import BinaryCrossEntropy
@@ -64,6 +67,10 @@ def test_the_command(tmp_path: Path) -> None:
     path = tmp_path / "several-labels-mnist-pairs.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["method"] for row in rows] == ["binary cross-entropy", "VarCon"]
+    (tmp_path / "results").mkdir()
+    shutil.copy(path, tmp_path / "results")
+    page = report.write(tmp_path / "results").read_text()
+    assert re.search(r"\| VarCon \| \d+\.\d \([+-]", page)
     assert all(row["linear"] > 0.92 for row in rows)  # told apart from saying no to all
     assert CliRunner().invoke(app, command).exit_code == 0
     assert len(path.read_text().splitlines()) == 2  # nothing was run again

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("sklearn")
-from benchmarks import speed
+from benchmarks import report, speed
 from benchmarks.__main__ import app
 from benchmarks.common import measure, results
 from benchmarks.common.contenders import BY_HAND, CONTENDERS, INTEGERS, OURS
@@ -193,6 +194,9 @@ def test_class_probabilities_are_held_against_integers(labels: str, tmp_path: Pa
     (line,) = speed.beside_integers(frame)
     assert f"median {ratio:.2f} times integer labels" in line
     assert "kept 1 of 1 sizes" in CliRunner().invoke(app, small).output
+    (tmp_path / "results").mkdir()
+    shutil.copy(tmp_path / f"speed-cpu-{labels}.json", tmp_path / "results")
+    assert line in report.write(tmp_path / "results").read_text()
 
 
 def test_the_bar_moves_within_a_size() -> None:

@@ -137,10 +137,16 @@ def text(line: pd.DataFrame) -> str:
         return f"all {row['collapsed']} collapsed" if row["collapsed"] else ""
     written = _interval(100 * row["mean"], 100 * row["half_width"], "")
     if pd.notna(row["gain"]):
-        written += f" ({_interval(100 * row['gain'], 100 * row['gain_half_width'], '+')})"
+        written += f" ({gain(line)})"
     if row["collapsed"]:
         written += f", {row['collapsed']} of {row['seeds'] + row['collapsed']} collapsed"
     return written
+
+
+def gain(line: pd.DataFrame) -> str:
+    """The paired difference in one row of a `summary`, in points, with its interval."""
+    row = line.iloc[0]
+    return _interval(100 * row["gain"], 100 * row["gain_half_width"], "+")
 
 
 def _interval(mean: float, half: float, sign: str) -> str:
