@@ -36,14 +36,13 @@ def command() -> None:
 
 def write(folder: Path = results.RESULTS) -> Path:
     """Rebuild the report and its pictures; returns its path."""
-    rows = paired.told_apart(_lines_of(folder, "quality"))
-    mixed = [row for row in rows if row.get("mixup")]
-    beside = rows
-    rows = [row for row in rows if not row.get("mixup")]
+    every = paired.told_apart(_lines_of(folder, "quality"))
+    mixed = [row for row in paired.reported(every) if row.get("mixup")]
+    rows = [row for row in every if not row.get("mixup")]
     sections: dict[str, Callable[[], Iterable[str]]] = {
-        "first page": lambda: _first_page(rows, folder),
+        "first page": lambda: _first_page(rows, mixed, folder),
         "quality": lambda: _quality(rows, folder),
-        "mixup": lambda: _mixup(mixed, beside),
+        "mixup": lambda: _mixup(mixed, every),
         "several labels": lambda: _several_labels(folder),
         "settings": lambda: _swept(folder),
         "robustness": lambda: _robustness(folder),
@@ -121,7 +120,9 @@ def _setup(rows: list[dict[str, Any]]) -> str:
 # The first page
 
 
-def _first_page(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
+def _first_page(
+    rows: list[dict[str, Any]], mixed: list[dict[str, Any]], folder: Path
+) -> Iterator[str]:
     yield "# Results\n"
     yield (
         "Rebuilt by `python -m benchmarks report` from the files in `benchmarks/results/`; every "
@@ -144,6 +145,8 @@ def _first_page(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
         yield f"- **VarCon memory against cross-entropy**: {_by_images(against)}."
         for sentence in _temperature(rows):
             yield f"- **Temperature**: {sentence}"
+        for group in _mixed_groups(mixed, rows + mixed):
+            yield f"- **Mixup**: {_mixup_words(*group)} [Evidence](#does-mixup-help)."
         yield from _collapsed(rows)
         yield _picture(
             plots.draw_gains(gains, folder / "gains.png"),
@@ -464,41 +467,58 @@ def _mixup(mixed: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Iterator[
     if not mixed:
         return
     yield "## Does mixup help?\n"
+    searched = any(row.get("mixup") and row["split"] == "validation" for row in rows)
+    rates = "chosen with it" if searched else "those chosen without it"
     yield (
         f"{_origin('quality --mixup', mixed[-1]['environment'])} Mixed images have class "
-        "probabilities as labels; each view is mixed on its own. The learning rates are those "
-        "chosen without mixup, whose runs are paired with these by seed. An extension of the "
-        "paper; SupCon does not take such labels.\n"
+        "probabilities as labels; each view is mixed on its own. Learning rates with mixup are "
+        f"{rates}. Runs with and without are paired by seed. An extension of the paper; SupCon "
+        "does not take such labels.\n"
     )
     shown = ("linear", "knn", "class mean", "linear, 5 a class", "linear, 1 a class")
-    for (name, size), part in pd.DataFrame(mixed).groupby(["data", "batch_size"]):
-        here = [
-            row
-            for row in rows
-            if (row["data"], row["batch_size"], row["noise"]) == (name, size, 0.0)
-        ]
-        lines, said = [], []
-        plain = {value: paired.summary(here, value) for value in shown}
-        supcon = [plain[value][plain[value]["method"] == "SupCon"] for value in shown]
-        lines.append(["SupCon", *map(paired.text, supcon)])
+    for name, part, here in _mixed_groups(mixed, rows):
+        plain = [paired.summary(here, value) for value in shown]
+        lines = [["SupCon", *(paired.text(table[table["method"] == "SupCon"]) for table in plain)]]
         for method in dict.fromkeys(part["method"]):
-            base = method.partition(", mixup ")[0]
-            both = [row for row in here if row["method"] in (base, method)]
-            tables = [paired.summary(both, value, base) for value in shown]
-            for which in (base, method):
+            tables = [_with_and_without(method, here, value) for value in shown]
+            for which in (method.partition(", mixup ")[0], method):
                 found = [table[table["method"] == which] for table in tables]
                 lines.append([which, *map(paired.text, found)])
-            said.append(f"{base} {paired.gain(tables[0][tables[0]['method'] == method])}")
-        alphas = ", ".join(f"{alpha:g}" for alpha in sorted(set(part["mixup"])))
-        seeds = part.groupby("method")["seed"].nunique()
-        yield (
-            f"**{name}, batch {size}, alpha {alphas}, {_seeds(seeds)}**: linear probe with mixup, "
-            f"difference from without: {'; '.join(said)}.\n"
-        )
+        yield f"{_mixup_words(name, part, here)}\n"
         yield from _folded(
             f"{name}: accuracy, %: mean ± 95 % interval (difference from the same without mixup)",
             _grid(["method", *(paired.TITLES[value] for value in shown)], lines),
         )
+
+
+def _mixed_groups(
+    mixed: list[dict[str, Any]], rows: list[dict[str, Any]]
+) -> Iterator[tuple[str, pd.DataFrame, list[dict[str, Any]]]]:
+    """Data, mixed runs and all runs, for each data set and batch size that has mixed ones."""
+    if not mixed:
+        return
+    for (name, size), part in pd.DataFrame(mixed).groupby(["data", "batch_size"]):
+        wanted = (name, size, 0.0)
+        here = [r for r in rows if (r["data"], r["batch_size"], r["noise"]) == wanted]
+        yield name, part, here
+
+
+def _with_and_without(method: str, here: list[dict[str, Any]], value: str) -> pd.DataFrame:
+    base = method.partition(", mixup ")[0]
+    return paired.summary([row for row in here if row["method"] in (base, method)], value, base)
+
+
+def _mixup_words(name: str, part: pd.DataFrame, here: list[dict[str, Any]]) -> str:
+    said = []
+    for method in dict.fromkeys(part["method"]):
+        table = _with_and_without(method, here, "linear")
+        said.append(f"{method.partition(', ')[0]} {paired.gain(table[table['method'] == method])}")
+    alphas = ", ".join(f"{alpha:g}" for alpha in sorted(set(part["mixup"])))
+    seeds = _seeds(part.groupby("method")["seed"].nunique())
+    return (
+        f"{name}, batch {part['batch_size'].iloc[0]}, alpha {alphas}, {seeds}: linear probe with "
+        f"mixup, points from without: {'; '.join(said)}."
+    )
 
 
 def _several_labels(folder: Path) -> Iterator[str]:

@@ -98,9 +98,13 @@ def test_mixup_is_told_beside_the_same_without(tmp_path: Path) -> None:
     path = tmp_path / "results" / "quality-digits.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     before, _, page = report.write(path.parent).read_text().partition("## Does mixup help?")
-    assert "mixup" not in before  # it is not among the runs without
-    assert "**digits, batch 8, alpha 0.4, 3 seeds**" in page
-    assert "difference from without: VarCon +10.0 ± 0.0." in page
+    words = (
+        "digits, batch 8, alpha 0.4, 3 seeds: linear probe with mixup, points from without: VarCon "
+        "+10.0 ± 0.0."
+    )
+    assert words in page
+    assert f"- **Mixup**: {words}" in before
+    assert before.count("mixup") == 2  # it is not among the runs without
     assert "| VarCon, mixup 0.4 | 61.0 ± 2.5 (+10.0 ± 0.0) |" in page
     assert "| SupCon | 71.0 ± 2.5 |" in page
 

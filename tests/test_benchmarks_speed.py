@@ -188,7 +188,7 @@ def test_class_probabilities_are_held_against_integers(labels: str, tmp_path: Pa
     frame, _ = results.read(f"speed-cpu-{labels}", tmp_path)
     assert set(frame["contender"]) == {OURS, INTEGERS, BY_HAND}
     assert set(frame["status"]) == {"ok"}
-    assert frame["error"].max() < 1e-4
+    assert all(error < 1e-4 for error in frame["error"])
     full = frame[frame["mode"] == "forward+backward"].set_index("contender")
     ratio = full.loc[OURS, "median"] / full.loc[INTEGERS, "median"]
     (line,) = speed.beside_integers(frame)
