@@ -11,6 +11,7 @@ QUESTIONS = {
     "settings": "Accuracy over temperature, epsilon, epochs or augmentation.",
     "robustness": "Corrupted images, and other data than trained on.",
     "hierarchy": "Do similar classes lie near one another? The tree of class means.",
+    "several-labels": "Two labels an image, against binary cross-entropy.",
     "momentum": "Which momentum of the centroid memory?",
     "evolution": "Embeddings and temperatures while VarCon and SupCon train.",
     "distributed": "Bytes and time of centroids over ranks, against gathered embeddings.",

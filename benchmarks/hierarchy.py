@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from benchmarks.common import options, plots
 from benchmarks.common.cells import Cell, Store, tune_and_run
-from benchmarks.common.paired import summary, text
+from benchmarks.common.paired import reported, summary, text
 from benchmarks.common.terminal import print_table, written
 
 TITLES = {
@@ -44,18 +44,29 @@ def command(
         bases, options.floats(learning_rates), seeds, store, workers=workers, root=root,
         device=device, budget=budget, title=f"{data}: hierarchy",
     )  # fmt: skip
-    flat = [row | (row.get("further") or {}) for row in rows]
-    parts = [key for key in TITLES if any(key in row for row in flat)]
-    tables = {part: summary(flat, part) for part in parts}
+    columns, lines = tabulate(rows)
     print_table(
         f"{data}, batch {batch_size}, percent, mean ± 95 % interval (difference from SupCon)",
-        ["method", *(TITLES[part] for part in parts)],
-        [
-            [row["method"], *(text(t[t["method"] == row["method"]]) for t in tables.values())]
-            for row in flat
-            if row["seed"] == 0
-        ],
+        columns,
+        lines,
     )
-    trees = {row["method"]: row["tree"] for row in flat if row["seed"] == 0 and row.get("tree")}
-    picture = plots.draw_trees(trees, images.class_names, out / f"hierarchy-{data}.png")
+    picture = plots.draw_trees(trees(rows), images.class_names, out / f"hierarchy-{data}.png")
     written(store.path, picture)
+
+
+def tabulate(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a line a method, of how well the trees keep distances and groups."""
+    flat = [row | (row.get("further") or {}) for row in rows]
+    parts = [key for key in TITLES if any(key in row for row in flat)]
+    tables = [summary(flat, part) for part in parts]
+    lines = [
+        [method, *(text(table[table["method"] == method]) for table in tables)]
+        for method in dict.fromkeys(row["method"] for row in reported(rows))
+    ]
+    return ["method", *(TITLES[part] for part in parts)], lines
+
+
+def trees(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The tree of each method's first seed."""
+    found = [row for row in reported(rows) if row["seed"] == 0 and row.get("further")]
+    return {row["method"]: row["further"]["tree"] for row in found}

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from benchmarks.common import options, plots
 from benchmarks.common.cells import Cell, Store, tune_and_run
-from benchmarks.common.paired import TITLES, summary, text
+from benchmarks.common.methods import MIXABLE
+from benchmarks.common.paired import TITLES, summary, text, told_apart
 from benchmarks.common.terminal import console, table, written
 
 
@@ -23,6 +24,9 @@ def command(
     seeds: options.Seeds = 5,
     epochs: options.Epochs = 12,
     noise: Annotated[str, typer.Option(help="shares of wrong training labels")] = "0",
+    mixup: Annotated[
+        float, typer.Option(min=0, help=f"alpha of mixup, for {', '.join(MIXABLE)} among methods")
+    ] = 0.0,
     budget: options.Budget = 0.0,
     workers: options.Workers = 2,
     root: options.Root = None,
@@ -46,11 +50,13 @@ def command(
         epochs,
         store,
         noises=options.floats(noise),
+        mixup=mixup,
         workers=workers,
         root=root,
         device=device,
         budget=budget,
     )
+    rows = told_apart(rows)
     show(rows, console)
     save(rows, out / f"{data}.csv")
     written(store.path, out / f"{data}.csv", *plots.draw_quality(rows, out))
@@ -66,16 +72,23 @@ def sweep(
     store: Store,
     *,
     noises: Sequence[float] = (0.0,),
+    mixup: float = 0.0,
     workers: int = 1,
     root: Path | None = None,
     device: str = "cpu",
     budget: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Every method at every batch size and share of wrong labels, by `tune_and_run`."""
+    """Every method at every batch size and share of wrong labels, by `tune_and_run`.
+
+    Methods that cannot be mixed are run without ``mixup``, to compare with.
+    """
     bases = [
-        Cell(data, method, size, 0.0, 0, "test", epochs, noise)
+        Cell(
+            data, method, size, 0.0, 0, "test", epochs, noise,
+            mixup=mixup if mixup and method in MIXABLE else None,
+        )
         for noise, size, method in itertools.product(noises, batch_sizes, methods)
-    ]
+    ]  # fmt: skip
     return tune_and_run(
         bases, learning_rates, seeds, store, workers=workers, root=root, device=device,
         budget=budget, title=data,

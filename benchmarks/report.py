@@ -7,9 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks import momentum, robustness, settings, speed
+from benchmarks import hierarchy, momentum, robustness, settings, several_labels, speed
 from benchmarks.common import measure, methods, paired, plots, results
 from benchmarks.common.contenders import OURS
+from benchmarks.common.data import class_names
 from benchmarks.common.terminal import progress_bar, written
 
 YARDSTICKS = {
@@ -35,15 +36,21 @@ def command() -> None:
 
 def write(folder: Path = results.RESULTS) -> Path:
     """Rebuild the report and its pictures; returns its path."""
-    rows = _quality_rows(folder)
+    every = paired.told_apart(_lines_of(folder, "quality"))
+    mixed = [row for row in paired.reported(every) if row.get("mixup")]
+    rows = [row for row in every if not row.get("mixup")]
     sections: dict[str, Callable[[], Iterable[str]]] = {
-        "first page": lambda: _first_page(rows, folder),
+        "first page": lambda: _first_page(rows, mixed, folder),
         "quality": lambda: _quality(rows, folder),
+        "mixup": lambda: _mixup(mixed, every),
+        "several labels": lambda: _several_labels(folder),
         "settings": lambda: _swept(folder),
         "robustness": lambda: _robustness(folder),
+        "hierarchy": lambda: _hierarchy(folder),
         "momentum": lambda: _momentum(folder),
         "evolution": lambda: _evolution(folder),
         "speed": lambda: _speed(folder),
+        "labels": lambda: _labels(folder),
         "costs": lambda: _costs(folder),
         "gpu": lambda: _gpu(folder),
     }
@@ -58,11 +65,8 @@ def write(folder: Path = results.RESULTS) -> Path:
     return path
 
 
-def _quality_rows(folder: Path) -> list[dict[str, Any]]:
-    rows = []
-    for path in sorted(folder.glob("quality-*.jsonl")):
-        rows += [json.loads(line) for line in path.read_text().splitlines()]
-    return rows
+def _lines_of(folder: Path, question: str) -> list[dict[str, Any]]:
+    return [row for path in sorted(folder.glob(f"{question}-*.jsonl")) for row in _lines(path)]
 
 
 # Pieces of Markdown
@@ -96,10 +100,29 @@ def _origin(command: str, env: dict[str, Any]) -> str:
     return text + "."
 
 
+def _setup(rows: list[dict[str, Any]]) -> str:
+    """What the runs had in common, and how learning rates were found."""
+    runs = paired.reported(rows)
+    sizes, epochs = (
+        ", ".join(str(value) for value in sorted({row[key] for row in runs}))
+        for key in ("batch_size", "epochs")
+    )
+    seeds = _seeds(pd.Series(pd.DataFrame(runs).groupby("method")["seed"].nunique()))
+    rates = "; ".join(
+        f"{method} {', '.join(f'{rate:g}' for rate in sorted(set(mine)))}"
+        for method, mine in pd.DataFrame(runs).groupby("method", sort=False)["learning_rate"]
+    )
+    grid = sorted({row["learning_rate"] for row in rows if row["split"] == "validation"})
+    found = f"chosen from {', '.join(f'{rate:g}' for rate in grid)}" if grid else "not searched"
+    return f"Batch {sizes}, {epochs} epochs, {seeds}. Learning rates, {found}: {rates}."
+
+
 # The first page
 
 
-def _first_page(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
+def _first_page(
+    rows: list[dict[str, Any]], mixed: list[dict[str, Any]], folder: Path
+) -> Iterator[str]:
     yield "# Results\n"
     yield (
         "Rebuilt by `python -m benchmarks report` from the files in `benchmarks/results/`; every "
@@ -122,6 +145,8 @@ def _first_page(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
         yield f"- **VarCon memory against cross-entropy**: {_by_images(against)}."
         for sentence in _temperature(rows):
             yield f"- **Temperature**: {sentence}"
+        for group in _mixed_groups(mixed, rows + mixed):
+            yield f"- **Mixup**: {_mixup_words(*group)} [Evidence](#does-mixup-help)."
         yield from _collapsed(rows)
         yield _picture(
             plots.draw_gains(gains, folder / "gains.png"),
@@ -437,6 +462,80 @@ def _verdicts(table: pd.DataFrame, method: str) -> str:
     return "; ".join(f"{name}: {', '.join(cells)}" for name, cells in groups.items() if cells)
 
 
+def _mixup(mixed: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Iterator[str]:
+    """With and without mixup, beside SupCon, which cannot be trained on mixed images."""
+    if not mixed:
+        return
+    yield "## Does mixup help?\n"
+    searched = any(row.get("mixup") and row["split"] == "validation" for row in rows)
+    rates = "chosen with it" if searched else "those chosen without it"
+    yield (
+        f"{_origin('quality --mixup', mixed[-1]['environment'])} Mixed images have class "
+        "probabilities as labels; each view is mixed on its own. Learning rates with mixup are "
+        f"{rates}. Runs with and without are paired by seed. An extension of the paper; SupCon "
+        "does not take such labels.\n"
+    )
+    shown = ("linear", "knn", "class mean", "linear, 5 a class", "linear, 1 a class")
+    for name, part, here in _mixed_groups(mixed, rows):
+        plain = [paired.summary(here, value) for value in shown]
+        lines = [["SupCon", *(paired.text(table[table["method"] == "SupCon"]) for table in plain)]]
+        for method in dict.fromkeys(part["method"]):
+            tables = [_with_and_without(method, here, value) for value in shown]
+            for which in (method.partition(", mixup ")[0], method):
+                found = [table[table["method"] == which] for table in tables]
+                lines.append([which, *map(paired.text, found)])
+        yield f"{_mixup_words(name, part, here)}\n"
+        yield from _folded(
+            f"{name}: accuracy, %: mean ± 95 % interval (difference from the same without mixup)",
+            _grid(["method", *(paired.TITLES[value] for value in shown)], lines),
+        )
+
+
+def _mixed_groups(
+    mixed: list[dict[str, Any]], rows: list[dict[str, Any]]
+) -> Iterator[tuple[str, pd.DataFrame, list[dict[str, Any]]]]:
+    """Data, mixed runs and all runs, for each data set and batch size that has mixed ones."""
+    if not mixed:
+        return
+    for (name, size), part in pd.DataFrame(mixed).groupby(["data", "batch_size"]):
+        wanted = (name, size, 0.0)
+        here = [r for r in rows if (r["data"], r["batch_size"], r["noise"]) == wanted]
+        yield name, part, here
+
+
+def _with_and_without(method: str, here: list[dict[str, Any]], value: str) -> pd.DataFrame:
+    base = method.partition(", mixup ")[0]
+    return paired.summary([row for row in here if row["method"] in (base, method)], value, base)
+
+
+def _mixup_words(name: str, part: pd.DataFrame, here: list[dict[str, Any]]) -> str:
+    said = []
+    for method in dict.fromkeys(part["method"]):
+        table = _with_and_without(method, here, "linear")
+        said.append(f"{method.partition(', ')[0]} {paired.gain(table[table['method'] == method])}")
+    alphas = ", ".join(f"{alpha:g}" for alpha in sorted(set(part["mixup"])))
+    seeds = _seeds(part.groupby("method")["seed"].nunique())
+    return (
+        f"{name}, batch {part['batch_size'].iloc[0]}, alpha {alphas}, {seeds}: linear probe with "
+        f"mixup, points from without: {'; '.join(said)}."
+    )
+
+
+def _several_labels(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("several-labels-*.jsonl")):
+        rows = _lines(path)
+        yield f"## Can an image have several labels? {rows[0]['data']}\n"
+        yield (
+            f"{_origin('several-labels', rows[-1]['environment'])} The two digits of a pair are "
+            "two labels out of twenty; VarCon takes the multi-hot rows, divided by their sums, as "
+            f"class probabilities. An extension of the paper. {_setup(rows)} Percent: mean ± 95 % "
+            f"interval (difference from {several_labels.BASELINE}); {several_labels.FLOOR}.\n"
+        )
+        columns = ["method", *several_labels.TITLES.values()]
+        yield from _grid(columns, several_labels.lines(rows))
+        yield ""
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -450,7 +549,8 @@ def _swept(folder: Path) -> Iterator[str]:
             best = table.loc[table[table["readout"] == "linear"].groupby("method")["mean"].idxmax()]
             yield f"## Which {vary}? {rows[0]['data']}\n"
             yield (
-                f"{_origin(f'settings {vary}', rows[-1]['environment'])} Best linear probe: "
+                f"{_origin(f'settings {vary}', rows[-1]['environment'])} {_setup(rows)} Best "
+                "linear probe: "
                 + ", ".join(
                     f"{row['method']} at {row[vary]} ({100 * row['mean']:.1f} %)"
                     for _, row in best.iterrows()
@@ -482,7 +582,7 @@ def _robustness(folder: Path) -> Iterator[str]:
             rows = _lines(path)
             table = robustness.tabulate(rows)
             yield f"## {title} {rows[0]['data']}\n"
-            yield f"{_origin(f'robustness {kind}', rows[-1]['environment'])}\n"
+            yield f"{_origin(f'robustness {kind}', rows[-1]['environment'])} {_setup(rows)}\n"
             if kind == "corruption":
                 picture = plots.draw_corruption(table, path.with_suffix(".png"))
                 yield _picture(picture, "accuracy over severity")
@@ -497,6 +597,24 @@ def _robustness(folder: Path) -> Iterator[str]:
                 "SupCon)",
                 _grid(["images", *dict.fromkeys(table["method"])], lines),
             )
+
+
+def _hierarchy(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("hierarchy-*.jsonl")):
+        rows = _lines(path)
+        name = rows[0]["data"]
+        yield f"## Do similar classes lie near one another? {name}\n"
+        yield (
+            f"{_origin('hierarchy', rows[-1]['environment'])} {_setup(rows)} Trees of class means "
+            "of held-out features, by cosine distance: how well a tree keeps the distances, and "
+            "how well cutting it finds known groups (kinds of clothes; the left digit of a pair). "
+            "Percent: mean ± 95 % interval (difference from SupCon).\n"
+        )
+        yield from _grid(*hierarchy.tabulate(rows))
+        trees = hierarchy.trees(rows)
+        names = class_names(name, len(next(iter(trees.values()))) + 1)
+        picture = plots.draw_trees(trees, names, path.with_suffix(".png"))
+        yield _picture(picture, "trees of class means")
 
 
 def _momentum(folder: Path) -> Iterator[str]:
@@ -617,6 +735,22 @@ def _speed(folder: Path) -> Iterator[str]:
     for (k, mode), part in frame.groupby(["num_classes", "mode"]):
         title = "forward alone, without a gradient" if mode == "forward" else "forward + backward"
         yield from _folded(f"K = {k:,}, {title}: ms (times ours)", _speed_table(part))
+
+
+def _labels(folder: Path) -> Iterator[str]:
+    """Time of class probabilities beside integer labels."""
+    for kind, title in (
+        ("mixup", "What do mixed labels cost?"), ("smooth", "What do smoothed labels cost?"),
+    ):  # fmt: skip
+        if not (folder / f"speed-cpu-{kind}.json").exists():
+            continue
+        frame, env = results.read(f"speed-cpu-{kind}", folder)
+        yield f"## {title}\n"
+        busy = f" The machine was busy (load {env['load']:.1f})." if env["load"] > 1 else ""
+        yield f"{_origin(f'speed --labels {kind}', env)} Forward and backward, D = 128.{busy}\n"
+        for line in speed.beside_integers(frame):
+            yield f"- {line}"
+        yield ""
 
 
 def _speed_table(part: pd.DataFrame) -> Iterator[str]:

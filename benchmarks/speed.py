@@ -2,20 +2,23 @@
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+import torch
 import typer
 from rich.console import Console
 
 from benchmarks.common import measure, options, plots, results
-from benchmarks.common.contenders import CONTENDERS, OURS
+from benchmarks.common.contenders import BY_HAND, CONTENDERS, INTEGERS, OURS
 from benchmarks.common.measure import Limits, Problem
 from benchmarks.common.terminal import console, progress_bar, table, written
 
+ROWS, CLASSES = "64,256,1024,4096,8192,16384,65536", "10,100,1000,10000"
+ROWS_OF_SHARES, CLASSES_OF_SHARES = "8192", "1000"
 MODES = ("forward+backward", "forward")
 COMPILE_SECONDS = 60  # torch.compile may take this long, once
 SLOPE_FROM = 4096  # growth is fitted from this batch size on, where launches no longer matter
@@ -23,10 +26,22 @@ NOISY = 0.25  # quartiles further apart than this share of the median say that t
 
 
 def command(
-    rows: Annotated[str, typer.Option(help="batch sizes N")] = "64,256,1024,4096,8192,16384,65536",
-    classes: Annotated[str, typer.Option(help="numbers of classes K")] = "10,100,1000,10000",
+    rows: Annotated[
+        str,
+        typer.Option(help=f"batch sizes N; by default {ROWS}, or {ROWS_OF_SHARES} with --labels"),
+    ] = "",
+    classes: Annotated[
+        str,
+        typer.Option(
+            help=f"numbers of classes K; by default {CLASSES}, or {CLASSES_OF_SHARES} with --labels"
+        ),
+    ] = "",
     dims: Annotated[str, typer.Option(help="embedding widths D")] = "128",
     dtypes: Annotated[str, typer.Option(help="torch dtypes")] = "float32",
+    labels: Annotated[
+        str,
+        typer.Option(help="integer; or class probabilities, held against integers: mixup, smooth"),
+    ] = "integer",
     device: options.Device = "cpu",
     contenders: Annotated[
         str, typer.Option(help="comma-separated parts of names; all by default")
@@ -38,7 +53,9 @@ def command(
     memory_gib: Annotated[
         float, typer.Option(help="address space of a measuring process (CPU); 0: no limit")
     ] = 8.0,
-    name: Annotated[str, typer.Option(help="of the result files")] = "speed-cpu",
+    name: Annotated[str, typer.Option(help="of the result files; --labels is appended")] = (
+        "speed-cpu"
+    ),
     out: options.Out = Path("runs/speed"),
     resume: Annotated[bool, typer.Option(help="keep sizes already measured")] = True,
 ) -> None:
@@ -47,16 +64,21 @@ def command(
     An interrupted sweep goes on where it stopped when the same command is given again.
     """
     options.require(device)
+    if labels not in measure.LABELS:
+        known = ", ".join(measure.LABELS)
+        raise typer.BadParameter(f"labels must be one of {known}, got {labels!r}")
+    plain = labels == "integer"
     run(
-        name,
+        name if plain else f"{name}-{labels}",
         problems(
-            options.integers(rows),
-            options.integers(classes),
+            options.integers(rows or (ROWS if plain else ROWS_OF_SHARES)),
+            options.integers(classes or (CLASSES if plain else CLASSES_OF_SHARES)),
             options.integers(dims),
             options.names(dtypes),
             device,
+            labels,
         ),
-        chosen_contenders(contenders, compiled=compiled),
+        chosen_contenders(contenders, compiled=compiled, labels=labels),
         Limits(
             budget,
             max_repeats,
@@ -68,17 +90,28 @@ def command(
     )
 
 
-def chosen_contenders(text: str, *, compiled: bool) -> list[str]:
-    """Names that contain one of the comma-separated parts; ours is always among them."""
+def chosen_contenders(text: str, *, compiled: bool, labels: str = "integer") -> list[str]:
+    """Names that contain one of the comma-separated parts; ours is always among them.
+
+    Beside class probabilities, those that take them, and ours with integers.
+    """
     wanted = options.names(text)
     for part in wanted:
         if not any(part in name for name in CONTENDERS):
             known = "; ".join(CONTENDERS)
             raise typer.BadParameter(f"no contender's name contains {part!r}; there are: {known}")
+    if labels != "integer":
+        return [
+            name
+            for name, contender in CONTENDERS.items()
+            if name in (OURS, INTEGERS)
+            or (contender.shares and (not wanted or any(part in name for part in wanted)))
+        ]
     return [
         name
         for name in CONTENDERS
-        if (compiled or "compiled" not in name)
+        if name != INTEGERS
+        and (compiled or "compiled" not in name)
         and (not wanted or name == OURS or any(part in name for part in wanted))
     ]
 
@@ -89,13 +122,14 @@ def problems(
     dims: Sequence[int],
     dtypes: Sequence[str],
     device: str,
+    labels: str = "integer",
 ) -> list[Problem]:
     unknown = [dtype for dtype in dtypes if dtype not in measure.DTYPES]
     if unknown:
         known = ", ".join(measure.DTYPES)
         raise typer.BadParameter(f"dtypes must be among {known}, got {', '.join(unknown)}")
     return [
-        Problem(n, k, d, dtype, device)
+        Problem(n, k, d, dtype, device, labels)
         for dtype, d, k, n in itertools.product(dtypes, dims, classes, rows)
     ]
 
@@ -131,6 +165,8 @@ def run(
         checkpoint=lambda rows: results.save(name, rows, env, out),
     )
     show(rows, console)
+    for line in beside_integers(pd.DataFrame(rows)):
+        console.print(line)
     for line in doubts(rows, env["load"]):
         console.print(line)
     saved = results.save(name, rows, env, out)
@@ -147,7 +183,10 @@ def finished(rows: Sequence[dict[str, Any]], contenders: Sequence[str]) -> set[P
 
 
 def _problem(row: dict[str, Any]) -> Problem:
-    return Problem(*(row[key] for key in Problem.__dataclass_fields__))
+    # Before labels could be anything else, rows did not say that they were integers.
+    labels = row.get("labels")
+    known = row | {"labels": labels if isinstance(labels, str) else "integer"}
+    return Problem(*(known[key] for key in Problem.__dataclass_fields__))
 
 
 def sweep(
@@ -290,6 +329,33 @@ def _cell(row: pd.Series, ours: float) -> str:
         return row["status"]
     q1, median, q3 = (row[key] * 1e3 for key in ("q1", "median", "q3"))
     return f"{median:.3g} ({times(row['median'] / ours)})\n{q1:.3g} to {q3:.3g}"
+
+
+def beside_integers(frame: pd.DataFrame) -> Iterator[str]:
+    """Class probabilities against integer labels and the equations by hand, a line a size."""
+    if "labels" not in frame:
+        return
+    full = frame[(frame["mode"] == "forward+backward") & (frame["labels"] != "integer")]
+    sizes = ["labels", "dtype", "num_rows", "num_classes", "dim"]
+    for (labels, dtype, n, k, _), part in full.groupby(sizes, sort=False):
+        by_name = part.set_index("contender")
+        if not {OURS, INTEGERS, BY_HAND} <= set(by_name.index):
+            continue
+        ours, integers, by_hand = (by_name.loc[name] for name in (OURS, INTEGERS, BY_HAND))
+        if pd.isna(ours["median"]):
+            continue
+        ratios = ", ".join(
+            f"{what} {ours[value] / integers[value]:.2f} times integer labels, by hand "
+            f"{by_hand[value] / ours[value]:.1f} times ours"
+            for what, value in (("median", "median"), ("least CPU time", "least_cpu"))
+        )
+        mib = [f"{row['peak_bytes'] / 2**20:.0f}" for row in (ours, integers, by_hand)]
+        table = n * k * getattr(torch, str(dtype)).itemsize / 2**20
+        yield (
+            f"{labels}, N = {n:,}, K = {k:,}, {dtype}, {ours['median'] * 1e3:.3g} ms: {ratios}; "
+            f"peak extra memory {mib[0]} MiB, with integers {mib[1]}, by hand {mib[2]} (the labels "
+            f"themselves, the caller's: {table:.0f})."
+        )
 
 
 def doubts(rows: Sequence[dict[str, Any]], load: float) -> list[str]:

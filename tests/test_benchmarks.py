@@ -95,6 +95,7 @@ def test_a_missing_gpu_is_a_clear_error() -> None:
         (["evolution", "--data", "minst5k"], "got 'minst5k'"),
         (["evolution", "--snapshots", "99"], "snapshots must lie in"),
         (["speed", "--contenders", "lean,leen"], "no contender's name contains 'leen'"),
+        (["speed", "--labels", "cutmix"], "labels must be one of integer, mixup, smooth"),
         (["speed", "--dtypes", "float31"], "dtypes must be among"),
         (["kernel-code", "--modes", "bf16:ieee"], "got bf16:ieee"),
         (["paper", "--device", "cpu", "--root", "nowhere"], "no complete cifar100 in nowhere"),

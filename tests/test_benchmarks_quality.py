@@ -1,5 +1,6 @@
 """`python -m benchmarks quality`: methods, read-outs, statistics, and going on after a stop."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -8,11 +9,13 @@ import pandas as pd
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 pytest.importorskip("sklearn")
 from benchmarks import quality
-from benchmarks.common import cells, data, paired
-from benchmarks.common.methods import METHODS, VARIANTS, make_objective
+from benchmarks.__main__ import app
+from benchmarks.common import cells, data, paired, training
+from benchmarks.common.methods import METHODS, VARIANTS, Step, make_objective
 from benchmarks.common.readouts import class_mean_predictions
 from benchmarks.common.supcon import sincere_loss
 from benchmarks.common.training import Recipe, train
@@ -94,6 +97,55 @@ def test_collapse_is_noticed() -> None:
         step = objective(torch.ones(40, 8), torch.arange(40) % 5)
         assert step.collapsed
         assert not objective(torch.randn(40, 8), torch.arange(40) % 5).collapsed
+
+
+class TestMixup:
+    def test_images_and_labels_are_mixed_alike(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An encoder that passes images on, whose pixels say what classes are in them."""
+        digits = data.load("digits")
+        size = digits.train.images[0].numel()
+        images = torch.zeros(64, 1, 8, 8)
+        labels = torch.arange(64) % digits.num_classes
+        images.view(64, size)[torch.arange(64), labels] = 1.0
+        seen = []
+
+        class Recorder(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = torch.nn.Parameter(torch.ones(()))
+
+            def forward(self, features, labels):
+                seen.append((features.detach(), labels))
+                return Step(self.scale * features.sum(), {"loss": 0.0}, collapsed=False)
+
+        class PassOn(torch.nn.Flatten):
+            out_dim = size
+
+        monkeypatch.setattr(training, "SmallCNN", lambda channels: PassOn())
+        monkeypatch.setattr(training, "make_objective", lambda *a, **k: Recorder())
+        monkeypatch.setattr(training, "make_augmentation", lambda **k: torch.nn.Identity())
+        split = data.Split(images, labels)
+        recipe = Recipe(epochs=3, batch_size=32, mixup=1.0)
+        train(dataclasses.replace(digits, train=split), "VarCon", recipe, seed=0)
+        shares = torch.cat([labels for _, labels in seen])
+        torch.testing.assert_close(torch.cat([x for x, _ in seen])[:, :10], shares)
+        torch.testing.assert_close(shares.sum(1), torch.ones(len(shares)))
+        assert shares.count_nonzero(1).max() == 2
+        views = seen[0][1].split(32)
+        assert not torch.equal(*views)  # each is mixed on its own
+
+    def test_what_cannot_be_mixed_is_run_without(self, tmp_path: Path) -> None:
+        arguments = ["quality", "--data", "digits", "--methods", "SupCon,VarCon", "--mixup", "0.2",
+                     "--learning-rates", "0.2", "--batch-sizes", "256", "--epochs", "1", "--seeds",
+                     "1", "--workers", "1", "--out", str(tmp_path)]  # fmt: skip
+        outcome = CliRunner().invoke(app, arguments)
+        assert outcome.exit_code == 0, outcome.output
+        assert "VarCon, mixup 0.2" in outcome.output
+        rows = [json.loads(line) for line in (tmp_path / "digits.jsonl").read_text().splitlines()]
+        assert {row["method"]: row["mixup"] for row in rows} == {"SupCon": None, "VarCon": 0.2}
+        assert (tmp_path / "quality-digits.png").exists()
+        with pytest.raises(ValueError, match=r"mixup needs one of .*, got 'SupCon'"):
+            train(data.load("digits"), "SupCon", Recipe(epochs=1, mixup=0.2), seed=0)
 
 
 class TestQuality:

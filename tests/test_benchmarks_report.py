@@ -31,6 +31,9 @@ def test_the_report_rebuilds_from_the_saved_results(rebuilt: Path) -> None:
     assert set(re.findall(r"\]\(#(.+?)\)", text)) <= titles
 
 
+ENV = {"device": "d", "threads": 1, "versions": {"torch": "2"}, "date": "today", "commit": "c"}
+
+
 def _anchor(title: str) -> str:
     kept = re.sub(r"[^\w\- ]", "", title.lstrip("# ").lower())
     return kept.replace(" ", "-")
@@ -74,10 +77,36 @@ def test_one_seed_has_no_interval_and_collapse_is_said_in_words() -> None:
 
 
 def test_results_of_an_older_commit_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = {"device": "d", "threads": 1, "versions": {"torch": "2"}, "date": "today", "commit": "c"}
     monkeypatch.setattr(results, "changed_since", lambda commit: commit == "c")
-    assert "an older commit" in report._origin("speed", env)
-    assert "older" not in report._origin("speed", env | {"commit": "other"})
+    assert "an older commit" in report._origin("speed", ENV)
+    assert "older" not in report._origin("speed", ENV | {"commit": "other"})
+
+
+def test_mixup_is_told_beside_the_same_without(tmp_path: Path) -> None:
+    base = {"data": "digits", "noise": 0.0, "split": "test", "learning_rate": 0.1,
+            "batch_size": 8, "collapsed": False, "environment": ENV, "epochs": 2}  # fmt: skip
+    rows = [
+        base | {"method": method, "seed": seed, "mixup": mixup, "linear": 0.5 + gain + 0.01 * seed,
+                "tau2": [[0.1] * 5], "knn": 0.5, "linear, 5 a class": 0.5}
+        for method, mixup, gain in (
+            ("SupCon", None, 0.2), ("VarCon", None, 0), ("VarCon memory", None, 0),
+            ("VarCon", 0.4, 0.1),
+        )
+        for seed in range(3)
+    ]  # fmt: skip
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results" / "quality-digits.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before, _, page = report.write(path.parent).read_text().partition("## Does mixup help?")
+    words = (
+        "digits, batch 8, alpha 0.4, 3 seeds: linear probe with mixup, points from without: VarCon "
+        "+10.0 ± 0.0."
+    )
+    assert words in page
+    assert f"- **Mixup**: {words}" in before
+    assert before.count("mixup") == 2  # it is not among the runs without
+    assert "| VarCon, mixup 0.4 | 61.0 ± 2.5 (+10.0 ± 0.0) |" in page
+    assert "| SupCon | 71.0 ± 2.5 |" in page
 
 
 def test_a_folder_without_results_gives_a_page_that_says_little(tmp_path: Path) -> None:

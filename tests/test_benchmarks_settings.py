@@ -39,13 +39,14 @@ def reported(files: list[Path], tmp_path: Path) -> str:
 
 def test_accuracy_over_a_setting(tmp_path: Path) -> None:
     command = ["settings", "temperature", "--values", "0.1,0.3", "--batch-sizes", "256",
-               "--seeds", "2", "--out", str(tmp_path), *SMALL]  # fmt: skip
+               "--seeds", "2", "--out", str(tmp_path), *SMALL,
+               "--learning-rates", "0.1,0.2"]  # fmt: skip
     outcome = ask(*command)
     assert outcome.exit_code == 0, outcome.output
     assert "temperature 0.3" in outcome.output
     path = tmp_path / "temperature-digits.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 2 * 2 + 2 * 2 * 2  # learning rates, then seeds
+    assert len(rows) == 2 * 2 * 2 + 2 * 2 * 2  # learning rates, then seeds
     losses = {row["temperature"]: row["history"][0]["loss"] for row in rows
               if row["method"] == "VarCon" and row["seed"] == 0}  # fmt: skip
     assert losses[0.1] != losses[0.3]
@@ -78,7 +79,14 @@ def test_a_budget_stops_a_sweep_and_keeps_what_is_done(tmp_path: Path) -> None:
                   "--out", str(tmp_path), *SMALL)  # fmt: skip
     assert outcome.exit_code == 1
     lines = (tmp_path / "digits.jsonl").read_text().splitlines()
-    assert 1 <= len(lines) < 2 + 4
+    assert 1 <= len(lines) < 4
+
+
+def test_one_learning_rate_leaves_nothing_to_choose(tmp_path: Path) -> None:
+    outcome = ask("quality", "--batch-sizes", "256", "--seeds", "1", "--out", str(tmp_path), *SMALL)
+    assert outcome.exit_code == 0, outcome.output
+    rows = [json.loads(line) for line in (tmp_path / "digits.jsonl").read_text().splitlines()]
+    assert [(row["split"], row["learning_rate"]) for row in rows] == [("test", 0.2)] * 2
 
 
 class TestCorruption:
@@ -140,3 +148,7 @@ class TestHierarchy:
         assert outcome.exit_code == 0, outcome.output
         assert "cophenetic correlation" in outcome.output
         assert (tmp_path / "hierarchy-digits.png").stat().st_size > 10_000
+        page = reported([tmp_path / "hierarchy-digits.jsonl"], tmp_path)
+        assert "## Do similar classes lie near one another? digits" in page
+        assert "Batch 256, 1 epochs, 1 seeds. Learning rates, not searched: SupCon 0.2" in page
+        assert re.search(r"\| VarCon \| \d+\.\d \(", page)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,17 @@ import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("sklearn")
-from benchmarks import speed
+from benchmarks import report, speed
 from benchmarks.__main__ import app
 from benchmarks.common import measure, results
-from benchmarks.common.contenders import CONTENDERS
+from benchmarks.common.contenders import BY_HAND, CONTENDERS, INTEGERS, OURS
 from benchmarks.common.measure import Problem
 from benchmarks.common.supcon import supcon_loss
-from benchmarks.common.transcriptions import authors_operations, lean_log_space
+from benchmarks.common.transcriptions import (
+    authors_operations,
+    authors_operations_on_shares,
+    lean_log_space,
+)
 from varcon_loss import varcon_loss
 
 
@@ -31,6 +36,31 @@ def test_the_yardsticks_compute_the_same_loss(transcription, num_classes: int) -
     torch.testing.assert_close(
         torch.autograd.grad(got, x), torch.autograd.grad(want, x), rtol=1e-8, atol=1e-10
     )
+
+
+@pytest.mark.parametrize("labels", ["mixup", "smooth", "one-hot", "a class absent"])
+def test_the_yardstick_of_class_probabilities_computes_the_same_loss(labels: str) -> None:
+    kind = labels if labels in measure.LABELS else "integer"
+    x, y = Problem(30, 9, 8, "float64", "cpu", kind).inputs()
+    if kind == "integer":
+        y = torch.nn.functional.one_hot(y % 7, 9 if labels == "a class absent" else 7).double()
+    got, want = authors_operations_on_shares(x, y), varcon_loss(x, y, impl="reference")
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, x), torch.autograd.grad(want, x), rtol=1e-8, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize(("kind", "labels_a_row"), [("mixup", 2), ("smooth", 9)])
+def test_class_probabilities_are_made_of_the_integers_they_are_held_against(
+    kind: str, labels_a_row: int
+) -> None:
+    problem = Problem(500, 9, 8, "float32", "cpu", kind)
+    (x, shares), (same, integers) = problem.inputs(), problem.inputs(INTEGERS)
+    torch.testing.assert_close(x, same, rtol=0, atol=0)
+    torch.testing.assert_close(shares.sum(1), torch.ones(500))
+    assert shares.count_nonzero(1).max() == labels_a_row
+    assert (shares.gather(1, integers[:, None]) > 0).all()
 
 
 def test_a_composition_around_a_fused_cross_entropy() -> None:
@@ -147,6 +177,26 @@ def test_a_sweep_goes_on_where_it_stopped_and_says_what_it_kept(tmp_path: Path) 
     assert set(both["num_rows"]) == {32, 64}
     anew = CliRunner().invoke(app, [*small, "64", "--no-resume"])
     assert "kept" not in anew.output
+
+
+@pytest.mark.parametrize("labels", ["mixup", "smooth"])
+def test_class_probabilities_are_held_against_integers(labels: str, tmp_path: Path) -> None:
+    small = ["speed", "--labels", labels, "--rows", "600", "--classes", "40", "--dims", "8",
+             "--budget", "0.2", "--out", str(tmp_path)]  # fmt: skip
+    outcome = CliRunner().invoke(app, small)
+    assert outcome.exit_code == 0, outcome.output
+    frame, _ = results.read(f"speed-cpu-{labels}", tmp_path)
+    assert set(frame["contender"]) == {OURS, INTEGERS, BY_HAND}
+    assert set(frame["status"]) == {"ok"}
+    assert all(error < 1e-4 for error in frame["error"])
+    full = frame[frame["mode"] == "forward+backward"].set_index("contender")
+    ratio = full.loc[OURS, "median"] / full.loc[INTEGERS, "median"]
+    (line,) = speed.beside_integers(frame)
+    assert f"median {ratio:.2f} times integer labels" in line
+    assert "kept 1 of 1 sizes" in CliRunner().invoke(app, small).output
+    (tmp_path / "results").mkdir()
+    shutil.copy(tmp_path / f"speed-cpu-{labels}.json", tmp_path / "results")
+    assert line in report.write(tmp_path / "results").read_text()
 
 
 def test_the_bar_moves_within_a_size() -> None:

@@ -29,6 +29,7 @@ from benchmarks.common.readouts import (
     knn_predictions,
     linear_predictions,
 )
+from benchmarks.common.several import multi_hot, several_scores
 from benchmarks.common.terminal import progress_bar
 from benchmarks.common.training import Recipe, Run, encode, train
 
@@ -53,6 +54,8 @@ class Cell:
     temperature: float | None = None  # where not 0.1
     epsilon: float | None = None  # where not the method's own
     augmentation: str | None = None  # where not the default strength
+    mixup: float | None = None  # alpha, where images are mixed
+    several: bool | None = None  # labels are the two digits of a pair, see `several`
     extra: str | None = None  # further read-outs: corruption, transfer, hierarchy
 
 
@@ -66,17 +69,24 @@ def run_cell(cell: Cell, root: Path | None = None, device: str = "cpu") -> dict[
         centroid_momentum=cell.momentum,
         **{
             key: value
-            for key in ("temperature", "epsilon", "augmentation")
+            for key in ("temperature", "epsilon", "augmentation", "mixup")
             if (value := getattr(cell, key)) is not None
         },
     )
     labels = with_noise(data.train.labels, data.num_classes, cell.noise, cell.seed)
+    if cell.several:
+        hot = multi_hot(data, labels)
+        data, labels = replace(data, num_classes=hot.shape[1]), hot / hot.sum(1, keepdim=True)
     start = time.perf_counter()
     run = train(data, cell.method, recipe, cell.seed, labels=labels, device=device)
     seconds = time.perf_counter() - start
     held_out = data.test if cell.split == "test" else data.validation
     row = {**asdict(cell), "seconds": round(seconds, 1), "collapsed": run.collapsed}
-    row |= read_out(run, data, held_out, labels, device)
+    if cell.several:
+        features, test = (encode(run.encoder, s, device) for s in (data.train, held_out))
+        row |= several_scores(features, hot, test, multi_hot(data, held_out.labels))
+    else:
+        row |= read_out(run, data, held_out, labels, device)
     if cell.extra is not None and row["linear"] is not None:
         row["further"] = further_scores(cell.extra, run.encoder, data, device, root)
     row["history"] = [{k: round(v, 4) for k, v in log.items()} for log in run.history]
@@ -226,6 +236,7 @@ def tune_and_run(
 
     The choice is by linear probe plus kNN on the validation split, whose labels are right, from
     the same grid for all, with a seed of its own; the test split is read only with the rate chosen.
+    A grid of one rate leaves nothing to choose.
 
     Args:
         bases: their learning rate, seed and split do not count.
@@ -240,14 +251,17 @@ def tune_and_run(
     """
     deadline = time.monotonic() + 60 * budget if budget else math.inf
     options: dict[str, Any] = {"workers": workers, "root": root, "device": device}
-    tuned = run_cells(
-        [
-            replace(base, learning_rate=rate, seed=TUNING_SEED, split="validation", extra=None)
-            for base, rate in itertools.product(bases, learning_rates)
-        ],
-        store, title=f"{title}: learning rates", deadline=deadline, **options,
-    )  # fmt: skip
-    rates = best_rates(tuned)
+    if len(learning_rates) == 1:
+        rates = {setting(asdict(base)): learning_rates[0] for base in bases}
+    else:
+        tuned = run_cells(
+            [
+                replace(base, learning_rate=rate, seed=TUNING_SEED, split="validation", extra=None)
+                for base, rate in itertools.product(bases, learning_rates)
+            ],
+            store, title=f"{title}: learning rates", deadline=deadline, **options,
+        )  # fmt: skip
+        rates = best_rates(tuned)
     return run_cells(
         [
             replace(base, learning_rate=rates[setting(asdict(base))], seed=seed, split="test")

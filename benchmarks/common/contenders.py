@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.supcon import supcon_loss
-from benchmarks.common.transcriptions import authors_operations, lean_log_space
+from benchmarks.common.transcriptions import (
+    authors_operations,
+    authors_operations_on_shares,
+    lean_log_space,
+)
 from varcon_loss import varcon_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 OURS = "varcon-loss"  # with the implementation that "auto" chooses
+INTEGERS = "varcon-loss, integer labels"  # what class probabilities are held against
+BY_HAND = "equations, authors' operations"
 
 
 @dataclass(frozen=True)
@@ -23,11 +29,13 @@ class Contender:
         family: all contenders of a family must give the value of its oracle.
         make: builds the loss; called in the process that measures it.
         missing: why it cannot run on a device, or None.
+        shares: does it take class probabilities as labels too?
     """
 
     family: str
     make: Callable[[], Loss]
     missing: Callable[[str], str | None] = lambda device: None
+    shares: bool = False
 
 
 def _needs(module: str) -> Callable[[str], str | None]:
@@ -78,12 +86,18 @@ def _around_cut_cross_entropy() -> Loss:
     return loss
 
 
+def _by_hand(features: Tensor, labels: Tensor) -> Tensor:
+    loss = authors_operations_on_shares if labels.is_floating_point() else authors_operations
+    return loss(features, labels)
+
+
 CONTENDERS: dict[str, Contender] = {
-    OURS: Contender("varcon", _ours("auto")),
+    OURS: Contender("varcon", _ours("auto"), shares=True),
+    INTEGERS: Contender("varcon", _ours("auto")),
     "varcon-loss eager": Contender("varcon", _ours("eager"), _is_ours_on_cpu),
     "varcon-loss triton": Contender("varcon", _ours("triton"), _cuda_with("triton")),
     "varcon-loss reference": Contender("varcon", _ours("reference")),
-    "equations, authors' operations": Contender("varcon", lambda: authors_operations),
+    BY_HAND: Contender("varcon", lambda: _by_hand, shares=True),
     "equations, lean": Contender("varcon", lambda: lean_log_space),
     "equations, authors' operations, compiled": Contender("varcon", _compiled(authors_operations)),
     "equations, lean, compiled": Contender("varcon", _compiled(lean_log_space)),

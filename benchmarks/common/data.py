@@ -38,10 +38,7 @@ class ImageData:
     @property
     def class_names(self) -> list[str]:
         """What a picture calls each class."""
-        if self.name == "fashion":
-            return list(FASHION_NAMES)
-        width = 2 if self.name.endswith("-pairs") else 1
-        return [f"{k:0{width}d}" for k in range(self.num_classes)]
+        return class_names(self.name, self.num_classes)
 
     @property
     def groups(self) -> list[int] | None:
@@ -56,6 +53,14 @@ class ImageData:
     def parts_of_label(self) -> dict[str, int]:
         """Divisors that read one factor out of a label: the two digits of a pair."""
         return {"left digit": 10, "right digit": 1} if self.name.endswith("-pairs") else {}
+
+
+def class_names(data: str, num_classes: int) -> list[str]:
+    """What a picture calls each class."""
+    if data == "fashion":
+        return list(FASHION_NAMES)
+    width = 2 if data.endswith("-pairs") else 1
+    return [f"{k:0{width}d}" for k in range(num_classes)]
 
 
 @functools.lru_cache(maxsize=2)  # a worker trains on the same images again and again

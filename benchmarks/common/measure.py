@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common.contenders import CONTENDERS, Loss
+from benchmarks.common.contenders import CONTENDERS, INTEGERS, Loss
 
+LABELS = ("integer", "mixup", "smooth")
+SMOOTHING = 0.1
 GATE_ROWS = 256  # correctness is judged on the first rows: the oracle is quadratic
 FEWEST_REPEATS = 3
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -42,12 +45,22 @@ class Problem:
     dim: int
     dtype: str
     device: str
+    labels: str = "integer"  # or class probabilities: "mixup", two a row; "smooth", all of a row
 
-    def inputs(self) -> tuple[Tensor, Tensor]:
+    def inputs(self, contender: str = "") -> tuple[Tensor, Tensor]:
+        """Features and labels, for `INTEGERS` the classes that the others' labels come from."""
         generator = torch.Generator().manual_seed(0)
         dtype = getattr(torch, self.dtype)
         features = torch.randn(self.num_rows, self.dim, generator=generator).to(dtype)
         labels = torch.randint(self.num_classes, (self.num_rows,), generator=generator)
+        if self.labels != "integer" and contender != INTEGERS:
+            shares = F.one_hot(labels, self.num_classes).to(dtype)
+            if self.labels == "mixup":
+                share = torch.rand(self.num_rows, 1, generator=generator).to(dtype)
+                shares = share * shares + (1 - share) * shares.roll(1, 0)
+            else:
+                shares = (1 - SMOOTHING) * shares + SMOOTHING / self.num_classes
+            labels = shares
         return features.to(self.device).requires_grad_(), labels.to(self.device)
 
 
@@ -108,7 +121,7 @@ def check_and_weigh(name: str, problem: Problem) -> dict[str, Any]:
     """Correctness gate, peak memory of one forward and backward, and a rough time."""
     torch.manual_seed(0)
     loss = CONTENDERS[name].make()
-    features, labels = problem.inputs()
+    features, labels = problem.inputs(name)
     error = gate(name, loss, features, labels)
     # The gate has also warmed up libraries, threads and autograd; compile for the real size.
     if "compiled" in name:
@@ -127,7 +140,7 @@ def check_and_weigh(name: str, problem: Problem) -> dict[str, Any]:
 def time_together(
     names: list[str], problem: Problem, mode: str, budget: float, max_repeats: int
 ) -> dict[str, Any]:
-    """Median and quartiles of several contenders, interleaved in one process.
+    """Median, quartiles and least CPU time of several contenders, interleaved in one process.
 
     Args:
         names: contenders that passed `check_and_weigh` at this size.
@@ -137,13 +150,15 @@ def time_together(
             more often, in rounds of their own once the slow ones have had theirs.
         max_repeats: rounds at most.
     """
-    features, labels = problem.inputs()
+    features, _ = problem.inputs()
+    labels = {name: problem.inputs(name)[1] for name in names}
     losses = {name: CONTENDERS[name].make() for name in names}
     run = step if mode == "forward+backward" else _evaluate
-    for loss in losses.values():
+    for name, loss in losses.items():
         for _ in range(2):
-            run(loss, features, labels)
+            run(loss, features, labels[name])
     times: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
     shuffle = random.Random(0).shuffle
     for _ in range(max_repeats):
         order = [
@@ -155,15 +170,17 @@ def time_together(
         for name in order:
             features.grad = None
             _synchronize(problem.device)
-            begin = time.perf_counter()
-            run(losses[name], features, labels)
+            begin, cpu_begin = time.perf_counter(), time.process_time()
+            run(losses[name], features, labels[name])
             _synchronize(problem.device)
             times[name].append(time.perf_counter() - begin)
+            cpu[name].append(time.process_time() - cpu_begin)
     return {
         "timings": {
             name: dict(
                 zip(("q1", "median", "q3"), statistics.quantiles(values, n=4), strict=True),
                 repeats=len(values),
+                least_cpu=min(cpu[name]),
             )
             for name, values in times.items()
         }
@@ -221,6 +238,7 @@ def gate(name: str, loss: Loss, features: Tensor, labels: Tensor) -> float | Non
     if oracle is None:
         return None
     exact_x = x.detach().double().requires_grad_()
+    y = y.double() if y.is_floating_point() else y
     exact = oracle(exact_x, y)
     exact.backward()
     assert x.grad is not None

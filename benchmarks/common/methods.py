@@ -1,4 +1,7 @@
-"""The training objectives compared: encoder features in, loss out."""
+"""The training objectives compared: encoder features in, loss out.
+
+Labels are classes ``[N]``; those of `MIXABLE` also take class probabilities ``[N, C]``.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -37,10 +40,27 @@ class CrossEntropy(nn.Module):
     def forward(self, features: Tensor, labels: Tensor) -> Step:
         logits = self.classifier(features)
         loss = F.cross_entropy(logits, labels)
-        confidence = logits.detach().softmax(1).gather(1, labels.unsqueeze(1)).mean()
+        p = logits.detach().softmax(1)
+        own = p * labels if labels.is_floating_point() else p.gather(1, labels.unsqueeze(1))
+        confidence = own.sum(1).mean()
         value = float(loss.detach())
         collapsed = math.isclose(value, math.log(logits.shape[1]), rel_tol=0.005)
         return Step(loss, {"loss": value, "confidence": float(confidence)}, collapsed)
+
+
+class BinaryCrossEntropy(nn.Module):
+    """A sigmoid a class, for labels ``[N, C]`` that are positive where the sample has the class."""
+
+    def __init__(self, in_dim: int, num_classes: int, **_: float) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(in_dim, num_classes)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Step:
+        has = (labels > 0).to(features.dtype)
+        loss = F.binary_cross_entropy_with_logits(self.classifier(features), has)
+        value, share = float(loss.detach()), has.mean()
+        alike = -float(torch.xlogy(share, share) + torch.xlogy(1 - share, 1 - share))
+        return Step(loss, {"loss": value}, math.isclose(value, alike, rel_tol=0.005))
 
 
 class SupCon(nn.Module):
@@ -138,6 +158,16 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "SINCERE": Sincere,
 }
 
+# What can be trained on mixed images, whose labels are class probabilities.
+MIXABLE = ("cross-entropy", "VarCon", "VarCon epsilon=0", "VarCon memory")
+
+# Those that take several labels a sample, as shares of classes ``[N, C]``.
+SEVERAL: dict[str, Callable[..., nn.Module]] = {
+    "binary cross-entropy": BinaryCrossEntropy,
+    "VarCon": METHODS["VarCon"],
+    "VarCon memory": METHODS["VarCon memory"],
+}
+
 # The same with other settings, to see what a difference between methods hangs on.
 VARIANTS: dict[str, Callable[..., nn.Module]] = {
     "VarCon tau1=0.05": lambda *a, **k: VarCon(*a, **k | {"temperature": 0.05, "epsilon": 0.01}),
@@ -155,13 +185,13 @@ def make_objective(
     method: str, in_dim: int, num_classes: int, *, dim: int, head: str, **options: float
 ) -> nn.Module:
     """The objective on encoder features ``[N, in_dim]``; its forward gives a `Step`."""
-    check_methods([method])
-    return (METHODS | VARIANTS)[method](in_dim, num_classes, dim=dim, head=head, **options)
+    known = METHODS | VARIANTS | SEVERAL
+    check_methods([method], known)
+    return known[method](in_dim, num_classes, dim=dim, head=head, **options)
 
 
-def check_methods(names: Iterable[str]) -> None:
+def check_methods(names: Iterable[str], known: Iterable[str] = (*METHODS, *VARIANTS)) -> None:
     """Raise a ValueError that names what is unknown, and what there is."""
-    known = METHODS | VARIANTS
     for name in names:
         if name not in known:
             raise ValueError(f"method must be one of {', '.join(known)}, got {name!r}")

@@ -28,13 +28,21 @@ KEYS = ("data", "noise", "batch_size", "method", "seed", "learning_rate", "colla
 
 SETTING = (
     "data", "method", "batch_size", "noise", "epochs", "momentum", "classes", "temperature",
-    "epsilon", "augmentation",
+    "epsilon", "augmentation", "mixup", "several",
 )  # fmt: skip
 
 
 def setting(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a run is a run of: all but learning rate, seed and split."""
     return tuple(row.get(key) for key in SETTING)
+
+
+def told_apart(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose method's name says whether its images were mixed."""
+    return [
+        row | {"method": f"{row['method']}, mixup {row['mixup']:g}"} if row.get("mixup") else row
+        for row in rows
+    ]
 
 
 def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], float]:
@@ -129,10 +137,16 @@ def text(line: pd.DataFrame) -> str:
         return f"all {row['collapsed']} collapsed" if row["collapsed"] else ""
     written = _interval(100 * row["mean"], 100 * row["half_width"], "")
     if pd.notna(row["gain"]):
-        written += f" ({_interval(100 * row['gain'], 100 * row['gain_half_width'], '+')})"
+        written += f" ({gain(line)})"
     if row["collapsed"]:
         written += f", {row['collapsed']} of {row['seeds'] + row['collapsed']} collapsed"
     return written
+
+
+def gain(line: pd.DataFrame) -> str:
+    """The paired difference in one row of a `summary`, in points, with its interval."""
+    row = line.iloc[0]
+    return _interval(100 * row["gain"], 100 * row["gain_half_width"], "+")
 
 
 def _interval(mean: float, half: float, sign: str) -> str:

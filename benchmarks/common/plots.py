@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import dendrogram
 
 from benchmarks.common import style
@@ -95,7 +95,8 @@ def _positive(mine: pd.DataFrame, value: str) -> pd.DataFrame:
 def draw_quality(rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
     """Accuracy over batch size by method, and tau2 while VarCon trains, for one data set."""
     data = rows[0]["data"]
-    plotted = [m for m in style.LINES if any(row["method"] == m for row in rows)]
+    methods = dict.fromkeys(row["method"] for row in rows)
+    plotted = [m for name in style.LINES for m in methods if m.partition(", mixup ")[0] == name]
     figure, axes = style.panels(2, 2, 6.6)
     sizes = sorted({row["batch_size"] for row in rows})
     shown = {
@@ -118,11 +119,13 @@ def draw_quality(rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
         style.log_ticks(axis, x=sizes)
         axis.set_xlim(min(sizes) / 1.4, max(sizes) * 1.4)
         axis.set(title=title, ylabel="accuracy, %", xlabel="batch size")
-    ends = {axes[1, 1]: _draw_tau2(axes[1, 1], rows)}
+    tau2 = _draw_tau2(axes[1, 1], rows)
+    if not tau2:
+        axes[1, 1].remove()
     seeds = len({row["seed"] for row in rows if row["split"] == "test"})
     figure.suptitle(f"{data}: mean and 95 % interval over {seeds} seeds")
     style.legend(figure, axes.flat[:3], 3)
-    return [style.save(figure, out / f"quality-{data}.png", ends)]
+    return [style.save(figure, out / f"quality-{data}.png", {axes[1, 1]: tau2} if tau2 else {})]
 
 
 def draw_gains(gains: Mapping[str, pd.DataFrame], path: Path) -> Path:
@@ -134,27 +137,26 @@ def draw_gains(gains: Mapping[str, pd.DataFrame], path: Path) -> Path:
         path: of the picture.
     """
     shown = {"linear": "linear probe", "linear, 5 a class": "on 5 images a class"}
-    figure, axes = style.panels(len(shown), len(gains), 5.6, sharex=True, sharey="row")
-    for column, (method, frame) in zip(axes.T, gains.items(), strict=True):
+    sets = dict.fromkeys(data for frame in gains.values() for data in frame["data"])
+    figure, axes = style.panels(len(shown), len(sets), 5.6, sharex="col")
+    for column, data in zip(axes.T, sets, strict=True):
         for axis, (value, title) in zip(column, shown.items(), strict=True):
             axis.axhline(0, color=style.BLACK, lw=0.8)
-            here = frame[frame["readout"] == value]
-            for index, (data, mine) in enumerate(here.groupby("data")):
+            for index, (method, frame) in enumerate(gains.items()):
+                mine = frame[(frame["readout"] == value) & (frame["data"] == data)]
                 mine = mine.sort_values("images")
                 axis.errorbar(
-                    mine["images"] * 1.05**index, 100 * mine["gain"],
-                    100 * mine["gain_half_width"], color=style.ORDERED[index], capsize=2,
-                    marker="os^Dv"[index % 5], label=data,
+                    mine["images"] * 1.06**index, 100 * mine["gain"],
+                    100 * mine["gain_half_width"], capsize=2, **style.line(method),
                 )  # fmt: skip
-            axis.set_yscale("symlog", linthresh=5)
-            axis.set_yticks([-50, -20, -5, 0, 5, 20, 50])
-            axis.yaxis.set_major_formatter(lambda v, _: f"{v:+.0f}" if v else "0")
-            axis.yaxis.set_minor_locator(NullLocator())
-            axis.set_title(f"{method} - SupCon, {title}")
+            axis.yaxis.set_major_formatter(lambda v, _: f"{v:+g}" if v else "0")
+            axis.set_title(f"{data}, {title}")
             style.log_ticks(axis, x=(0.3, 1, 3, 10, 30, 100, 200))
-        column[-1].set_xlabel("images of a class that a step sees")
+            axis.margins(x=0.1)
+        column[-1].set_xlabel("images of a class in a step")
     for axis in axes[:, 0]:
-        axis.set_ylabel("points (linear up to 5)")
+        axis.set_ylabel("points ahead of SupCon")
+    figure.suptitle("Difference from SupCon, 95 % interval; each panel has its own scale")
     style.legend(figure, axes.flat, 5)
     return style.save(figure, path)
 
@@ -169,8 +171,11 @@ def _epochs(axis: Axes, last: int, room: float) -> None:
 
 def _draw_tau2(axis: Axes, rows: Sequence[dict[str, Any]]) -> style.Ends:
     """Median and quartiles by epoch, of one run of VarCon for each batch size."""
-    wanted = {"method": "VarCon", "seed": 0, "noise": 0.0}
-    runs = [row for row in reported(rows) if all(row[key] == v for key, v in wanted.items())]
+    runs = [
+        row
+        for row in reported(rows)
+        if row["method"].partition(", mixup ")[0] == "VarCon" and row["seed"] == row["noise"] == 0
+    ]
     ends = []
     for index, run in enumerate(sorted(runs, key=lambda r: r["batch_size"])):
         quantiles = np.array(run["tau2"]).T  # 5, 25, 50, 75, 95 %
@@ -364,17 +369,22 @@ def draw_corruption(table: pd.DataFrame, path: Path) -> Path:
     figure, axes = style.panels(2, 3, 5.2, sharex=True, sharey=True)
     for axis, name in zip(axes.flat, CORRUPTIONS, strict=True):
         parts = ["linear", *(f"{name}, {severity}" for severity in SEVERITIES)]
-        for method, mine in table.groupby("method", sort=False):
+        for index, (method, mine) in enumerate(table.groupby("method", sort=False)):
             by_part = mine.set_index("readout").loc[parts]
             axis.errorbar(
-                range(len(parts)), 100 * by_part["mean"], 100 * by_part["half_width"].fillna(0),
-                capsize=2, **style.line(method),
+                np.arange(len(parts)) + 0.08 * index, 100 * by_part["mean"],
+                100 * by_part["half_width"].fillna(0), capsize=2, **style.line(method),
             )  # fmt: skip
-        axis.set_title(name)
+        axis.set(title=name, ylim=(0, 100))
     for axis in axes[1]:
         axis.set_xlabel("severity")
     for axis in axes[:, 0]:
         axis.set_ylabel("linear probe, %")
+    first = table.iloc[0]
+    figure.suptitle(
+        f"{first['data']}, batch {first['batch_size']}: mean and 95 % interval over "
+        f"{table['seeds'].max()} seeds; severity 0 is clean"
+    )
     style.legend(figure, axes.flat, 3)
     return style.save(figure, path)
 

@@ -73,7 +73,10 @@ plt.rcParams.update(
 
 def line(name: str) -> dict[str, object]:
     """Keyword arguments of ``plot`` for a method or contender."""
-    label, colour, dashes = LINES.get(name, (name, BLACK, "-"))
+    method, _, alpha = name.partition(", mixup ")
+    label, colour, dashes = LINES.get(method, (method, BLACK, "-"))
+    if alpha:
+        label, dashes = f"{label}, mixup {alpha}", ":"
     heavy = name in ("varcon-loss", "VarCon")
     return {
         "label": label, "color": colour, "ls": dashes, "marker": "o", "lw": 2.2 if heavy else 1.3,

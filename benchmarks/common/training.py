@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from benchmarks.common.data import ImageData, Split
 from benchmarks.common.encoders import CifarResNet50, SmallCNN, make_augmentation
-from benchmarks.common.methods import make_objective
+from benchmarks.common.methods import MIXABLE, make_objective
 
 COLLAPSE_EPOCHS = 3  # a run counts as collapsed if its last epochs all read so
 
@@ -31,6 +32,7 @@ class Recipe:
     epsilon: float | None = None  # the method's own where None
     centroid_momentum: float | None = None  # likewise
     augmentation: str = "default"  # or weak, strong
+    mixup: float = 0.0  # alpha; each view of a batch is mixed on its own
     encoder: str = "small-cnn"
     loss_scale: float = 1.0  # the authors' 8-GPU script trains with 1 / 8
 
@@ -67,7 +69,12 @@ def train(
         labels: ``[N]`` instead of the training labels (label noise).
         device: where to train.
         on_epoch: called after each epoch with its number, its log and the encoder.
+
+    Raises:
+        ValueError: a method that cannot be trained on mixed images is asked to be.
     """
+    if recipe.mixup and method not in MIXABLE:
+        raise ValueError(f"mixup needs one of {', '.join(MIXABLE)}, got {method!r}")
     torch.manual_seed(seed)
     channels = data.train.images.shape[1]
     make = {"small-cnn": SmallCNN, "cifar-resnet50": CifarResNet50}[recipe.encoder]
@@ -80,6 +87,7 @@ def train(
         method, encoder.out_dim, data.num_classes, dim=recipe.dim, head=recipe.head, **options
     ).to(device)
     augment = make_augmentation(flips=data.flips, strength=recipe.augmentation)
+    mix = v2.MixUp(alpha=recipe.mixup, num_classes=data.num_classes) if recipe.mixup else None
 
     images = data.train.images.to(device)
     labels = (data.train.labels if labels is None else labels).to(device)
@@ -111,8 +119,11 @@ def train(
         last_tau2 = None
         for batch in torch.randperm(len(images))[: steps_per_epoch * batch_size].split(batch_size):
             batch = batch.to(device)
-            views = torch.cat([augment(images[batch]) for _ in range(recipe.views)])
-            step = objective(encoder(views), labels[batch].repeat(recipe.views))
+            views = [(augment(images[batch]), labels[batch]) for _ in range(recipe.views)]
+            if mix is not None:
+                views = [mix(*view) for view in views]
+            pictures, targets = map(torch.cat, zip(*views, strict=True))
+            step = objective(encoder(pictures), targets)
             optimizer.zero_grad(set_to_none=True)
             (step.loss * recipe.loss_scale).backward()
             optimizer.step()
