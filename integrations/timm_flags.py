@@ -36,6 +36,13 @@ def installed(package: str) -> str | None:
         return None
 
 
+EXAMPLES = f"""examples:
+  {PROGRAM} train.py DATA --model resnet50 --loss varcon
+  {PROGRAM} train.py DATA --model resnet50 --loss varcon --mixup 0.2 --smoothing 0.1
+  {PROGRAM} probe output/train/RUN/model_best.pth.tar DATA
+"""
+
+
 def where_train_py_is() -> str:
     """Where a user gets ``train.py``, which timm does not install."""
     version = installed("timm")
@@ -54,7 +61,8 @@ def flag_parser() -> Parser:
         f"       {PROGRAM} probe CHECKPOINT DATA [--help]\n"
         f"       {PROGRAM} --version",
         description="Run timm's train.py with VarCon. Every other flag keeps its meaning.",
-        epilog=f"{where_train_py_is()}.",
+        epilog=f"{EXAMPLES}\n{where_train_py_is()}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
     )
