@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("varcon_loss", "benchmarks", "docs", "tests")
+SOURCES = ("varcon_loss", "benchmarks", "docs", "tests", ".github")
 LOOSE = ("pyproject.toml", "MANIFEST.in", "Makefile", "LICENSE")
 PROSE = ("README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md")
 
