@@ -35,6 +35,8 @@ def real_number(name: str, value: Any, kind: str = "a number") -> float:
 
 def whole_number(name: str, value: Any) -> int:
     """Any whole number, of numpy too, as an int."""
+    if type(value) is int:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
     return int(value)

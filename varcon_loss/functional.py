@@ -186,8 +186,10 @@ def evaluate(call: Call, *, need_terms: bool) -> Outcome:
     with _without_autocast(call.features):
         try:
             batch, reference = _check(call)
-            call, dtype = _with_num_classes(call), _computing_dtype(call)
-            shares = any(x is not None and x.are_shares for x in (batch, reference))
+            shares = batch.are_shares or (reference is not None and reference.are_shares)
+            if shares and options.num_classes is None:
+                call = _with_num_classes(call)
+            dtype = _computing_dtype(call)
             way = choose(options.impl, batch.features, dtype, shares=shares)
             with torch.no_grad():
                 anchors, classes = _read(call, way, dtype, batch, reference)
@@ -245,20 +247,18 @@ def _check(call: Call) -> tuple[Batch, Batch | None]:
     return batch, reference
 
 
-def _given_features(call: Call) -> list[Tensor]:
-    return [x for x in (call.features, call.ref_features) if isinstance(x, Tensor)]
-
-
 def _computing_dtype(call: Call) -> torch.dtype:
+    """float32, or wider where features are."""
     dtype = torch.float32
-    for features in _given_features(call):
-        dtype = torch.promote_types(dtype, features.dtype)
+    for features in (call.features, call.ref_features):
+        if isinstance(features, Tensor) and features.dtype != dtype:
+            dtype = torch.promote_types(dtype, features.dtype)
     return dtype
 
 
 def _agreement(call: Call) -> Agreement:
     """What the other ranks must have too; of features that are wrong, whatever can be said."""
-    given = _given_features(call)
+    given = [x for x in (call.features, call.ref_features) if isinstance(x, Tensor)]
     first = given[0] if given else torch.empty(0, 0)
     return Agreement(
         num_classes=_num_classes(call),
@@ -337,8 +337,6 @@ def _num_classes(call: Call) -> int | None:
 
 
 def _with_num_classes(call: Call) -> Call:
-    if call.options.num_classes is not None or _num_classes(call) is None:
-        return call
     options = {name: getattr(call.options, name) for name in Options._fields}
     return Call(
         features=call.features,
