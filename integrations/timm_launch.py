@@ -13,8 +13,8 @@ import timm.task
 import timm.task.classification
 import timm.utils
 import timm.utils.summary
-from timm.data import FastCollateMixup, Mixup
 from timm.data.loader import fast_collate
+from timm.data.mixup import FastCollateMixup, Mixup
 
 from varcon_loss.integrations.timm_flags import PROGRAM, stop
 from varcon_loss.integrations.timm_task import MIXUP_MODES, VarConTask
@@ -238,7 +238,7 @@ class Launch:
         """What is done to the labels, a line each."""
         ours, probes = self.flags.varcon_smoothing, getattr(namespace, "smoothing", None) or 0
         if _mixes(namespace):
-            names = [name for name in _MIXUP_FLAGS if getattr(namespace, name, None)]
+            names = [name for name in _MIXUP_FLAGS if getattr(namespace, name, None) is not None]
             flags = (f"--{n.replace('_', '-')} {_shown(getattr(namespace, n))}" for n in names)
             views = "the images" if self.flags.varcon_views == 1 else "each view by itself"
             yield f"mixes {views}, for VarCon and the probe alike: {' '.join(flags)}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
+from timm.data.mixup import Mixup
 from timm.models import group_parameters
 from timm.task import ClassificationTask
 from timm.utils.model import unwrap_model

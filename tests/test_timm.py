@@ -628,7 +628,8 @@ def test_the_launcher_mixes_until_the_script_ends_it(
     assert f"batch {8 * views} VarConTask" in done.out
     how = "each view by itself" if views == 2 else "the images"
     assert f"mixes {how}, for VarCon and the probe alike: --mixup 0.4 --cutmix 1.0" in done.out
-    assert "--mixup-off-epoch 2\n" in done.out
+    rest = "--mixup-mode batch --mixup-prob 1.0 --mixup-switch-prob 0.5 --mixup-off-epoch 2"
+    assert f"{rest}\n" in done.out
     assert "smooths the labels of VarCon by 0, those of the probe by 0.1\n" in done.out
 
     mixed, plain = labels_seen[:6], labels_seen[6:]
