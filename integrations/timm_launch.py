@@ -48,10 +48,6 @@ _REFUSED_WITH_MIXING: _Refusals = (
     ("mixup_mode", lambda v: v not in MIXUP_MODES, f"give one of {', '.join(MIXUP_MODES)}"),
     ("cutmix_minmax", lambda v: len(v) != 2, "give two numbers, the smallest and largest share"),
 )  # fmt: skip
-_REFUSED_WITH_SMOOTHING: _Refusals = (
-    ("varcon_centroid_momentum", lambda v: True,
-     "smoothed labels move every remembered class to the batch's mean, use --varcon-smoothing 0"),
-)  # fmt: skip
 _REFUSED_WITH_SHARES: _Refusals = (
     ("varcon_leave_one_out", bool, "an image of several classes has none to be left out of, drop "
      "it, or the mixing and --varcon-smoothing"),
@@ -213,7 +209,6 @@ class Launch:
         table = _REFUSED + (_REFUSED_WITH_VIEWS if views > 1 else ())
         mixes, smooths = _mixes(namespace), bool(self.flags.varcon_smoothing)
         table += _REFUSED_WITH_MIXING if mixes else ()
-        table += _REFUSED_WITH_SMOOTHING if smooths else ()
         table += _REFUSED_WITH_SHARES if mixes or smooths else ()
         found = []
         for name, refuses, advice in table:

@@ -91,7 +91,7 @@ class VarConTask(ClassificationTask):
         views: how many views a batch holds, one after the other. Only mixing needs to know.
         smoothing: share of VarCon's own labels that is spread over all classes. Every class is
             then in every batch: VarCon compares with all of them, also those of which the batch
-            has no image. Not with ``centroid_momentum``.
+            has no image.
 
     The result of a step holds ``loss``, ``output`` (the probe's logits) and the detached 0-d
     `METRICS`. Batches may hold several views of an image, as long as labels repeat with them.
@@ -143,11 +143,6 @@ class VarConTask(ClassificationTask):
             raise ValueError(f"mixup must mix by one of {MIXUP_MODES}, got mode {mixup.mode!r}")
         if leave_one_out and (mixup is not None or smoothing):
             raise ValueError("leave_one_out has no meaning with mixed or smoothed labels")
-        if centroid_momentum is not None and smoothing:
-            raise ValueError(
-                "smoothing with centroid_momentum moves every remembered class to the batch's "
-                "mean: give one of the two"
-            )
         parameter = next(model.parameters())
         projection.to(device=parameter.device, dtype=parameter.dtype)
         self.trainable_module = VarConTrainableModule(model, projection)

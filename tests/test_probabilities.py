@@ -176,6 +176,17 @@ def test_memory_learns_by_shares(impl: str) -> None:
             torch.testing.assert_close(rows(features, hot(every)), integers(features, every))
 
 
+def test_smoothing_does_not_move_classes_that_are_absent() -> None:
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.eye(C, 16)
+    criterion = VarConLoss(num_classes=C, feature_dim=16, centroid_momentum=0.9)
+    for step in range(200):
+        labels = torch.tensor([step % C, (step + 1) % C]).repeat(4)
+        features = directions[labels] + 0.05 * torch.randn(8, 16, generator=generator)
+        criterion(features, 0.9 * hot(labels, torch.float32) + 0.1 / C)
+    assert (criterion.centroids * directions).sum(1).min() > 0.95
+
+
 def test_memory_drops_shares_of_classes_it_has_not_seen() -> None:
     criterion = VarConLoss(num_classes=C, feature_dim=5, centroid_momentum=0.5)
     criterion(torch.randn(8, 5), torch.arange(8) % 3)

@@ -193,7 +193,6 @@ def test_what_cannot_be_mixed() -> None:
         ({"mixup": Mixup(0.2, mode="half")}, "got mode 'half'"),
         ({"mixup": Mixup(0.2), "leave_one_out": True}, "leave_one_out has no meaning"),
         ({"smoothing": 0.1, "leave_one_out": True}, "leave_one_out has no meaning"),
-        ({"smoothing": 0.1, "centroid_momentum": 0.9}, "moves every remembered class"),
         ({"smoothing": 1.0}, "smoothing must be at least 0 and less than 1, got 1.0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -774,7 +773,6 @@ def test_unsuitable_flags_are_listed_together(
     smooth = (SCRIPT, images, "--loss", "varcon", "--smoothing", 0.1)
     for flag, expected in (
         ("--varcon-leave-one-out", "--varcon-leave-one-out (an image of several classes"),
-        ("--varcon-centroid-momentum=0.9", "--varcon-centroid-momentum 0.9 (smoothed labels"),
     ):
         assert expected in varcon_timm(*smooth, flag).refusal
     with_one_view = ("--no-aug", "--no-prefetcher", "--num-classes", 3, "--varcon-views", 1)
@@ -787,7 +785,7 @@ def test_the_documents_name_what_is_refused() -> None:
     page = (Path(__file__).parent.parent / "docs/timm.md").read_text()
     table = page.partition("## What cannot be combined")[2].partition("## ")[0]
     rules = [rule for name, rule in vars(timm_launch).items() if name.startswith("_REFUSED")]
-    assert len(rules) == 5
+    assert len(rules) == 4
     for name, _, _ in (entry for rule in rules for entry in rule):
         assert f"`--{name.replace('_', '-')}" in table, name
 

@@ -82,7 +82,8 @@ def match_memory(
     if classes is not None:
         labels = classes.slot_labels()
         assert classes.counts is not None
-        update_memory(memory, labels, classes.sums, classes.counts)
+        shares = isinstance(own_labels, Shares)
+        update_memory(memory, labels, classes.sums, classes.counts, shares=shares)
         known = memory.seen.index_select(0, labels) > 0
         kept = known | ~classes.sums.isfinite().all(1)
     centroids, remembered = remembered_centroids(memory, dtype, copy=copy)
