@@ -475,7 +475,7 @@ def _mixup(mixed: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Iterator[
         f"{rates}. Runs with and without are paired by seed. An extension of the paper; SupCon "
         "does not take such labels.\n"
     )
-    shown = ("linear", "knn", "class mean", "linear, 5 a class", "linear, 1 a class")
+    shown = ("linear", "knn", "linear, 5 a class", "linear, 1 a class")
     for name, part, here in _mixed_groups(mixed, rows):
         plain = [paired.summary(here, value) for value in shown]
         lines = [["SupCon", *(paired.text(table[table["method"] == "SupCon"]) for table in plain)]]
