@@ -353,7 +353,7 @@ def draw_settings(table: pd.DataFrame, vary: str, path: Path) -> Path:
                 capsize=2, **style.line(method),
             )  # fmt: skip
         axis.set_xticks(range(len(settings)), [str(setting) for setting in settings])
-        axis.set(title=TITLES[value], xlabel=vary)
+        axis.set(title=TITLES[value].replace(" on ", "\non "), xlabel=vary)
     axes[0, 0].set_ylabel("accuracy, %")
     first = table.iloc[0]
     figure.suptitle(
