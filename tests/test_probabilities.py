@@ -281,10 +281,10 @@ def test_dtypes(kind: str, dtype: torch.dtype, label_dtype: torch.dtype) -> None
         torch.testing.assert_close(varcon_loss(features, rows), loss)
 
 
-@by_options
-def test_full_graph(options: dict, impl: str) -> None:
+@pytest.mark.parametrize("title", ["plain", "as they are", "weight, none"])
+def test_full_graph(title: str, impl: str) -> None:
     torch._dynamo.reset()
-    criterion = VarConLoss(**options, impl=impl)
+    criterion = VarConLoss(**OPTIONS[title], impl=impl)
     compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
     for kind in KINDS.values():
         features = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
