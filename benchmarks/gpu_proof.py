@@ -65,6 +65,7 @@ NEEDS = {
     "test_metric_learning.py": ("pytorch_metric_learning", "pandas"),
     "test_trainers.py": ("lightning", "accelerate"),
     "test_values.py": ("hypothesis",),
+    "test_expectation.py": ("hypothesis",),
     "test_golden.py": ("numpy",),
     "test_kernel_code.py": ("typer", "rich", "pandas"),
     "test_gpu_proof.py": ("typer", "rich", "pandas", "sklearn"),
