@@ -152,7 +152,7 @@ class TestQuality:
     def test_a_sweep_resumes_and_reports_pairs(self, tmp_path: Path) -> None:
         path = tmp_path / "digits.jsonl"
         methods = ["SupCon", "VarCon"]
-        grid = {"batch_sizes": [256], "learning_rates": [0.1, 0.2], "seeds": 2, "epochs": 2}
+        grid = {"batch_sizes": [256], "learning_rates": [0.1, 0.2], "seeds": 2, "epochs": 1}
         rows = quality.sweep("digits", methods, **grid, store=cells.Store(path))
         lines = path.read_text().splitlines()
         assert len(rows) == 4
