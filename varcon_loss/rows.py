@@ -45,7 +45,7 @@ class Rows(NamedTuple):
         """What the equations need beside the features, for autograd to keep: see `rows_of`."""
         anchors, centroids = self.anchors, self.centroids
         which = (anchors.norms, anchors.valid, anchors.broken, self.weight)
-        slots: tuple[Tensor | None, ...] = (None, None, None, None, None)
+        slots: tuple[Tensor | None, ...]
         if isinstance(self.slots, Shares):
             shares = self.slots
             slots = (None, shares.values, shares.slots, shares.columns, shares.background)

@@ -38,32 +38,22 @@ class Shares(NamedTuple):
 
         ``start`` and ``stop`` are multiples of ``views``.
         """
-        part = self.values[start // self.views : stop // self.views]
-        if self.columns is not None:
-            part = part.index_select(1, self.columns)
-        part = part.to(dtype)
-        return part if self.views == 1 else part.repeat_interleave(self.views, 0)
+        return self._of_samples(self._in_columns(self._part(self.values, start, stop), dtype))
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """`rows` of all samples, ``[N, S]`` (or ``[N, M]``)."""
-        part = self.values
-        if self.columns is not None:
-            part = part.index_select(1, self.columns)
-        part = part.to(dtype)
-        return part if self.views == 1 else part.repeat_interleave(self.views, 0)
+        return self._of_samples(self._in_columns(self.values, dtype))
 
     def slots_of(self, start: int, stop: int) -> Tensor:
         """The slots ``[n, M]`` beside `rows`."""
         assert self.slots is not None
-        part = self.slots[start // self.views : stop // self.views]
-        return part if self.views == 1 else part.repeat_interleave(self.views, 0)
+        return self._of_samples(self._part(self.slots, start, stop))
 
     def background_of(self, start: int, stop: int) -> Tensor | None:
         """The background ``[n, 1]`` beside `rows`."""
         if self.background is None:
             return None
-        part = self.background[start // self.views : stop // self.views]
-        return part if self.views == 1 else part.repeat_interleave(self.views, 0)
+        return self._of_samples(self._part(self.background, start, stop))
 
     def table(self, size: int, dtype: torch.dtype) -> Tensor:
         """All of it, ``[N, S]``."""
@@ -72,13 +62,16 @@ class Shares(NamedTuple):
         table = self.values.new_zeros(self.values.shape[0], size, dtype=dtype)
         if self.background is not None:
             table += self.background
-        table.scatter_(1, self.slots, self.values.to(dtype))
-        return table if self.views == 1 else table.repeat_interleave(self.views, 0)
+        return self._of_samples(table.scatter_(1, self.slots, self.values.to(dtype)))
 
-    @property
-    def num_rows(self) -> int:
-        """N"""
-        return self.values.shape[0] * self.views
+    def _part(self, rows: Tensor, start: int, stop: int) -> Tensor:
+        return rows[start // self.views : stop // self.views]
+
+    def _in_columns(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        return (values if self.columns is None else values.index_select(1, self.columns)).to(dtype)
+
+    def _of_samples(self, rows: Tensor) -> Tensor:
+        return rows if self.views == 1 else rows.repeat_interleave(self.views, 0)
 
 
 class ReadShares(NamedTuple):

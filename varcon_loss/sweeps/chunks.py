@@ -1,4 +1,4 @@
-"""Chunks of rows: how large they are, and what those of a sweep under shares have in common."""
+"""Chunks of rows: how large they are, and what those of a sweep have in common."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,17 +19,18 @@ class Shared(NamedTuple):
     to_logits: Callable[[Tensor, Tensor | None], Tensor]  # [n, D] -> [n, S]
     to_gradient: Callable[[Tensor, Tensor | None], Tensor] | None  # and back; None: not needed
     key_sum: Tensor  # [D] sum of the keys
-    weighted_key_sum: Tensor  # [D] the same by class weight
     present: Tensor | None  # [S] bool; None: no slot is empty
-    counted: Tensor | None  # [S] the same as numbers
-    scale: Tensor | None  # [S] the same by class weight; None: all 1
     num_others: Tensor | int  # K - 1
-    weight: Tensor | None  # [S] what the loss multiplies the shares by
     shifted: bool  # must a maximum be subtracted before exp?
     project: bool  # does the gradient pass through the normalisation?
     temperature: float
     epsilon: float
     need_terms: bool
+    # Under shares of classes:
+    weight: Tensor | None = None  # [S] what the loss multiplies the shares by
+    weighted_key_sum: Tensor | None = None  # [D] sum of the keys by that
+    counted: Tensor | None = None  # [S] `present` as numbers
+    scale: Tensor | None = None  # [S] the same by class weight; None: all 1
 
 
 class Evaluated(NamedTuple):
@@ -38,3 +39,20 @@ class Evaluated(NamedTuple):
     loss: Tensor  # [n]
     others: Tensor | None  # [4, n] KL, NLL, confidence and tau2
     dl_dz: Tensor | None  # [n, D]
+
+
+def rows_a_chunk(z: Tensor, num_slots: int, views: int = 1) -> int:
+    """How many of the rows ``[N, D]`` are swept at a time: a multiple of ``views``, at least 1."""
+    num_rows, dim = z.shape
+    budget = CHUNK_CPU if z.device.type == "cpu" else CHUNK_ACCELERATOR
+    num_chunks = max(1, -(-num_rows // max(128, budget // (num_slots + dim))))
+    chunk = -(-num_rows // num_chunks)
+    return max(1, -(-chunk // views) * views)
+
+
+def count_others(num_present: Tensor, z: Tensor) -> Tensor | int:
+    """``K - 1``, at least 0: a number where it may be read, else as the rows ``z`` are."""
+    # K = 0: no row is valid, but log(-1) would turn the zeros into NaN.
+    if z.device.type == "cpu":
+        return max(0, int(num_present) - 1)
+    return num_present.sub(1).clamp_min(0).to(z.dtype)

@@ -12,9 +12,6 @@ Small batches feel every call into torch more than its arithmetic, hence columns
 than vectors, and no slicing where one chunk holds all rows.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -23,26 +20,11 @@ from varcon_loss.rows import Implementation, Rows
 from varcon_loss.samples import read
 from varcon_loss.shares import Shares
 from varcon_loss.sums import sum_slots
-from varcon_loss.sweeps import chunks
+from varcon_loss.sweeps.chunks import TINY, Shared, count_others, rows_a_chunk
 from varcon_loss.sweeps.expectation import sweep_shares
 from varcon_loss.sweeps.objective import row_objective, row_slopes
 from varcon_loss.sweeps.operators import SweepResult, gradient_scale, make_operator
 from varcon_loss.sweeps.products import make_linear
-
-
-class _Sweep(NamedTuple):
-    """What all chunks share."""
-
-    to_logits: Callable[[Tensor, Tensor | None], Tensor]  # [n, D] -> [n, S]
-    to_gradient: Callable[[Tensor, Tensor | None], Tensor] | None  # and back; None: not needed
-    key_sum: Tensor  # [D] sum of the keys
-    present: Tensor | None  # [S] bool; None: no slot is empty
-    num_others: Tensor | int  # K - 1
-    shifted: bool  # must a maximum be subtracted before exp?
-    project: bool  # does the gradient pass through the normalisation?
-    temperature: float
-    epsilon: float
-    need_terms: bool
 
 
 def sweep(
@@ -53,26 +35,17 @@ def sweep(
         return sweep_shares(rows, rows.slots, temperature, epsilon, need_grad, need_terms)
     anchors, centroids = rows.anchors, rows.centroids
     z, norms, valid, own = anchors.unit, anchors.norms, anchors.valid, rows.own
-    w, num_present = centroids.unit, centroids.num_present
+    w = centroids.unit
     assert z is not None
-    (num_rows, dim), num_slots = z.shape, w.shape[0]
-    on_cpu = z.device.type == "cpu"
-    budget = chunks.CHUNK_CPU if on_cpu else chunks.CHUNK_ACCELERATOR
-    num_chunks = max(1, -(-num_rows // max(128, budget // (num_slots + dim))))
-    chunk = -(-num_rows // num_chunks)
-
+    num_rows, num_slots = z.shape[0], w.shape[0]
+    chunk = rows_a_chunk(z, num_slots)
     keys = w / temperature  # [S, D]
-    # K = 0: no row is valid, but log(-1) would turn the zeros into NaN.
-    if on_cpu:
-        num_others: Tensor | int = max(0, int(num_present) - 1)
-    else:
-        num_others = num_present.sub(1).clamp_min(0).to(z.dtype)
-    shared = _Sweep(
+    shared = Shared(
         to_logits=make_linear(keys, chunk),
         to_gradient=make_linear(keys.T, chunk) if need_grad else None,
         key_sum=keys.sum(0),
         present=centroids.present,
-        num_others=num_others,
+        num_others=count_others(centroids.num_present, z),
         shifted=not rows.have_small_logits(temperature),
         project=norms is not None,
         temperature=temperature,
@@ -81,11 +54,11 @@ def sweep(
     )
     own_slot = rows.slots.unsqueeze(1)
     scale = gradient_scale(rows, need_grad)
-    if num_chunks == 1:
+    if chunk >= num_rows:
         loss, all_others, gradient = _sweep_chunk(shared, z, own_slot, own, None, None)
         return loss, all_others, _masked(gradient, valid), scale
 
-    if on_cpu:
+    if z.device.type == "cpu":
         # Freed at once, never written: glibc then keeps what a chunk frees for the next one, and
         # no longer hands it back to the system. Otherwise up to 150,000 page faults, and half of
         # the time, at N = 65,536, K = 1000.
@@ -118,7 +91,7 @@ def _masked(gradient: Tensor | None, valid: Tensor | None) -> Tensor | None:
 
 
 def _sweep_chunk(
-    shared: _Sweep,
+    shared: Shared,
     z: Tensor,
     own_slot: Tensor,
     own: Tensor | None,
@@ -170,7 +143,7 @@ def _sweep_chunk(
 
     # weights -> dL/du. The empty slots' keys are zero, whatever their weights.
     rest_slope, own_slope = row_slopes(row)
-    weights.mul_(rest_slope / total.clamp_min_(chunks.TINY))
+    weights.mul_(rest_slope / total.clamp_min_(TINY))
     at_slot = row.q_other if own is not None else own_slope + row.q_other
     weights.scatter_(1, own_slot, at_slot)
     g = shared.to_gradient(weights, gradient).addcmul_(row.q_other, shared.key_sum, value=-1)

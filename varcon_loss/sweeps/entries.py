@@ -92,7 +92,7 @@ def evaluate_entries(
         if shift is not None:
             lse += shift
         by_weight = every_logit
-        if shared.weight is not None:
+        if shared.weighted_key_sum is not None:
             by_weight = torch.mv(z, shared.weighted_key_sum).unsqueeze(1)
         rest = _evaluate_rest(
             shared, background, slots, slot_logits, (every_logit, by_weight), lse, shift,

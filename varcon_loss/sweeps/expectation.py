@@ -20,8 +20,7 @@ from torch import Tensor
 
 from varcon_loss.rows import Rows
 from varcon_loss.shares import Shares
-from varcon_loss.sweeps import chunks
-from varcon_loss.sweeps.chunks import Shared
+from varcon_loss.sweeps.chunks import Shared, count_others, rows_a_chunk
 from varcon_loss.sweeps.entries import evaluate_entries
 from varcon_loss.sweeps.operators import SweepResult, gradient_scale
 from varcon_loss.sweeps.products import make_linear
@@ -71,18 +70,12 @@ def expected_loss(
         need_grad: otherwise there is no gradient.
         need_terms: otherwise there are no ``others``.
     """
-    (num_rows, dim), num_slots = z.shape, w.shape[0]
-    on_cpu = z.device.type == "cpu"
+    num_rows, num_slots = z.shape[0], w.shape[0]
     if shares.background is not None and int(num_classes) == 1:
         # The class must come out as 0 exactly, and stand alone for that.
         shares = Shares(values=shares.table(num_slots, z.dtype), slots=None, columns=None)
     dense = shares.slots is None
-    budget = chunks.CHUNK_CPU if on_cpu else chunks.CHUNK_ACCELERATOR
-    chunk = _chunk_rows(num_rows, num_slots + dim, budget, shares.views)
-    if on_cpu:
-        num_others: Tensor | int = max(0, int(num_classes) - 1)
-    else:
-        num_others = num_classes.sub(1).clamp_min(0).to(z.dtype)
+    chunk = rows_a_chunk(z, num_slots, shares.views)
     counted = None if present is None else present.to(z.dtype)
     keys = w / temperature
     key_sum = keys.sum(0)
@@ -90,11 +83,11 @@ def expected_loss(
         to_logits=make_linear(keys, chunk),
         to_gradient=make_linear(keys.T, chunk) if need_grad else None,
         key_sum=key_sum,
-        weighted_key_sum=key_sum if weight is None else torch.mv(keys.T, weight),
+        weighted_key_sum=None if weight is None else torch.mv(keys.T, weight),
         present=present,
         counted=counted,
         scale=weight if counted is None else counted if weight is None else counted * weight,
-        num_others=num_others,
+        num_others=count_others(num_classes, z),
         weight=weight,
         shifted=not small_logits,
         project=project,
@@ -132,13 +125,6 @@ def expected_loss(
         if gradient is not None:
             gradient.masked_fill_(~valid.unsqueeze(1), 0.0)
     return Expected(loss=loss, others=terms, gradient=gradient)
-
-
-def _chunk_rows(num_rows: int, width: int, budget: int, views: int) -> int:
-    """Rows of a chunk, a multiple of ``views``."""
-    num_chunks = max(1, -(-num_rows // max(128, budget // width)))
-    chunk = -(-num_rows // num_chunks)
-    return max(1, -(-chunk // views) * views)
 
 
 def _finish(shared: Shared, z: Tensor, dz: Tensor, gradient: Tensor) -> None:

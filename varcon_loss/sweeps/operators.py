@@ -290,6 +290,7 @@ def make_operator(
 
     def run(rows: Rows, temperature: float, epsilon: float, need_terms: bool) -> RowTerms:
         anchors, centroids = rows.anchors, rows.centroids
+        slots, shares = (None, rows.slots) if isinstance(rows.slots, Shares) else (rows.slots, None)
         features = anchors.features
         need_grad = torch.is_grad_enabled() and features.requires_grad
         if torch.compiler.is_compiling():
@@ -301,9 +302,9 @@ def make_operator(
                 need_grad=need_grad,
                 need_terms=need_terms,
                 unit=anchors.unit,
-                slots=None if isinstance(rows.slots, Shares) else rows.slots,
-                shares=rows.slots.values if isinstance(rows.slots, Shares) else None,
-                columns=rows.slots.columns if isinstance(rows.slots, Shares) else None,
+                slots=slots,
+                shares=None if shares is None else shares.values,
+                columns=None if shares is None else shares.columns,
                 class_weight=rows.weight,
                 present=centroids.present,
                 num_present=centroids.num_present,
@@ -321,7 +322,7 @@ def make_operator(
             given = (features, rows, temperature, epsilon, need_grad, need_terms)
             loss, others, *_ = function.apply(*given)
             if need_grad and not several:
-                _allow_changes(loss, shares=isinstance(rows.slots, Shares))
+                _allow_changes(loss, shares=shares is not None)
         terms = RowTerms(loss=loss, others=others)
         return terms if fused else terms.masked(anchors)
 
