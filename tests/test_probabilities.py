@@ -243,6 +243,25 @@ def test_ranks_equal_one_process_on_the_concatenated_batch(world_size: int, tmp_
             torch.testing.assert_close(rank_gradient, gradient, rtol=1e-10, atol=1e-12)
 
 
+def memory_on_rank(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    inputs, rows = share_of(rank, "mixed")
+    criterion = VarConLoss(
+        num_classes=C, feature_dim=WIDTH, centroid_momentum=0.9, process_group="world"
+    )
+    loss = criterion(inputs, 2 * rows)  # two labels a row: shares that do not sum to 1
+    return loss, criterion.centroids
+
+
+def test_ranks_with_a_memory_divide_by_rows(tmp_path: Path) -> None:
+    parts = [share_of(rank, "mixed") for rank in range(2)]
+    criterion = VarConLoss(num_classes=C, feature_dim=WIDTH, centroid_momentum=0.9)
+    expected = criterion(torch.cat([x for x, _ in parts]), 2 * torch.cat([y for _, y in parts]))
+    got = run_ranks(memory_on_rank, 2, tmp_path)
+    torch.testing.assert_close(sum(loss for loss, _ in got) / 2, expected)
+    for _, centroids in got:
+        torch.testing.assert_close(centroids, criterion.centroids)
+
+
 def failing_rank(rank: int, world_size: int) -> str:
     criterion = VarConLoss(process_group="world")
     rows = dense(4)

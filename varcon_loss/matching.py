@@ -93,7 +93,8 @@ def match_memory(
             known = known.index_put((classes.slot_labels(),), kept)
         anchors = anchors.narrowed(row_totals(own_labels, known.to(dtype)) > 0)
         shares, weight = _select(own_labels, options.weight, remembered, dtype)
-        return Rows(anchors=anchors, slots=shares, centroids=centroids, kept=kept, weight=weight)
+        # No `kept`: the mean divides by rows, which the shares of classes do not count.
+        return Rows(anchors=anchors, slots=shares, centroids=centroids, weight=weight)
     if kept is None or classes is None:
         anchors = anchors.narrowed(memory.seen.index_select(0, own_labels) > 0)
     else:
