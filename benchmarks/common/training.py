@@ -78,7 +78,7 @@ def train(
     torch.manual_seed(seed)
     channels = data.train.images.shape[1]
     make = {"small-cnn": SmallCNN, "cifar-resnet50": CifarResNet50}[recipe.encoder]
-    encoder = make(channels).to(device)
+    encoder = make(channels).to(device, memory_format=torch.channels_last)  # convolves faster
     options = {"temperature": recipe.temperature}
     for name in ("epsilon", "centroid_momentum"):
         if getattr(recipe, name) is not None:
