@@ -8,6 +8,7 @@ their entries are kept; otherwise the caller's table stays where it is and is re
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from varcon_loss.readable import values_may_be_read
@@ -170,11 +171,14 @@ def find_entries(
         return None
     width = min(BLOCK, num_columns)
     starts = (block * BLOCK).clamp_max(num_columns - width)
-    above = _windows(values, rows, starts, width) > lowest.index_select(0, rows).unsqueeze(1)
-    if num_columns % BLOCK != 0:
+    windows = _windows(values, rows, starts, width)
+    above = windows > lowest.index_select(0, rows).unsqueeze(1)
+    if width == BLOCK and num_columns % BLOCK != 0:
         # The last block begins before its place, with columns of the one before.
-        above &= starts.unsqueeze(1) + torch.arange(width) >= (block * BLOCK).unsqueeze(1)
+        last = (block == blocks.shape[1] - 1).nonzero().squeeze(1)
+        above[:, : BLOCK - num_columns % BLOCK].index_fill_(0, last, False)
     found, within = above.nonzero(as_tuple=True)
+    above_lowest = windows[found, within].to(dtype)
     rows, columns = rows.index_select(0, found), starts.index_select(0, found) + within
     counts = torch.bincount(rows, minlength=num_rows)
     size = max(1, int(counts.max()))
@@ -185,7 +189,7 @@ def find_entries(
     slots = torch.zeros(num_rows * size, dtype=torch.int64)
     entries = torch.zeros(num_rows * size, dtype=dtype)
     missing = torch.ones(num_rows * size, dtype=torch.bool)
-    slots[place], entries[place], missing[place] = columns, values[rows, columns].to(dtype), False
+    slots[place], entries[place], missing[place] = columns, above_lowest, False
     background = lowest.unsqueeze(1).to(dtype) if float(lowest.max()) > 0 else None
     shares = Shares(
         values=entries.view(-1, size),
@@ -284,17 +288,24 @@ def share_sums(shares: Shares, unit: Tensor, size: int) -> Tensor:
         if shares.slots is None:
             total += make_linear(rows.T, size)(part.T, None)
             continue
-        sums = unit.new_zeros(size, unit.shape[1])
         background = shares.background_of(start, stop)
         if background is not None:
             part = part - background
-            sums += (rows * background).sum(0)
-        for values, slots in zip(
-            part.unbind(1), shares.slots_of(start, stop).unbind(1), strict=True
-        ):
-            sums.index_add_(0, slots, rows * values.unsqueeze(1))
-        total += sums
+            total += torch.mv(rows.T, background.squeeze(1))
+        total += _sum_entries(rows, part, shares.slots_of(start, stop), size)
     return total.to(unit.dtype)
+
+
+def _sum_entries(rows: Tensor, values: Tensor, slots: Tensor, size: int) -> Tensor:
+    """Rows ``[n, D]`` times their entries ``[n, M]``, summed by slot: ``[size, D]``."""
+    slots, order = slots.reshape(-1).sort(stable=True)
+    return F.embedding_bag(
+        torch.div(order, values.shape[1], rounding_mode="floor"),
+        rows,
+        torch.searchsorted(slots, torch.arange(size)),
+        mode="sum",
+        per_sample_weights=values.reshape(-1).index_select(0, order),
+    )
 
 
 def row_totals(shares: Shares, weight: Tensor) -> Tensor:
