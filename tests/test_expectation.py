@@ -13,10 +13,11 @@ from tests.test_shares import LargestWritten
 from varcon_loss import varcon_terms
 from varcon_loss.classes import Centroids, unit_centroids
 from varcon_loss.norms import row_norms
+from varcon_loss.rows import Swept
 from varcon_loss.samples import unit_rows
 from varcon_loss.shares import Shares, class_masses, in_slots, share_sums
 from varcon_loss.sweeps import chunks, products
-from varcon_loss.sweeps.expectation import Expected, expected_loss
+from varcon_loss.sweeps.expectation import expected_loss
 from varcon_loss.sweeps.expectation_reference import expected_loss_by_equations
 
 F64 = torch.float64
@@ -26,7 +27,7 @@ FORMS = ("table", "entries", "background")
 def shares_of(table: Tensor, form: str, dtype: torch.dtype = F64) -> Shares:
     """Either form of any table, with as many entries a row as it takes."""
     if form == "table":
-        return Shares(table, None, None)
+        return Shares(table)
     lowest = table.amin(1, keepdim=True)
     background = lowest if form == "background" else torch.zeros_like(lowest)
     size = max(1, int((table > background).sum(1).max()))
@@ -46,7 +47,7 @@ def evaluate(
     valid: Tensor | None = None,
     *,
     normalize: bool = False,
-) -> Expected:
+) -> Swept:
     return expected_loss(
         z, shares, centroids.unit, centroids.present, centroids.num_present, weight, valid,
         temperature, epsilon, small_logits=normalize and 1 / temperature <= 40, project=normalize,
@@ -63,7 +64,7 @@ def from_features(
     weight: Tensor | None = None,
     *,
     normalize: bool = True,
-) -> tuple[Expected, Tensor]:
+) -> tuple[Swept, Tensor]:
     """From features ``[N, D]`` and ``[N, C]``, and the gradient of the features."""
     dtype = torch.promote_types(features.dtype, torch.float32)
     shares, valid = shares_of(table, form, dtype), table.sum(1) > 0
@@ -120,7 +121,7 @@ def test_against_scalar_loops(
     table = random_table(num_rows, num_classes, density, generator) + floor
     weight = torch.rand(num_classes, generator=generator, dtype=F64) if weighted else None
     epsilon = share * temperature
-    (loss, others, gradient), _ = from_features(
+    (loss, others, gradient, _), _ = from_features(
         features, table, form, temperature, epsilon, weight, normalize=normalize
     )
     expected = oracle_shares.row_terms(
@@ -168,14 +169,14 @@ def test_gradient_is_that_of_the_equations(
     table = random_table(num_rows, num_classes, density, generator) + floor
     weight = torch.rand(num_classes, generator=generator, dtype=F64) if weighted else None
     shares, epsilon = shares_of(table, form), share * temperature
-    loss, others, gradient = expected_loss(
+    loss, others, gradient, _ = expected_loss(
         z, shares, w, present, count, weight, None, temperature, epsilon,
         small_logits=not shifted and 1 / temperature <= 40, project=False, need_grad=True,
         need_terms=True,
     )  # fmt: skip
     x = z.clone().requires_grad_()
     want, want_others = expected_loss_by_equations(
-        x, Shares(table, None, None), w, present, weight, temperature, epsilon
+        x, Shares(table), w, present, weight, temperature, epsilon
     )
     want.sum().backward()
     assert x.grad is not None
@@ -245,7 +246,7 @@ def by_equations(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, other terms and gradient in float64."""
     x = z.requires_grad_()
-    shares = Shares(table.double(), None, None)
+    shares = Shares(table.double())
     loss, others = expected_loss_by_equations(x, shares, w.double(), None, None, temperature, 0.01)
     (gradient,) = torch.autograd.grad(loss.sum(), x)
     return loss.detach(), others, gradient
@@ -260,7 +261,7 @@ def test_confident_gradients_keep_their_digits(kind: str, form: str, small_logit
     """What float32 logits cost (they are 10 +- 1e-6) is all that is lost."""
     z, w, table = confident_batch(kind)
     temperature = 0.05
-    loss, _, gradient = expected_loss(
+    loss, _, gradient, _ = expected_loss(
         z, shares_of(table, form, torch.float32), w, None, torch.tensor(len(w)), None, None,
         temperature, 0.01, small_logits=small_logits, project=False, need_grad=True,
         need_terms=False,
@@ -290,9 +291,8 @@ def test_linear_in_the_shares(form: str, seed: int) -> None:
     results = [
         evaluate(z, shares_of(table, form), centroids) for table in (one, two, 0.3 * one + 2 * two)
     ]
-    for a, b, both in zip(*results, strict=True):
-        assert a is not None
-        assert b is not None
+    for field in ("loss", "others", "gradient"):
+        a, b, both = (getattr(result, field) for result in results)
         torch.testing.assert_close(both, 0.3 * a + 2 * b, rtol=1e-10, atol=1e-12)
 
 
@@ -302,8 +302,8 @@ def test_order_of_classes_and_rows_does_not_matter(form: str) -> None:
     features = torch.randn(20, 6, generator=generator, dtype=F64)
     table = random_table(20, 7, 0.4, generator) + (0.01 if form == "background" else 0)
     classes, rows = torch.randperm(7, generator=generator), torch.randperm(20, generator=generator)
-    (loss, _, _), gradient = from_features(features, table, form)
-    (moved, _, _), moved_gradient = from_features(features[rows], table[rows][:, classes], form)
+    (loss, _, _, _), gradient = from_features(features, table, form)
+    (moved, _, _, _), moved_gradient = from_features(features[rows], table[rows][:, classes], form)
     torch.testing.assert_close(moved, loss[rows], rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(moved_gradient, gradient[rows], rtol=1e-10, atol=1e-12)
 
@@ -345,9 +345,7 @@ def test_equations_can_be_differentiated_twice() -> None:
     present = torch.arange(5) != 2
 
     def loss(z: Tensor) -> Tensor:
-        return expected_loss_by_equations(z, Shares(table, None, None), w, present, None, 0.3, 0.2)[
-            0
-        ]
+        return expected_loss_by_equations(z, Shares(table), w, present, None, 0.3, 0.2)[0]
 
     assert torch.autograd.gradgradcheck(loss, z)
 
@@ -361,8 +359,10 @@ def test_range(form: str, normalize: bool, temperature: float) -> None:
     features = torch.randn(20, 6, generator=generator) * 30
     table = random_table(20, 7, 0.4, generator).float() + (0.01 if form == "background" else 0)
     options = {"temperature": temperature, "epsilon": temperature / 2, "normalize": normalize}
-    (loss, _, _), gradient = from_features(features, table, form, **options)
-    (want, _, _), want_gradient = from_features(features.double(), table.double(), form, **options)
+    (loss, _, _, _), gradient = from_features(features, table, form, **options)
+    (want, _, _, _), want_gradient = from_features(
+        features.double(), table.double(), form, **options
+    )
     assert gradient.isfinite().all()
     assert float((loss - want).abs().max() / want.abs().max()) < 1e-5
     assert float((gradient - want_gradient).norm() / want_gradient.norm()) < 1e-3
@@ -376,7 +376,7 @@ def test_odd_shapes(form: str, shape: tuple[int, int]) -> None:
     table = torch.rand(num_rows, num_classes)
     if num_rows == 0 and form != "table":
         return
-    (loss, others, _), gradient = from_features(features, table, form)
+    (loss, others, _, _), gradient = from_features(features, table, form)
     assert others is not None
     assert (loss.shape, others.shape, gradient.shape) == ((num_rows,), (4, num_rows), (num_rows, 4))
     assert loss.isfinite().all()
@@ -392,13 +392,13 @@ def test_rows_of_zeros_take_no_part(form: str, make_batch: MakeBatch) -> None:
     features = features.detach()
     features[[3, 4]], table[[3, 4]] = torch.nan, 0.0
     kept = table.sum(1) > 0
-    (loss, others, _), gradient = from_features(features, table, form)
-    (want, want_others, _), want_gradient = from_features(features[kept], table[kept], form)
+    (loss, others, _, _), gradient = from_features(features, table, form)
+    (want, want_others, _, _), want_gradient = from_features(features[kept], table[kept], form)
     assert others is not None
     for got, expected in ((loss, want), (others.T, want_others.T), (gradient, want_gradient)):  # type: ignore[union-attr]
         torch.testing.assert_close(got[kept], expected, rtol=1e-12, atol=1e-14)
         assert (got[~kept] == 0).all()
-    (loss, _, _), gradient = from_features(features, torch.zeros_like(table), "table")
+    (loss, _, _, _), gradient = from_features(features, torch.zeros_like(table), "table")
     assert (loss == 0).all()
     assert (gradient == 0).all()
 
@@ -409,7 +409,7 @@ def test_nan_shows(form: str) -> None:
     features[0] = torch.nan
     table = F.one_hot(torch.arange(8) % 4).float() * 0.9 + 0.025
     table[7] = 0.0
-    (loss, _, _), gradient = from_features(features, table, form)
+    (loss, _, _, _), gradient = from_features(features, table, form)
     assert loss[:7].isnan().all()
     assert gradient[:7].isnan().any(1).all()
     assert loss[7] == 0
@@ -419,8 +419,8 @@ def test_nan_shows(form: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, F64])
 def test_the_tables_dtype_is_the_callers(dtype: torch.dtype) -> None:
     features, table = torch.randn(10, 4), torch.rand(10, 6).to(dtype)
-    (loss, _, _), gradient = from_features(features, table)
-    (want, _, _), want_gradient = from_features(features, table.float())
+    (loss, _, _, _), gradient = from_features(features, table)
+    (want, _, _, _), want_gradient = from_features(features, table.float())
     assert loss.dtype == gradient.dtype == torch.float32
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(gradient, want_gradient)
@@ -470,7 +470,7 @@ def test_no_matrix_of_samples_by_classes_is_made(form: str, num_rows: int) -> No
 def test_nothing_waits_for_a_device() -> None:
     """On the meta device tensors have no values, and reading one raises."""
     z, w = torch.empty(12, 4, device="meta"), torch.empty(5, 4, device="meta")
-    shares = Shares(torch.empty(12, 5, device="meta"), None, None)
+    shares = Shares(torch.empty(12, 5, device="meta"))
     present, count = (
         torch.empty(5, dtype=torch.bool, device="meta"),
         torch.empty((), dtype=torch.int64, device="meta"),

@@ -67,7 +67,7 @@ def test_a_full_table_stays_where_it_is() -> None:
 def test_one_full_row_among_few_entries() -> None:
     table = mixed(100, 64)
     table[50] = torch.rand(64, dtype=F64)
-    assert read_shares(table, F64, name="labels").shares.slots is None
+    assert read_shares(table, F64, name="labels")[0].slots is None
 
 
 @pytest.mark.parametrize("table", [mixed(300, 1000), mixed(300, 1000, 0.01), torch.rand(300, 1000)])
@@ -113,9 +113,9 @@ def test_no_value_is_read_on_a_device() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, F64])
 def test_sums(background: float, form: str, views: int, kept: list | None, dtype) -> None:
     table, unit = mixed(30, 40, background).to(dtype), torch.randn(30 * views, 6, dtype=F64)
-    shares = Shares(table, None, None, None, views)
+    shares = Shares(table, views=views)
     if form == "entries":
-        shares = read_shares(table, F64, views, name="labels").shares
+        shares, *_ = read_shares(table, F64, views, name="labels")
         assert shares.slots is not None
     size, exact = 40, table.double()
     if kept is not None:
@@ -139,9 +139,9 @@ def test_many_rows_add_up(background: float, form: str) -> None:
     num_rows = 600_000
     table = torch.full((num_rows, 8), background)
     table[:, 2], table[:, 5] = 0.3, 0.7
-    shares = Shares(table, None, None)
+    shares = Shares(table)
     if form == "entries":
-        shares = read_shares(table, torch.float32, name="labels").shares
+        shares, *_ = read_shares(table, torch.float32, name="labels")
         assert shares.slots is not None
     unit = torch.full((num_rows, 2), 0.7)
     exact = table.double().sum(0)

@@ -31,7 +31,7 @@ from varcon_loss.reduction import (
     reduce_loss,
     weigh_rows,
 )
-from varcon_loss.rows import Implementation, Rows, RowTerms
+from varcon_loss.rows import Implementation, Rows, Swept
 from varcon_loss.samples import Batch, Samples, flatten, shape_of_samples
 
 P = ParamSpec("P")
@@ -86,7 +86,7 @@ def varcon_loss(
         options=options,
         plans=PLANS_OF_FUNCTIONS,
     )
-    return evaluate(call, need_terms=False).reduced
+    return evaluate(call, need_terms=False)[0]
 
 
 def _takes_what(model: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
@@ -135,7 +135,9 @@ def varcon_terms(
         options=checked,
         plans=PLANS_OF_FUNCTIONS,
     )
-    return evaluate(call, need_terms=True).terms(features)
+    _, terms = evaluate(call, need_terms=True)
+    assert terms is not None
+    return terms
 
 
 class Call(NamedTuple):
@@ -150,70 +152,35 @@ class Call(NamedTuple):
     memory: CentroidMemory | None = None
 
 
-class Outcome(NamedTuple):
-    """What a call has computed."""
+def evaluate(call: Call, *, need_terms: bool) -> tuple[Tensor, VarConTerms | None]:
+    """The flow of every call, to the loss as it is reduced and its terms.
 
-    rows: Rows
-    row_terms: RowTerms
-    reduced: Tensor  # [], or [N] or [B, V] for "none"
-    impl: str
-
-    def terms(self, features: Tensor) -> VarConTerms:
-        """As the public record, in the shape of ``features``, which may have views."""
-        loss, others, valid = self.row_terms.loss, self.row_terms.others, self.rows.anchors.valid
-        assert others is not None
-        if valid is None:
-            valid = torch.ones_like(loss, dtype=torch.bool)
-        shape = shape_of_samples(features)
-        kl, nll, confidence, tau2 = others.view(4, *shape).unbind()
-        return VarConTerms(
-            loss=loss.view(shape),
-            kl=kl,
-            nll=nll,
-            confidence=confidence,
-            tau2=tau2,
-            valid=valid.view(shape),
-            num_classes=self.rows.centroids.num_present,
-            reduced=self.reduced,
-            impl=self.impl,
-        )
-
-
-def evaluate(call: Call, *, need_terms: bool) -> Outcome:
-    """The flow of every call. Only the sweep and the reduction have a gradient."""
-    options, total, world_size = call.options, None, 1
-    group = resolve_group(options.process_group)
+    Only the sweep and the reduction have a gradient.
+    """
+    options, group = call.options, resolve_group(call.options.process_group)
     with _without_autocast(call.features):
         try:
             batch, reference = _check(call)
+            call, dtype = _with_num_classes(call), _computing_dtype(call)
             shares = batch.are_shares or (reference is not None and reference.are_shares)
-            if shares and options.num_classes is None:
-                call = _with_num_classes(call)
-            dtype = _computing_dtype(call)
             way = choose(options.impl, batch.features, dtype, shares=shares)
             with torch.no_grad():
                 anchors, classes = _read(call, way, dtype, batch, reference)
-                row_weights = weigh_rows(anchors, options.weight, dtype)
         except (TypeError, ValueError):
             if group is not None:  # the other ranks wait in this step's collective
                 announce_failure(group, call.plans, _agreement(call))
             raise
         with torch.no_grad():
-            if group is not None and classes is not None:
-                num_rows = len((batch if reference is None else reference).features)
-                plan = make_plan(group, call.plans, _agreement(call), num_rows)
-                share, world_size = denominator(anchors, row_weights), plan.world_size
-                classes, total = exchange_classes(plan, classes, share, sum_slots=way.sum_slots)
+            classes, total, world_size = _over_ranks(call, way, group, anchors, classes)
             rows = _match(call, way, dtype, anchors, classes)
-            if row_weights is not None and rows.anchors.valid is not None:
-                row_weights = row_weights.masked_fill(~rows.anchors.valid, 0.0)
+            row_weights = weigh_rows(rows.anchors, options.weight, dtype)
             if total is not None and classes is not None and rows.kept is not None:
                 total = denominator_of_kept(classes, rows.kept, options.weight)
-        terms, loss = _sweep(call, way, rows, row_weights, need_terms=need_terms)
+        swept, loss = _sweep(call, way, rows, row_weights, need_terms=need_terms)
         reduced = reduce_loss(loss, rows.anchors, row_weights, options.reduction, total, world_size)
         if options.reduction == "none":
             reduced = reduced.view(shape_of_samples(call.features))
-        return Outcome(rows=rows, row_terms=terms, reduced=reduced, impl=way.name)
+        return reduced, _terms(call, way, rows, swept, reduced) if need_terms else None
 
 
 def _check(call: Call) -> tuple[Batch, Batch | None]:
@@ -296,6 +263,23 @@ def _read(
     return anchors, way.summarise(reference, options, dtype, count=count)
 
 
+def _over_ranks(
+    call: Call,
+    way: Implementation,
+    group: Any,
+    anchors: Samples,
+    classes: Classes | None,
+) -> tuple[Classes | None, Tensor | None, int]:
+    """The classes of all ranks, the denominator of their mean, and how many ranks there are."""
+    if group is None or classes is None:
+        return classes, None, 1
+    assert classes.members is not None
+    plan = make_plan(group, call.plans, _agreement(call), len(classes.members.features))
+    row_weights = weigh_rows(anchors, call.options.weight, classes.sums.dtype)
+    share = denominator(anchors, row_weights)
+    return *exchange_classes(plan, classes, share, sum_slots=way.sum_slots), plan.world_size
+
+
 def _match(
     call: Call,
     way: Implementation,
@@ -314,18 +298,41 @@ def _match(
 
 def _sweep(
     call: Call, way: Implementation, rows: Rows, row_weights: Tensor | None, *, need_terms: bool
-) -> tuple[RowTerms, Tensor]:
-    """The terms of each row, and its loss ``[N]`` with class weights."""
+) -> tuple[Swept, Tensor]:
+    """What there is to say of each row, and its loss ``[N]`` with class weights."""
     temperatures = (call.options.temperature, call.options.epsilon)
     if rows.weight is None:
-        terms = way.sweep(rows, *temperatures, need_terms)
-        return terms, terms.loss if row_weights is None else terms.loss * row_weights
+        swept = way.sweep(rows, *temperatures, need_terms)
+        return swept, swept.loss if row_weights is None else swept.loss * row_weights
     # Each class of a row has its own weight: the terms, which have none, need a sweep of their own.
-    terms = way.sweep(rows, *temperatures, False)
-    loss = terms.loss
+    swept = way.sweep(rows, *temperatures, False)
+    loss = swept.loss
     if need_terms:
-        terms = way.sweep(rows.without_weight(), *temperatures, True)
-    return terms, loss
+        swept = way.sweep(rows.without_weight(), *temperatures, True)
+    return swept, loss
+
+
+def _terms(
+    call: Call, way: Implementation, rows: Rows, swept: Swept, reduced: Tensor
+) -> VarConTerms:
+    """The public record, in the shape of the features, which may have views."""
+    valid, others = rows.anchors.valid, swept.others
+    assert others is not None
+    if valid is None:
+        valid = torch.ones_like(swept.loss, dtype=torch.bool)
+    shape = shape_of_samples(call.features)
+    kl, nll, confidence, tau2 = others.view(4, *shape).unbind()
+    return VarConTerms(
+        loss=swept.loss.view(shape),
+        kl=kl,
+        nll=nll,
+        confidence=confidence,
+        tau2=tau2,
+        valid=valid.view(shape),
+        num_classes=rows.centroids.num_present,
+        reduced=reduced,
+        impl=way.name,
+    )
 
 
 def _num_classes(call: Call) -> int | None:
@@ -337,13 +344,9 @@ def _num_classes(call: Call) -> int | None:
 
 
 def _with_num_classes(call: Call) -> Call:
+    num_classes = _num_classes(call)
+    if num_classes == call.options.num_classes:
+        return call
     options = {name: getattr(call.options, name) for name in Options._fields}
-    return Call(
-        features=call.features,
-        labels=call.labels,
-        ref_features=call.ref_features,
-        ref_labels=call.ref_labels,
-        options=Options(**{**options, "num_classes": _num_classes(call)}),
-        plans=call.plans,
-        memory=call.memory,
-    )
+    known = {name: getattr(call, name) for name in Call._fields}
+    return Call(**{**known, "options": Options(**{**options, "num_classes": num_classes})})

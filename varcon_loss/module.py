@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from varcon_loss import checks
 from varcon_loss.distributed import Plans, several_ranks
-from varcon_loss.functional import Call, Outcome, evaluate
+from varcon_loss.functional import Call, evaluate
 from varcon_loss.memory import CentroidMemory, Prediction, predict
 from varcon_loss.norms import row_norms
 from varcon_loss.options import Options, check_options
@@ -185,7 +185,7 @@ class VarConLoss(nn.Module):
         """
         if unknown:
             checks.refuse_unknown("the call", unknown, ("ref_features", "ref_labels"))
-        return self._evaluate(features, labels, ref_features, ref_labels, terms=False).reduced
+        return self._evaluate(features, labels, ref_features, ref_labels, need_terms=False)[0]
 
     def terms(
         self,
@@ -199,8 +199,9 @@ class VarConLoss(nn.Module):
         """As the call, with the per-sample terms that one logs; the loss is ``.reduced``."""
         if unknown:
             checks.refuse_unknown("terms", unknown, ("ref_features", "ref_labels"))
-        outcome = self._evaluate(features, labels, ref_features, ref_labels, terms=True)
-        return outcome.terms(features)
+        _, terms = self._evaluate(features, labels, ref_features, ref_labels, need_terms=True)
+        assert terms is not None
+        return terms
 
     def _evaluate(
         self,
@@ -209,8 +210,8 @@ class VarConLoss(nn.Module):
         ref_features: Tensor | None,
         ref_labels: Tensor | None,
         *,
-        terms: bool,
-    ) -> Outcome:
+        need_terms: bool,
+    ) -> tuple[Tensor, VarConTerms | None]:
         options, memory = self._options(), self._memory_of_this_call()
         call = Call(
             features=features,
@@ -221,9 +222,9 @@ class VarConLoss(nn.Module):
             memory=memory,
             plans=self._plans,
         )
-        outcome = evaluate(call, need_terms=terms)
+        result = evaluate(call, need_terms=need_terms)
         self._remember_step(memory, labels)
-        return outcome
+        return result
 
     @property
     def centroids(self) -> Tensor:

@@ -75,13 +75,15 @@ def rows_of(features: Tensor, tensors: tuple[Tensor | None, ...]) -> Rows:
     return Rows(anchors=anchors, slots=places, centroids=centroids, own=own, weight=weight)
 
 
-class RowTerms(NamedTuple):
-    """Per-row results in the dtype of the centroids; only ``loss`` has a gradient."""
+class Swept(NamedTuple):
+    """What a sweep says of each row, in the dtype of the centroids."""
 
-    loss: Tensor  # [N]
+    loss: Tensor  # [N], of which autograd knows the gradient once the sweep is an operator
     others: Tensor | None  # [4, N] KL, NLL, confidence and tau2, where asked for
+    gradient: Tensor | None = None  # [N, D] of the loss, where asked for
+    scale: Tensor | None = None  # [N] what each row of it is still to be multiplied by; None: 1
 
-    def masked(self, anchors: Samples) -> "RowTerms":
+    def masked(self, anchors: Samples) -> "Swept":
         """Zero the rows that take no part; make the rows with an unusable label NaN."""
         loss, others = self.loss, self.others
         if anchors.valid is not None:
@@ -90,7 +92,7 @@ class RowTerms(NamedTuple):
                 others = torch.where(anchors.valid, others, 0.0)
         if anchors.broken is not None:
             loss = torch.where(anchors.broken, torch.nan, loss)
-        return RowTerms(loss=loss, others=others)
+        return Swept(loss=loss, others=others)
 
 
 class Summarise(Protocol):
@@ -119,7 +121,7 @@ class Implementation:
     read: Callable[[Batch, Options, torch.dtype], Samples]  # of what makes no centroids
     summarise: Summarise  # of what does
     sum_slots: SumSlots  # of the rows of all ranks
-    sweep: Callable[[Rows, float, float, bool], RowTerms]  # rows, tau1, epsilon, need terms
+    sweep: Callable[[Rows, float, float, bool], Swept]  # rows, tau1, epsilon, need terms
     # What keeps it from features [N, D] computed in a dtype; None: nothing does.
     why_not: Callable[[Tensor, torch.dtype], str | None] = nothing_prevents
     by_default: Callable[[Tensor, torch.dtype], bool] = never  # does ``"auto"`` choose it?

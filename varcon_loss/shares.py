@@ -28,8 +28,8 @@ class Shares(NamedTuple):
     """Either form of the shares; each row may stand for several samples."""
 
     values: Tensor  # [R, C] as the caller gave it, any float dtype; or [R, M], the entries
-    slots: Tensor | None  # [R, M] int64 where the entries are, different in a row
-    columns: Tensor | None  # [S] the column of each slot; None: the columns are the slots
+    slots: Tensor | None = None  # [R, M] int64 where the entries are, different in a row
+    columns: Tensor | None = None  # [S] the column of each slot; None: the columns are the slots
     # [R, 1] beside entries: the share of all other classes, as smoothing gives; None: 0
     background: Tensor | None = None
     views: int = 1  # consecutive samples that share a row: N = R * views
@@ -75,16 +75,14 @@ class Shares(NamedTuple):
         return rows if self.views == 1 else rows.repeat_interleave(self.views, 0)
 
 
-class ReadShares(NamedTuple):
-    """Shares as the caller gave them, by class, and what is known of the samples."""
-
-    shares: Shares  # slots are classes
-    valid: Tensor | None  # [N] bool, False for a row of zeros; None: all are valid
-    broken: Tensor | None  # [N] bool, rows with an unusable entry; None: there are none
-
-
-def read_shares(values: Tensor, dtype: torch.dtype, views: int = 1, *, name: str) -> ReadShares:
+def read_shares(
+    values: Tensor, dtype: torch.dtype, views: int = 1, *, name: str
+) -> tuple[Shares, Tensor | None, Tensor | None]:
     """Look at ``[R, C]`` once: are all entries usable, which rows take part, are they few?
+
+    Returns:
+        Shares whose slots are classes, and ``valid`` and ``broken`` of `Samples`: rows of zeros are
+        not valid.
 
     Raises:
         ValueError: an entry that is negative, infinite or NaN, on a CPU in eager mode. Elsewhere
@@ -94,11 +92,7 @@ def read_shares(values: Tensor, dtype: torch.dtype, views: int = 1, *, name: str
     readable = values_may_be_read(values)
     if values.numel() == 0:
         none = torch.zeros(values.shape[0] * views, dtype=torch.bool, device=values.device)
-        return ReadShares(
-            shares=Shares(values=values, slots=None, columns=None, background=None, views=views),
-            valid=none,
-            broken=None,
-        )
+        return Shares(values=values, views=views), none, None
     lowest, highest = values.amin(1), None
     blocks = None
     if readable and _may_have_few(values, lowest):
@@ -120,12 +114,7 @@ def read_shares(values: Tensor, dtype: torch.dtype, views: int = 1, *, name: str
         valid = None if valid is None else valid.repeat_interleave(views)
         broken = None if broken is None else broken.repeat_interleave(views)
     shares = None if blocks is None else find_entries(values, lowest, blocks, dtype, views)
-    return ReadShares(
-        shares=shares
-        or Shares(values=values, slots=None, columns=None, background=None, views=views),
-        valid=valid,
-        broken=broken,
-    )
+    return shares or Shares(values=values, views=views), valid, broken
 
 
 def _refuse(values: Tensor, lowest: Tensor, highest: Tensor, name: str) -> None:
@@ -194,7 +183,6 @@ def find_entries(
     shares = Shares(
         values=entries.view(-1, size),
         slots=slots.view(-1, size),
-        columns=None,
         background=background,
         views=views,
     )

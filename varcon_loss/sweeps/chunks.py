@@ -33,14 +33,6 @@ class Shared(NamedTuple):
     scale: Tensor | None = None  # [S] the same by class weight; None: all 1
 
 
-class Evaluated(NamedTuple):
-    """What a chunk of rows yields."""
-
-    loss: Tensor  # [n]
-    others: Tensor | None  # [4, n] KL, NLL, confidence and tau2
-    dl_dz: Tensor | None  # [n, D]
-
-
 def rows_a_chunk(z: Tensor, num_slots: int, views: int = 1) -> int:
     """How many of the rows ``[N, D]`` are swept at a time: a multiple of ``views``, at least 1."""
     num_rows, dim = z.shape

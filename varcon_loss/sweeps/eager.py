@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 
 from varcon_loss.classes import summarise
-from varcon_loss.rows import Implementation, Rows
+from varcon_loss.rows import Implementation, Rows, Swept
 from varcon_loss.samples import read
 from varcon_loss.shares import Shares
 from varcon_loss.sums import sum_slots
 from varcon_loss.sweeps.chunks import TINY, Shared, count_others, rows_a_chunk
 from varcon_loss.sweeps.expectation import sweep_shares
 from varcon_loss.sweeps.objective import row_objective, row_slopes
-from varcon_loss.sweeps.operators import SweepResult, gradient_scale, make_operator
+from varcon_loss.sweeps.operators import gradient_scale, make_operator
 from varcon_loss.sweeps.products import make_linear
 
 
 def sweep(
     rows: Rows, temperature: float, epsilon: float, need_grad: bool, need_terms: bool
-) -> SweepResult:
+) -> Swept:
     """See `operators`."""
     if isinstance(rows.slots, Shares):
         return sweep_shares(rows, rows.slots, temperature, epsilon, need_grad, need_terms)
@@ -55,8 +55,9 @@ def sweep(
     own_slot = rows.slots.unsqueeze(1)
     scale = gradient_scale(rows, need_grad)
     if chunk >= num_rows:
-        loss, all_others, gradient = _sweep_chunk(shared, z, own_slot, own, None, None)
-        return loss, all_others, _masked(gradient, valid), scale
+        swept = _sweep_chunk(shared, z, own_slot, own, None, None)
+        gradient = _masked(swept.gradient, valid)
+        return Swept(loss=swept.loss, others=swept.others, gradient=gradient, scale=scale)
 
     if z.device.type == "cpu":
         # Freed at once, never written: glibc then keeps what a chunk frees for the next one, and
@@ -69,7 +70,7 @@ def sweep(
     for start in range(0, num_rows, chunk):
         part = slice(start, start + chunk)
         queries = z[part]
-        loss, other, _ = _sweep_chunk(
+        swept = _sweep_chunk(
             shared,
             queries,
             own_slot[part],
@@ -77,10 +78,14 @@ def sweep(
             buffer[: len(queries)],
             None if gradient is None else gradient[part],
         )
-        losses.append(loss)
-        others.append(other)
-    all_others = torch.cat(others, dim=1) if need_terms else None
-    return torch.cat(losses), all_others, _masked(gradient, valid), scale
+        losses.append(swept.loss)
+        others.append(swept.others)
+    return Swept(
+        loss=torch.cat(losses),
+        others=torch.cat(others, dim=1) if need_terms else None,
+        gradient=_masked(gradient, valid),
+        scale=scale,
+    )
 
 
 def _masked(gradient: Tensor | None, valid: Tensor | None) -> Tensor | None:
@@ -97,8 +102,8 @@ def _sweep_chunk(
     own: Tensor | None,
     buffer: Tensor | None,
     gradient: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Loss ``[n]``, the other terms ``[4, n]`` and the gradient ``[n, D]`` of rows ``z``.
+) -> Swept:
+    """Rows ``z``, whose gradient is still to be scaled.
 
     Args:
         shared: as above.
@@ -139,7 +144,7 @@ def _sweep_chunk(
     if shared.need_terms:
         others = torch.cat((row.kl, row.nll, row.confidence, row.tau2)).view(4, -1)
     if shared.to_gradient is None:
-        return loss, others, None
+        return Swept(loss=loss, others=others)
 
     # weights -> dL/du. The empty slots' keys are zero, whatever their weights.
     rest_slope, own_slope = row_slopes(row)
@@ -154,7 +159,7 @@ def _sweep_chunk(
         g.addcmul_(z, (g * z).sum(1, keepdim=True), value=-1)
     if gradient is not None and g is not gradient:
         gradient.copy_(g)
-    return loss, others, g
+    return Swept(loss=loss, others=others, gradient=g)
 
 
 EAGER = Implementation(

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from varcon_loss.rows import Swept
 from varcon_loss.shares import Shares
-from varcon_loss.sweeps.chunks import TINY, Evaluated, Shared
+from varcon_loss.sweeps.chunks import TINY, Shared
 from varcon_loss.sweeps.objective import row_objective, row_slope
 
 # A logarithm costs as much as several products, and the eighth power of so many classes is finite
@@ -26,7 +27,7 @@ def evaluate_entries(
     start: int,
     room: list[Tensor],
     gradient: Tensor | None,
-) -> Evaluated:
+) -> Swept:
     """The rows ``z`` of one chunk, whose shares are kept as entries.
 
     Args:
@@ -102,7 +103,7 @@ def evaluate_entries(
         if others is not None and rest.others is not None:
             others += rest.others
     if shared.to_gradient is None:
-        return Evaluated(loss=loss, others=others, dl_dz=None)
+        return Swept(loss=loss, others=others)
 
     slopes = values * row_slope(row)
     slope = slopes.sum(1, keepdim=True)
@@ -127,9 +128,8 @@ def evaluate_entries(
             at_slots += rest.for_all
             sum_q_other += rest.for_all
     dz = shared.to_gradient(dl_du.scatter_(1, slots, at_slots), gradient)
-    return Evaluated(
-        loss=loss, others=others, dl_dz=dz.addcmul_(sum_q_other, shared.key_sum, value=-1)
-    )
+    dz.addcmul_(sum_q_other, shared.key_sum, value=-1)
+    return Swept(loss=loss, others=others, gradient=dz)
 
 
 def _sum_of_others(entries: Tensor) -> Tensor:

@@ -13,26 +13,16 @@ is ``(A - Y_k s_k) - (1 - p_k) A``, of sums without class ``k``: for classes wit
 ``p``, of which a row has one at most.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from varcon_loss.rows import Rows
+from varcon_loss.rows import Rows, Swept
 from varcon_loss.shares import Shares
 from varcon_loss.sweeps.chunks import Shared, count_others, rows_a_chunk
 from varcon_loss.sweeps.entries import evaluate_entries
-from varcon_loss.sweeps.operators import SweepResult, gradient_scale
+from varcon_loss.sweeps.operators import gradient_scale
 from varcon_loss.sweeps.products import make_linear
 from varcon_loss.sweeps.table import evaluate_table
-
-
-class Expected(NamedTuple):
-    """What a sweep yields."""
-
-    loss: Tensor  # [N], under the weighted shares
-    others: Tensor | None  # [4, N] KL, NLL, confidence and tau2 under the shares as they are
-    gradient: Tensor | None  # [N, D] of the loss; still to be divided by the lengths of the rows
 
 
 def expected_loss(
@@ -50,8 +40,8 @@ def expected_loss(
     project: bool,
     need_grad: bool,
     need_terms: bool,
-) -> Expected:
-    """Loss, terms and gradient of rows.
+) -> Swept:
+    """Rows, whose gradient is still to be divided by their lengths.
 
     Args:
         z: ``[N, D]``, zero rows where not valid.
@@ -73,7 +63,7 @@ def expected_loss(
     num_rows, num_slots = z.shape[0], w.shape[0]
     if shares.background is not None and int(num_classes) == 1:
         # The class must come out as 0 exactly, and stand alone for that.
-        shares = Shares(values=shares.table(num_slots, z.dtype), slots=None, columns=None)
+        shares = Shares(values=shares.table(num_slots, z.dtype))
     dense = shares.slots is None
     chunk = rows_a_chunk(z, num_slots, shares.views)
     counted = None if present is None else present.to(z.dtype)
@@ -103,7 +93,7 @@ def expected_loss(
     losses, others = [], []
     for start in range(0, num_rows, chunk):
         stop = min(start + chunk, num_rows)
-        loss, other, dz = evaluate(
+        part = evaluate(
             shared,
             z[start:stop],
             shares,
@@ -111,10 +101,10 @@ def expected_loss(
             [buffer[: stop - start] for buffer in room],
             None if gradient is None else gradient[start:stop],
         )
-        losses.append(loss)
-        others.append(other)
-        if gradient is not None and dz is not None:
-            _finish(shared, z[start:stop], dz, gradient[start:stop])
+        losses.append(part.loss)
+        others.append(part.others)
+        if gradient is not None and part.gradient is not None:
+            _finish(shared, z[start:stop], part.gradient, gradient[start:stop])
     loss = torch.cat(losses) if losses else z.new_zeros(0)
     terms = None
     if need_terms:
@@ -124,7 +114,7 @@ def expected_loss(
         terms = None if terms is None else terms.masked_fill_(~valid, 0.0)
         if gradient is not None:
             gradient.masked_fill_(~valid.unsqueeze(1), 0.0)
-    return Expected(loss=loss, others=terms, gradient=gradient)
+    return Swept(loss=loss, others=terms, gradient=gradient)
 
 
 def _finish(shared: Shared, z: Tensor, dz: Tensor, gradient: Tensor) -> None:
@@ -142,7 +132,7 @@ def sweep_shares(
     epsilon: float,
     need_grad: bool,
     need_terms: bool,
-) -> SweepResult:
+) -> Swept:
     """`expected_loss` as a sweep: see `operators`."""
     anchors, centroids = rows.anchors, rows.centroids
     assert anchors.unit is not None
@@ -161,4 +151,4 @@ def sweep_shares(
         need_grad=need_grad,
         need_terms=need_terms,
     )
-    return expected.loss, expected.others, expected.gradient, gradient_scale(rows, need_grad)
+    return expected._replace(scale=gradient_scale(rows, need_grad))

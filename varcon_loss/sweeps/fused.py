@@ -17,9 +17,9 @@ from torch import Tensor
 from varcon_loss.classes import Centroids, Classes, ClassIndex
 from varcon_loss.options import Options
 from varcon_loss.readable import values_may_be_read
-from varcon_loss.rows import Implementation, Rows
+from varcon_loss.rows import Implementation, Rows, Swept
 from varcon_loss.samples import Batch, Samples, read_labels
-from varcon_loss.sweeps.operators import SweepResult, make_operator
+from varcon_loss.sweeps.operators import make_operator
 from varcon_loss.sweeps.proven import is_proven
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -486,7 +486,7 @@ float32_precision._dynamo_marked_constant = True  # pyright: ignore[reportFuncti
 
 def sweep(
     rows: Rows, temperature: float, epsilon: float, need_grad: bool, need_terms: bool
-) -> SweepResult:
+) -> Swept:
     """See `operators`. The gradient has the dtype of the features, its scale is float32.
 
     A kernel that has the loss has the other terms: ``need_terms`` changes nothing.
@@ -554,7 +554,7 @@ def sweep(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    return loss, others, gradient, scale
+    return Swept(loss=loss, others=others, gradient=gradient, scale=scale)
 
 
 FUSED = Implementation(

@@ -1,8 +1,7 @@
 """A sweep becomes an operator: known to autograd and to torch.compile.
 
 Both sweeps, eager and fused, are functions ``(rows, temperature, epsilon, need_grad, need_terms)``
-that give the same four tensors. Forward has the gradient already, so backward is one
-multiplication.
+that give `Swept`. Forward has the gradient already, so backward is one multiplication.
 """
 
 import contextlib
@@ -13,16 +12,11 @@ import torch
 from torch import Tensor
 
 from varcon_loss.classes import Centroids
-from varcon_loss.rows import Rows, RowTerms, rows_of
+from varcon_loss.rows import Rows, Swept, rows_of
 from varcon_loss.samples import Samples
 from varcon_loss.shares import Shares
 from varcon_loss.sweeps.once import scale_rows, scale_rows_once
 from varcon_loss.sweeps.reference import reference_terms
-
-# loss [N]; KL, NLL, confidence and tau2 [4, N]; gradient [N, D] and what each of its rows is still
-# to be multiplied by [N]. None: not needed, or a scale of 1. The custom operators, which take the
-# parts of `Rows` one by one, cannot return None: there it is an empty tensor.
-SweepResult = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Differentiable(torch.autograd.Function):
@@ -160,8 +154,8 @@ def gradient_scale(rows: Rows, need_grad: bool) -> Tensor | None:
 
 
 def make_operator(
-    name: str, sweep: Callable[..., SweepResult], *, fused: bool = False
-) -> Callable[[Rows, float, float, bool], RowTerms]:
+    name: str, sweep: Callable[..., Swept], *, fused: bool = False
+) -> Callable[[Rows, float, float, bool], Swept]:
     """``sweep`` as a function of rows that can be differentiated, once, and compiled.
 
     Args:
@@ -171,11 +165,11 @@ def make_operator(
             dtype of the features, and a scale, where others have that of ``w``.
     """
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: SweepResult) -> None:
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Swept) -> None:
         features, rows, *temperatures, need_grad, _ = inputs
         ctx.versions = None
         if need_grad:
-            saved = (features, *output[2:], *rows.tensors())
+            saved = (features, output.gradient, output.scale, *rows.tensors())
             ctx.save_for_backward(*saved)
             if not torch._C._are_functorch_transforms_active():
                 ctx.versions = _versions(saved)
@@ -188,10 +182,9 @@ def make_operator(
         def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
             output = sweep(*inputs[1:])
             keep(ctx, inputs, output)
-            loss, others = output[:2]
-            if others is not None:
-                ctx.mark_non_differentiable(others)
-            return loss, others
+            if output.others is not None:
+                ctx.mark_non_differentiable(output.others)
+            return output.loss, output.others
 
         backward = staticmethod(_backward)
 
@@ -203,12 +196,12 @@ def make_operator(
         """The same for torch.func, which asks for another form, and takes longer."""
 
         @staticmethod
-        def forward(*inputs: Any) -> SweepResult:
+        def forward(*inputs: Any) -> Swept:
             return sweep(*inputs[1:])
 
         @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: SweepResult) -> None:
-            keep(ctx, inputs, output)
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+            keep(ctx, inputs, Swept(*output))  # torch.func hands on a plain tuple
             ctx.mark_non_differentiable(*(part for part in output[1:] if part is not None))
 
         backward = staticmethod(_backward)
@@ -247,7 +240,7 @@ def make_operator(
         places: Tensor | Shares | None = slots
         if shares is not None:
             views = features.shape[0] // max(1, shares.shape[0])
-            places = Shares(shares, slots=None, columns=columns, views=views)
+            places = Shares(values=shares, columns=columns, views=views)
         assert places is not None
         anchors = Samples(
             features, labels=places, valid=valid, broken=broken, unit=unit, norms=norms
@@ -258,12 +251,13 @@ def make_operator(
         )
         if temperatures is not None:
             temperature, epsilon = temperatures.tolist()
-        loss, others, gradient, scale = sweep(rows, temperature, epsilon, need_grad, need_terms)
+        swept = sweep(rows, temperature, epsilon, need_grad, need_terms)
+        loss = swept.loss  # an operator cannot return None: there it is an empty tensor
         return (
             loss,
-            loss.new_empty(4, 0) if others is None else others,
-            loss.new_empty(0) if gradient is None else gradient,
-            loss.new_empty(0) if scale is None else scale,
+            loss.new_empty(4, 0) if swept.others is None else swept.others,
+            loss.new_empty(0) if swept.gradient is None else swept.gradient,
+            loss.new_empty(0) if swept.scale is None else swept.scale,
         )
 
     @operator.register_fake
@@ -288,7 +282,7 @@ def make_operator(
 
     operator.register_autograd(_operator_backward, setup_context=_keep_for_operator)
 
-    def run(rows: Rows, temperature: float, epsilon: float, need_terms: bool) -> RowTerms:
+    def run(rows: Rows, temperature: float, epsilon: float, need_terms: bool) -> Swept:
         anchors, centroids = rows.anchors, rows.centroids
         slots, shares = (None, rows.slots) if isinstance(rows.slots, Shares) else (rows.slots, None)
         features = anchors.features
@@ -323,7 +317,7 @@ def make_operator(
             loss, others, *_ = function.apply(*given)
             if need_grad and not several:
                 _allow_changes(loss, shares=shares is not None)
-        terms = RowTerms(loss=loss, others=others)
+        terms = Swept(loss=loss, others=others)
         return terms if fused else terms.masked(anchors)
 
     return run

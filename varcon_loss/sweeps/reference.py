@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from varcon_loss.classes import summarise
-from varcon_loss.rows import Implementation, Rows, RowTerms
+from varcon_loss.rows import Implementation, Rows, Swept
 from varcon_loss.samples import read
 from varcon_loss.shares import Shares
 from varcon_loss.sums import sum_slots
@@ -16,7 +16,7 @@ from varcon_loss.sweeps.expectation_reference import expected_loss_by_equations
 from varcon_loss.sweeps.once import differentiable_once
 
 
-def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: bool) -> RowTerms:
+def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: bool) -> Swept:
     """Eq. 7-13 of arXiv 2506.07413, on ``[N, K]`` matrices; all terms, needed or not."""
     anchors, w, present = rows.anchors, rows.centroids.unit, rows.centroids.present
     features = anchors.features
@@ -33,7 +33,7 @@ def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: 
         loss, others = expected_loss_by_equations(
             z, rows.slots, w, present, rows.weight, temperature, epsilon
         )
-        return RowTerms(loss=loss, others=others).masked(anchors)
+        return Swept(loss=loss, others=others).masked(anchors)
     own = rows.slots[:, None]  # [N, 1]
 
     logits = z @ w.T / temperature  # [N, S]
@@ -51,7 +51,7 @@ def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: 
     loss = kl + nll  # Eq. 7
 
     others = torch.stack((kl, nll, log_p_own.exp().squeeze(1), tau2.squeeze(1)))
-    return RowTerms(loss=loss, others=others.detach()).masked(anchors)
+    return Swept(loss=loss, others=others.detach()).masked(anchors)
 
 
 REFERENCE = Implementation(

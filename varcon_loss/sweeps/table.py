@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from varcon_loss.rows import Swept
 from varcon_loss.shares import Shares
-from varcon_loss.sweeps.chunks import TINY, Evaluated, Shared
+from varcon_loss.sweeps.chunks import TINY, Shared
 from varcon_loss.sweeps.objective import row_objective, row_slope
 
 
@@ -15,7 +16,7 @@ def evaluate_table(
     start: int,
     room: list[Tensor],
     gradient: Tensor | None,
-) -> Evaluated:
+) -> Swept:
     """The rows ``z`` of one chunk, where any class may have a share.
 
     ``room`` is ``[n, S]``, seven times. Some twenty passes over a chunk that stays in a CPU's
@@ -103,7 +104,7 @@ def evaluate_table(
         tau2 = lowest_tau2 * mass + 2 * epsilon * confidence
         others = torch.stack((kl, expected_nll, confidence, tau2))
     if shared.to_gradient is None:
-        return Evaluated(loss=loss, others=others, dl_dz=None)
+        return Swept(loss=loss, others=others)
 
     slopes = torch.addcmul(two, through, minus_a, value=2 * epsilon, out=through)
     slopes.scatter_(1, m, 0.0)
@@ -116,9 +117,8 @@ def evaluate_table(
     at_own = rest_slope - torch.sigmoid(row.margin) * slope
     dl_du.scatter_(1, m, at_own + own_share * (row.q_other + row.q_rest))
     dz = shared.to_gradient(dl_du, gradient)
-    return Evaluated(
-        loss=loss, others=others, dl_dz=dz.addcmul_(sum_q_other, shared.key_sum, value=-1)
-    )
+    dz.addcmul_(sum_q_other, shared.key_sum, value=-1)
+    return Swept(loss=loss, others=others, gradient=dz)
 
 
 def _dot(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
