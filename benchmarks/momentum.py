@@ -9,7 +9,7 @@ import pandas as pd
 import typer
 
 from benchmarks.common import options, plots
-from benchmarks.common.cells import Cell, Store, run_cells
+from benchmarks.common.cells import Cell, Store, deadline_of, run_cells
 from benchmarks.common.paired import interval
 from benchmarks.common.terminal import print_table, written
 
@@ -21,10 +21,13 @@ def command(
     seeds: options.Seeds = 5,
     epochs: options.Epochs = 12,
     learning_rate: Annotated[float, typer.Option(help="the same for all")] = 0.15,
+    budget: options.Budget = 0.0,
     workers: options.Workers = 2,
+    device: options.Device = "cpu",
     out: options.Out = Path("runs/quality"),
 ) -> None:
     """A good momentum of the centroid memory for a batch size and number of classes."""
+    options.require(device)
     store = Store(out / "momentum.jsonl")
     rows = sweep(
         options.floats(momenta),
@@ -35,6 +38,8 @@ def command(
         learning_rate,
         store,
         workers=workers,
+        device=device,
+        budget=budget,
     )
     means = summary(rows)
     columns, lines = by_momentum(means)
@@ -53,6 +58,8 @@ def sweep(
     store: Store,
     *,
     workers: int,
+    device: str = "cpu",
+    budget: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Which momentum suits which batch size and number of classes, on ``mnist-pairs``.
 
@@ -74,7 +81,10 @@ def sweep(
             range(seeds), classes, batch_sizes, momenta
         )
     ]
-    return run_cells(cells, store, workers=workers, title="momentum")
+    return run_cells(
+        cells, store, workers=workers, device=device, title="momentum",
+        deadline=deadline_of(budget),
+    )  # fmt: skip
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("sklearn")
 from benchmarks import report
 from benchmarks.common import paired, results
+from benchmarks.report import gains, markdown
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +57,12 @@ def test_gains_are_judged_by_their_intervals() -> None:
     ]
     for row in rows:
         row["knn"] += 0.05 * row["seed"] * (row["method"] == "VarCon")  # an interval around 0.05
-    gains = report.paired_gains(rows, "VarCon", "SupCon").set_index(["readout", "batch_size"])
-    assert gains.loc[("linear", 8), "verdict"] == "behind"
-    assert gains.loc[("linear", 64), "verdict"] == "ahead"
-    assert gains.loc[("knn", 8), "verdict"] == "undecided"
-    assert gains.loc[("linear", 8), "images"] == pytest.approx(1.6)
-    words = report._by_images(gains.reset_index())
+    found = gains.paired_gains(rows, "VarCon", "SupCon").set_index(["readout", "batch_size"])
+    assert found.loc[("linear", 8), "verdict"] == "behind"
+    assert found.loc[("linear", 64), "verdict"] == "ahead"
+    assert found.loc[("knn", 8), "verdict"] == "undecided"
+    assert found.loc[("linear", 8), "images"] == pytest.approx(1.6)
+    words = gains.by_images(found.reset_index())
     assert words.startswith("few images a class (under 4): 0 ahead, 1 behind, 1 undecided")
 
 
@@ -78,8 +79,8 @@ def test_one_seed_has_no_interval_and_collapse_is_said_in_words() -> None:
 
 def test_results_of_an_older_commit_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "changed_since", lambda commit: commit == "c")
-    assert "an older commit" in report._origin("speed", ENV)
-    assert "older" not in report._origin("speed", ENV | {"commit": "other"})
+    assert "an older commit" in markdown.origin("speed", ENV)
+    assert "older" not in markdown.origin("speed", ENV | {"commit": "other"})
 
 
 def test_mixup_is_told_beside_the_same_without(tmp_path: Path) -> None:
@@ -113,6 +114,18 @@ def test_a_folder_without_results_gives_a_page_that_says_little(tmp_path: Path) 
     (tmp_path / "results").mkdir()
     text = report.write(tmp_path / "results").read_text()
     assert "No kernel has run on a GPU yet" in text
+
+
+@pytest.mark.parametrize("there", [("VarCon", "SupCon"), ("VarCon memory", "SupCon"), ("SupCon",)])
+def test_the_methods_there_are_enough_for_a_report(there: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results" / "quality-digits.jsonl"
+    rows = map(json.loads, (results.RESULTS / path.name).read_text().splitlines())
+    kept = [row for row in rows if row["method"] in there and row["batch_size"] == 128]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    page = report.write(path.parent).read_text()
+    for method in ("VarCon", "VarCon memory"):
+        assert (f"- **{method} against SupCon**" in page) == (method in there)
 
 
 def test_a_single_batch_size_still_draws_points(tmp_path: Path) -> None:

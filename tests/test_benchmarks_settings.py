@@ -151,3 +151,18 @@ class TestHierarchy:
         assert "## Do similar classes lie near one another? digits" in page
         assert "Batch 256, 1 epochs, 1 seeds. Learning rates, not searched: SupCon 0.2" in page
         assert re.search(r"\| VarCon \| \d+\.\d \(", page)
+
+
+def test_momentum_stops_by_its_budget_and_goes_on(tmp_path: Path) -> None:
+    command = ["momentum", "--momenta", "0.5,0.9", "--batch-sizes", "128", "--classes", "20",
+               "--seeds", "1", "--epochs", "1", "--workers", "1",
+               "--out", str(tmp_path)]  # fmt: skip
+    stopped = ask(*command, "--budget", "0.00001")
+    assert stopped.exit_code == 1
+    path = tmp_path / "momentum.jsonl"
+    assert len(path.read_text().splitlines()) == 1
+    outcome = ask(*command)
+    assert outcome.exit_code == 0, outcome.output
+    assert {json.loads(line)["momentum"] for line in path.read_text().splitlines()} == {0.5, 0.9}
+    assert "momentum 0.9" in outcome.output
+    assert "## Which momentum of the centroid memory?" in reported([path], tmp_path)

@@ -70,9 +70,9 @@ def test_stages_run_here_at_tiny_sizes(tmp_path: Path) -> None:
 
 def check_report(saved: Path, names: list[str]) -> None:
     """What `report` makes of the file: a line a stage, and tables that can be read."""
-    report = pytest.importorskip("benchmarks.report")
+    cost = pytest.importorskip("benchmarks.report.cost")
     assert {"commit", "threads"} <= set(json.loads(saved.read_text())["environment"])
-    lines = "\n".join(report._gpu(saved.parent)).splitlines()
+    lines = "\n".join(cost.gpu_section(saved.parent)).splitlines()
     stages = [line.split(" | ") for line in lines if line.startswith("| ")]
     assert [line[0] for line in stages if line[1] == "passed"] == [f"| {name}" for name in names]
     assert max(len(line) for line in lines) < 300

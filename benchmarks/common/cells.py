@@ -4,13 +4,14 @@ A *cell* is one training run with its read-outs. Cells are appended to a file as
 interrupted sweep goes on where it stopped and a crash loses at most the cells under way.
 """
 
+import contextlib
 import itertools
 import json
 import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,11 @@ class Store:
             file.write(json.dumps(row) + "\n")
 
 
+def deadline_of(budget: float) -> float:
+    """On the clock of `run_cells`, ``budget`` minutes from now; 0: never."""
+    return time.monotonic() + 60 * budget if budget else math.inf
+
+
 def run_cells(
     cells: Iterable[Cell],
     store: Store,
@@ -190,15 +196,10 @@ def run_cells(
     """
     cells = list(dict.fromkeys(cells))
     todo = [cell for cell in cells if store.find(cell) is None]
-    with (
-        progress_bar() as bar,
-        multiprocessing.get_context("spawn").Pool(
-            workers, initializer=_one_thread_each, initargs=(workers,), maxtasksperchild=50
-        ) as pool,
-    ):
+    with progress_bar() as bar, _map_of(workers if todo else 1) as each:
         task = bar.add_task(title, total=len(cells), completed=len(cells) - len(todo), note="")
         env = results.environment(device)
-        for row in pool.imap_unordered(_run_cell, [(cell, root, device) for cell in todo]):
+        for row in each(_run_cell, [(cell, root, device) for cell in todo]):
             store.add(row | {"environment": env})
             note = f"{row['data']} {row['method']} batch {row['batch_size']}"
             score = "not finite" if row["linear"] is None else f"linear {row['linear']:.3f}"
@@ -210,6 +211,18 @@ def run_cells(
                     f"{store.path}; the same command goes on"
                 )
     return [row for cell in cells if (row := store.find(cell)) is not None]
+
+
+@contextlib.contextmanager
+def _map_of(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """What maps a function over arguments: in this process, or in several."""
+    if workers == 1:
+        yield map
+        return
+    with multiprocessing.get_context("spawn").Pool(
+        workers, initializer=_one_thread_each, initargs=(workers,), maxtasksperchild=50
+    ) as pool:
+        yield pool.imap_unordered
 
 
 def _run_cell(arguments: tuple[Cell, Path | None, str]) -> dict[str, Any]:
@@ -249,7 +262,7 @@ def tune_and_run(
         budget: minutes after which to stop; 0 for none.
         title: of the progress bar.
     """
-    deadline = time.monotonic() + 60 * budget if budget else math.inf
+    deadline = deadline_of(budget)
     options: dict[str, Any] = {"workers": workers, "root": root, "device": device}
     if len(learning_rates) == 1:
         rates = {setting(asdict(base)): learning_rates[0] for base in bases}

@@ -1,0 +1,146 @@
+"""How far ahead or behind, over how many images of a class a step sees."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.common import methods, paired
+from benchmarks.report.markdown import grid, seeds_in_words
+
+FEW, MANY = 4, 20  # images of a class that a step sees: fewer than, and at least
+
+
+RIVALS = ("SupCon", "SupCon memory", "cross-entropy", "NormFace", "SINCERE")
+
+
+def paired_gains(rows: list[dict[str, Any]], method: str, baseline: str) -> pd.DataFrame:
+    """Differences of ``method`` from ``baseline`` with right labels, a row a setting and read-out.
+
+    Columns are those of `paired.summary`, and ``readout``, ``images`` (of a class that a step
+    sees), ``verdict``.
+    """
+    clean = [row for row in rows if row["noise"] == 0.0 and row["method"] in (method, baseline)]
+    parts = []
+    for value in paired.MAIN:
+        if not any(row.get(value) is not None for row in clean):
+            continue
+        table = paired.summary(clean, value, baseline)
+        parts.append(table[table["method"] == method].assign(readout=value))
+    if not parts or not any(method in part["method"].values for part in parts):
+        return pd.DataFrame()
+    frame = pd.concat(parts).dropna(subset=["gain", "gain_half_width"])
+    frame["images"] = _images(frame)
+    frame["verdict"] = [
+        "undecided" if abs(gain) <= half else "ahead" if gain > 0 else "behind"
+        for gain, half in zip(frame["gain"], frame["gain_half_width"], strict=True)
+    ]
+    return frame.reset_index(drop=True)
+
+
+def gains_over_supcon(rows: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
+    """Of the methods that there are differences of."""
+    found = {m: paired_gains(rows, m, "SupCon") for m in ("VarCon", "VarCon memory")}
+    return {method: frame for method, frame in found.items() if not frame.empty}
+
+
+def _images(frame: pd.DataFrame) -> list[float]:
+    """Images of a class that a step sees, in two views; sets of pairs have a hundred classes."""
+    return [
+        2 * size / (100 if data.endswith("-pairs") or data == "cifar100" else 10)
+        for data, size in zip(frame["data"], frame["batch_size"], strict=True)
+    ]
+
+
+def _counts(part: pd.DataFrame) -> str:
+    found = part["verdict"].value_counts()
+    gain = 100 * part["gain"]
+    words = [f"{found.get(name, 0)} {name}" for name in ("ahead", "behind", "undecided")]
+    return f"{', '.join(words)} (points: {gain.min():+.1f} to {gain.max():+.1f})"
+
+
+def by_images(gains: pd.DataFrame) -> str:
+    return "; ".join(f"{name}: {_counts(part)}" for name, part in _groups(gains))
+
+
+def _groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Few, some and many images of a class in a step."""
+    images = frame["images"]
+    for name, mask in (
+        (f"few images a class (under {FEW})", images < FEW),
+        (f"some ({FEW} to {MANY})", (images >= FEW) & (images < MANY)),
+        (f"many ({MANY} and more)", images >= MANY),
+    ):
+        if mask.any():
+            yield name, frame[mask]
+
+
+def ranking(rows: list[dict[str, Any]]) -> str:
+    """Methods by their mean over read-outs and settings, in percent."""
+    clean = [
+        row
+        for row in rows
+        if row["noise"] == 0.0 and row["method"] in ("VarCon", "VarCon memory", *RIVALS)
+    ]
+    parts = [
+        paired.summary(clean, value).assign(readout=value)
+        for value in paired.MAIN
+        if any(row.get(value) is not None for row in clean)
+    ]
+    frame = pd.concat(parts).dropna(subset=["mean"])
+    frame["images"] = _images(frame)
+    return "; ".join(
+        f"{name}: "
+        + ", ".join(
+            f"{method} {100 * mean:.1f}"
+            for method, mean in part.groupby("method")["mean"].mean().sort_values()[::-1].items()
+        )
+        for name, part in _groups(frame)
+    )
+
+
+def by_readout(gains: pd.DataFrame) -> str:
+    return "; ".join(
+        f"{paired.TITLES[value]}: {_counts(part)}"
+        for value, part in gains.groupby("readout", sort=False)
+    )
+
+
+def gains_table(rows: list[dict[str, Any]], gains: dict[str, pd.DataFrame]) -> Iterator[str]:
+    shown = ("linear", "knn", "linear, 5 a class", "linear, 1 a class")
+    columns = [
+        "data, batch", "images a class",
+        *(f"VarCon: {paired.TITLES[value]}" for value in shown),
+        *(f"VarCon memory: {paired.TITLES[value]}" for value in (shown[0], shown[2])),
+        "best linear probe",
+    ]  # fmt: skip
+    best = paired.summary(
+        [row for row in rows if row["noise"] == 0.0 and row["method"] in methods.METHODS], "linear"
+    )
+    lines = []
+    every = pd.concat(gains.values())
+    settings = every[["data", "batch_size", "images"]].drop_duplicates()
+    for _, (data, size, images) in settings.sort_values(["images", "data"]).iterrows():
+        cells = []
+        for method, values in (("VarCon", shown), ("VarCon memory", ("linear", shown[2]))):
+            here = gains.get(method, every[:0])
+            here = here[(here["data"] == data) & (here["batch_size"] == size)].set_index("readout")
+            cells += [_gain(here.loc[value]) if value in here.index else "" for value in values]
+        top = best[(best["data"] == data) & (best["batch_size"] == size)]
+        top = top.loc[top["mean"].idxmax()]
+        lines.append(
+            [f"{data}, {size}", f"{images:.3g}", *cells,
+             f"{top['method']} {100 * top['mean']:.1f}"]
+        )  # fmt: skip
+    yield (
+        "Paired differences from SupCon in points, with 95 % intervals over "
+        f"{seeds_in_words(every['seeds'])}; bold where "
+        "the interval excludes 0.\n"
+    )
+    yield from grid(columns, lines)
+    yield ""
+
+
+def _gain(row: pd.Series) -> str:
+    text = f"{100 * row['gain']:+.1f} ± {100 * row['gain_half_width']:.1f}"
+    return text if row["verdict"] == "undecided" else f"**{text}**"

@@ -1,0 +1,121 @@
+"""One setting, one change of the data, one property at a time."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks import hierarchy, momentum, robustness, settings
+from benchmarks.common import paired, plots, results
+from benchmarks.common.data import class_names
+from benchmarks.report.markdown import embedded, folded, grid, how_run, origin, rows_of
+
+
+def settings_section(folder: Path) -> Iterator[str]:
+    """Results of `settings`, where there are any."""
+    for vary in settings.SETTINGS:
+        for path in sorted(folder.glob(f"{vary}-*.jsonl")):
+            rows = rows_of(path)
+            table = settings.tabulate(rows, vary)
+            best = table.loc[table[table["readout"] == "linear"].groupby("method")["mean"].idxmax()]
+            yield f"## Which {vary}? {rows[0]['data']}\n"
+            yield (
+                f"{origin(f'settings {vary}', rows[-1]['environment'])} {how_run(rows)} Best "
+                "linear probe: "
+                + ", ".join(
+                    f"{row['method']} at {row[vary]} ({100 * row['mean']:.1f} %)"
+                    for _, row in best.iterrows()
+                )
+                + ".\n"
+            )
+            yield embedded(
+                plots.draw_settings(table, vary, path.with_suffix(".png")), f"accuracy over {vary}"
+            )
+            values = list(dict.fromkeys(table[vary]))
+            for (size, readout), part in table.groupby(["batch_size", "readout"], sort=False):
+                lines = (
+                    [method, *(paired.text(mine[mine[vary] == value]) for value in values)]
+                    for method, mine in part.groupby("method", sort=False)
+                )
+                yield from folded(
+                    f"batch {size}: {paired.TITLES[readout]}, %",
+                    grid(["method", *(f"{vary} {value}" for value in values)], lines),
+                )
+
+
+def robustness_section(folder: Path) -> Iterator[str]:
+    """Results of `robustness`, where there are any."""
+    for kind, title in (
+        ("corruption", "Do features survive corrupted images?"),
+        ("transfer", "Do features serve other data?"),
+    ):
+        for path in sorted(folder.glob(f"{kind}-*.jsonl")):
+            rows = rows_of(path)
+            table = robustness.tabulate(rows)
+            yield f"## {title} {rows[0]['data']}\n"
+            yield f"{origin(f'robustness {kind}', rows[-1]['environment'])} {how_run(rows)}\n"
+            if kind == "corruption":
+                picture = plots.draw_corruption(table, path.with_suffix(".png"))
+                yield embedded(picture, "accuracy over severity")
+            parts = list(dict.fromkeys(table["readout"]))
+            lines = (
+                [part, *(paired.text(mine[mine["readout"] == part]) for _, mine in
+                         table.groupby("method", sort=False))]
+                for part in parts
+            )  # fmt: skip
+            yield from folded(
+                "Linear probe (and kNN where named), %: mean ± 95 % interval (difference from "
+                "SupCon)",
+                grid(["images", *dict.fromkeys(table["method"])], lines),
+            )
+
+
+def hierarchy_section(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("hierarchy-*.jsonl")):
+        rows = rows_of(path)
+        name = rows[0]["data"]
+        yield f"## Do similar classes lie near one another? {name}\n"
+        yield (
+            f"{origin('hierarchy', rows[-1]['environment'])} {how_run(rows)} Trees of class means "
+            "of held-out features, by cosine distance: how well a tree keeps the distances, and "
+            "how well cutting it finds known groups (kinds of clothes; the left digit of a pair). "
+            "Percent: mean ± 95 % interval (difference from SupCon).\n"
+        )
+        yield from grid(*hierarchy.tabulate(rows))
+        trees = hierarchy.trees(rows)
+        names = class_names(name, len(next(iter(trees.values()))) + 1)
+        picture = plots.draw_trees(trees, names, path.with_suffix(".png"))
+        yield embedded(picture, "trees of class means")
+
+
+def momentum_section(folder: Path) -> Iterator[str]:
+    path = folder / "momentum.jsonl"
+    if not path.exists():
+        return
+    table = momentum.summary([json.loads(line) for line in path.read_text().splitlines()])
+    best = table.loc[table.groupby(["classes", "batch_size"])["mean"].idxmax()]
+    yield "## Which momentum of the centroid memory?\n"
+    yield (
+        "`python -m benchmarks momentum`: mean of linear probe and kNN on the validation split of "
+        "mnist-pairs, at one learning rate, percent, mean ± half-width of the 95 % interval over "
+        f"{table['seeds'].max()} seeds. Highest mean: "
+        + ", ".join(
+            f"{row['momentum']:g} ({row['classes']:.0f} classes, batch {row['batch_size']:.0f})"
+            for _, row in best.iterrows()
+        )
+        + ".\n"
+    )
+    yield embedded(plots.draw_momentum(table, path.parent), "accuracy over momentum")
+    columns, lines = momentum.by_momentum(table)
+    yield from folded("Every number", grid(columns, lines))
+
+
+def evolution_section(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("evolution-*.json")):
+        frame, env = results.read(path.stem, folder)
+        yield f"## How do embeddings and temperatures come to be? {frame['data'].iloc[0]}\n"
+        yield (
+            f"{origin('evolution', env)} Batch {env['batch_size']}, learning rate "
+            f"{env['learning_rate']}, one seed: to look at and not to compare. t-SNE of held-out "
+            "images' features, whose axes mean nothing; τ2 over the last batch of an epoch.\n"
+        )
+        yield embedded(path.with_suffix(".png"), "t-SNE and density of tau2")
