@@ -53,13 +53,15 @@ def match_reference(anchors: Samples, classes: Classes, options: Options) -> Row
         if isinstance(labels, Shares) and unknown is not None:
             mass = class_masses(labels, len(unknown), classes.sums.dtype)
             absent = ((mass > 0) & unknown).nonzero().squeeze(1).tolist()
+            way_out = "give anchors without one a row of zeros"
         else:
             assert isinstance(labels, Tensor)
             absent = torch.unique(labels[missing]).tolist()
+            way_out = "mark anchors without one with ignore_index"
         listed = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
         raise ValueError(
             f"ref_labels lack label {listed}, which labels contain: every anchor needs a "
-            "reference of its class (mark anchors without one with ignore_index)"
+            f"reference of its class ({way_out})"
         )
     return Rows(anchors=anchors, slots=slots, centroids=classes.find_centroids(), weight=weight)
 

@@ -201,7 +201,9 @@ def make_operator(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-            keep(ctx, inputs, Swept(*output))  # torch.func hands on a plain tuple
+            loss, others, gradient, scale = output  # torch.func hands on a plain tuple
+            swept = Swept(loss=loss, others=others, gradient=gradient, scale=scale)
+            keep(ctx, inputs, swept)
             ctx.mark_non_differentiable(*(part for part in output[1:] if part is not None))
 
         backward = staticmethod(_backward)
