@@ -60,6 +60,21 @@ def test_the_code_of_a_page_runs_from_the_top(
                 assert capsys.readouterr().out == after.content
 
 
+def test_the_script_of_several_gpus_runs_by_its_command(tmp_path: Path) -> None:
+    page = DOCS / "distributed.md"
+    (code,) = (block.content for block in blocks(page, "python") if "WORLD_SIZE" in block.content)
+    (tmp_path / "train.py").write_text(code)
+    ((launcher, *rest),) = (words for name, words in commands() if name == page.name)
+    assert launcher == "torchrun"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *rest],
+        cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^loss \d", done.stdout, re.M)) == 2
+
+
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
 def test_code_is_read_without_scrolling(page: Path) -> None:
     for language in ("python", "sh", "text"):
