@@ -1,8 +1,23 @@
 """``python -m benchmarks``: one subcommand a question, each in the module of its name."""
 
 import importlib
+from typing import NoReturn
 
-import typer
+
+def _stop_for_want_of(error: ModuleNotFoundError) -> NoReturn:
+    """End with one line that says how to install what is missing."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "benchmarks", "varcon_loss"):  # ours: a mistake in the code
+        raise error
+    raise SystemExit(
+        f"python -m benchmarks needs {package}: pip install '.[bench]', in the checkout"
+    ) from error
+
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    _stop_for_want_of(error)
 
 QUESTIONS = {
     "quickstart": "Train a small CNN by VarCon and its rivals, compare, draw. Two minutes.",
@@ -56,10 +71,13 @@ def _register(name: str, line: str) -> None:
     )
     def ask(context: typer.Context) -> None:
         # Imported only now: what one question needs would make the help of all slow.
-        module = importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
-        question = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        question.command()(module.command)
-        question(context.args, prog_name=f"python -m benchmarks {name}")
+        try:
+            module = importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
+            question = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+            question.command()(module.command)
+            question(context.args, prog_name=f"python -m benchmarks {name}")
+        except ModuleNotFoundError as error:  # some packages are imported where they are used
+            _stop_for_want_of(error)
 
 
 for _name, _line in QUESTIONS.items():

@@ -535,9 +535,13 @@ def _measure(stage: str, device: str, *, tiny: bool) -> list[dict[str, Any]]:
 MEASURED = ("launches", "targets", "large", "tiles")
 
 
-def main(stage: str, *arguments: str) -> None:
+def main(stage: str = "", *arguments: str) -> None:
     """``run OUT [STAGE ...]``, or one measuring stage: its rows as a line of JSON."""
     if stage == "run":
+        if not arguments:
+            raise SystemExit("run needs a folder for the result files: run OUT [STAGE ...]")
+        if not torch.cuda.is_available():
+            raise SystemExit("this needs a CUDA device, and torch finds none here")
         out, *only = arguments
         rows = run(Path(out), "cuda", only)
         save(Path(out), "cuda")

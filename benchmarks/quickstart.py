@@ -1,4 +1,4 @@
-"""What does VarCon learn, in two minutes? One small encoder trained five ways on real images."""
+"""What does VarCon learn, in two minutes? One small encoder trained four ways on real images."""
 
 import time
 from pathlib import Path

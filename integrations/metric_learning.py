@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "varcon_loss.integrations.metric_learning needs pytorch-metric-learning: "
-        "pip install 'varcon-loss[metric-learning]'"
+        "pip install 'pytorch-metric-learning>=2.2,<3'"
     ) from error
 try:
     _version = importlib.metadata.version("pytorch-metric-learning")

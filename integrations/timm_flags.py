@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 PROGRAM = "varcon-timm"
+INSTALL_TIMM = "pip install 'timm>=1.0.27' tqdm"
 
 
 def stop(message: object) -> NoReturn:

@@ -10,11 +10,20 @@ import logging
 import math
 from typing import Any
 
+from varcon_loss.integrations.timm_flags import INSTALL_TIMM, installed
+
+try:
+    from timm.task import ClassificationTask
+except ImportError as error:
+    raise ImportError(
+        "varcon_loss.integrations.timm_task needs timm 1.0.27 or newer, found "
+        f"{installed('timm') or 'none'}: {INSTALL_TIMM}"
+    ) from error
+
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from timm.models import group_parameters
-from timm.task import ClassificationTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 

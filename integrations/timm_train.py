@@ -17,6 +17,7 @@ from pathlib import Path
 
 from varcon_loss import ProjectionHead, VarConLoss, __version__
 from varcon_loss.integrations.timm_flags import (
+    INSTALL_TIMM,
     PROGRAM,
     CommandLine,
     flag_parser,
@@ -102,10 +103,10 @@ def _find_script(name: str) -> Path:
 def _check_timm() -> None:
     version = installed("timm")
     if version is None:
-        stop("timm is not installed: pip install 'varcon-loss[timm]'")
+        stop(f"timm is not installed: {INSTALL_TIMM}")
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if numbers and tuple(int(number) for number in numbers.groups()) < OLDEST_TIMM:
-        stop(f"timm {version} is too old: pip install 'timm>=1.0.27'")
+        stop(f"timm {version} is too old: {INSTALL_TIMM}")
 
 
 def _check_script(script: Path, text: str) -> None:

@@ -58,6 +58,22 @@ def test_the_list_of_commands_needs_no_heavy_import() -> None:
     assert done.stdout.rstrip().endswith("set()")
 
 
+@pytest.mark.parametrize(
+    ("package", "question"), [("typer", "--help"), ("pandas", "report"), ("matplotlib", "report")]
+)
+def test_a_missing_package_is_one_line(package: str, question: str) -> None:
+    code = f"""
+import runpy, sys
+sys.modules[{package!r}] = None
+sys.argv = ["benchmarks", {question!r}]
+runpy.run_module("benchmarks", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    needs = f"python -m benchmarks needs {package}: pip install '.[bench]', in the checkout"
+    assert done.stderr.splitlines() == [needs]
+
+
 def test_the_examples_of_the_help_can_be_given() -> None:
     shown = [line for line in EXAMPLES.splitlines() if line.startswith("python -m benchmarks")]
     assert len(shown) >= 3
@@ -83,6 +99,11 @@ def test_a_missing_gpu_is_a_clear_error() -> None:
         outcome = ask(*command)
         assert outcome.exit_code == 2
         assert "CUDA device" in outcome.output
+    proof = [sys.executable, "-m", "benchmarks.gpu_proof", "run", "out"]
+    done = subprocess.run(proof, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "CUDA device" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What the README and the site say is run, and their links lead somewhere."""
 
+import ast
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 import warnings
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -58,6 +60,21 @@ def test_the_code_of_a_page_runs_from_the_top(
                 assert capsys.readouterr().out == after.content
 
 
+def test_the_script_of_several_gpus_runs_by_its_command(tmp_path: Path) -> None:
+    page = DOCS / "distributed.md"
+    (code,) = (block.content for block in blocks(page, "python") if "WORLD_SIZE" in block.content)
+    (tmp_path / "train.py").write_text(code)
+    ((launcher, *rest),) = (words for name, words in commands() if name == page.name)
+    assert launcher == "torchrun"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *rest],
+        cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^loss \d", done.stdout, re.M)) == 2
+
+
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
 def test_code_is_read_without_scrolling(page: Path) -> None:
     for language in ("python", "sh", "text"):
@@ -99,6 +116,56 @@ def test_the_commands_that_are_shown_exist() -> None:
             assert set(words[1:]) <= targets, where
         seen.add(words[0])
     assert {"python", "make", "varcon-timm"} <= seen
+
+
+ADAPTERS = {
+    "varcon_loss.integrations.metric_learning": "pytorch_metric_learning",
+    "varcon_loss.integrations.timm_task": "timm",
+}
+
+
+def imported(code: str) -> Iterator[str]:
+    """Packages that a block imports; for an adapter, the one that it adapts to."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            named = [alias.name for alias in node.names]
+            for module in [node.module or ""] if isinstance(node, ast.ImportFrom) else named:
+                yield ADAPTERS.get(module, module.partition(".")[0])
+
+
+def test_what_an_example_needs_is_installed_on_its_page() -> None:
+    """By a `pip install` line that names the package, or an extra that brings it."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    installed = {page.name: {"torch", "varcon_loss", *sys.stdlib_module_names} for page in PAGES}
+    for page, words in commands():
+        if words[:2] == ["pip", "install"]:
+            for word in words[2:]:
+                extra = re.fullmatch(r"\.\[(.+)\]", word)
+                for requirement in extras[extra[1]] if extra else [word]:
+                    name = re.split(r"[<>=]", requirement)[0].replace("-", "_")
+                    installed[page].add(name)
+    needed = {
+        page.name: {name for block in blocks(page, "python") for name in imported(block.content)}
+        for page in PAGES
+    }
+    assert {"timm", "pytorch_metric_learning", "lightning"} <= set().union(*needed.values())
+    missing = {page: names - installed[page] for page, names in needed.items()}
+    assert not any(missing.values()), missing
+
+
+def test_a_block_of_benchmarks_says_what_it_needs() -> None:
+    """They are in the checkout, and need more than torch."""
+    shown = 0
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            if "python -m benchmarks" in block.content:
+                assert block.content.startswith('pip install ".[bench]"\n'), page.name
+                text = page.read_text()
+                assert "From a checkout:" in text[: text.index(block.content)], page.name
+                shown += 1
+    assert shown >= 2
 
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")

@@ -601,7 +601,7 @@ attempt()
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     missing, *wrong = done.stdout.splitlines()
-    assert missing.endswith("pip install 'varcon-loss[metric-learning]'")
+    assert missing.endswith("pip install 'pytorch-metric-learning>=2.2,<3'")
     assert wrong == [
         "varcon_loss.integrations.metric_learning supports pytorch-metric-learning >=2.2,<3, "
         f"found {version}: pip install 'pytorch-metric-learning>=2.2,<3'"

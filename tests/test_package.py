@@ -1,6 +1,7 @@
 """What is published: the wheel holds the package alone, the sdist all that its tests need."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,15 @@ for name in ("integrations", "benchmarks", "tests"):
 """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([str(python), "-c", script], check=True, cwd=tmp_path, env=environment)
+
+
+def test_a_workflow_runs_actions_of_a_known_commit() -> None:
+    """A tag can be moved by others; the version stays as a comment, which dependabot reads."""
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        uses = re.findall(r"uses: (.*)", path.read_text())
+        assert uses
+        for action in uses:
+            assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action
 
 
 def test_without_numpy_nothing_is_missing_and_nothing_is_said() -> None:

@@ -10,6 +10,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -1151,3 +1152,39 @@ def test_the_real_train_py_mixes(
     assert ranks.returncode == 0, ranks.stderr
     assert ranks.stdout.count("mixes each view by itself") == 1
     assert "train_varcon_loss" in (tmp_path / "out/c/summary.csv").read_text()
+
+
+def test_without_timm_the_next_step_is_named() -> None:
+    """It installs timm itself, which works whether varcon-loss came from a checkout or a wheel."""
+    pyproject = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    command = timm_flags.INSTALL_TIMM.replace("'", "")
+    assert command.split()[2:] == pyproject["project"]["optional-dependencies"]["timm"]
+
+    hidden = """
+import importlib.metadata, sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "timm":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+version = importlib.metadata.version
+def without(name):
+    if name == "timm":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = without
+"""
+    for rest, start in (
+        (
+            "import varcon_loss.integrations.timm_task",
+            "ImportError: varcon_loss.integrations.timm_",
+        ),
+        (
+            "from varcon_loss.integrations import timm_train; timm_train.main(['probe'])",
+            "varcon-timm: timm is not installed",
+        ),
+    ):
+        done = subprocess.run([sys.executable, "-c", hidden + rest], capture_output=True, text=True)
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith(start)
+        assert last.endswith(f": {timm_flags.INSTALL_TIMM}")
