@@ -122,8 +122,9 @@ def test_the_operator_is_registered_soundly(make_batch: MakeBatch) -> None:
     num_present = torch.tensor(3)
     given = {
         "features": features, "norms": norms, "w": w, "need_grad": True, "unit": z, "slots": labels,
-        "shares": None, "columns": None, "class_weight": None, "present": present,
-        "num_present": num_present, "packed": True, "own": None, "valid": None, "broken": None,
+        "shares": None, "entries": None, "columns": None, "background": None,
+        "class_weight": None, "present": present, "num_present": num_present, "packed": True,
+        "own": None, "valid": None, "broken": None,
         "temperature": 0.1, "epsilon": 0.02, "temperatures": None,
     }  # fmt: skip
     shares = torch.rand(12, 4, dtype=z.dtype)
@@ -134,6 +135,12 @@ def test_the_operator_is_registered_soundly(make_batch: MakeBatch) -> None:
         {"slots": None, "shares": shares},
         {"slots": None, "shares": shares.repeat(1, 2), "columns": torch.tensor([1, 4, 5, 7])},
         {"slots": None, "shares": shares[:6], "class_weight": weight},
+        {
+            "slots": None,
+            "shares": shares[:, :1],
+            "entries": labels.unsqueeze(1),
+            "background": shares[:, :1] / 9,
+        },
     ):
         for need_terms in (True, False):
             for temperatures in (None, torch.tensor([0.1, 0.02], dtype=torch.float64)):

@@ -166,6 +166,7 @@ def test_gradient_is_that_of_the_equations(
         present = torch.rand(num_classes, generator=generator) < 0.7
         w[~present] = 0.0
     count = torch.tensor(num_classes) if present is None else present.sum()
+    empty = torch.zeros(num_classes, dtype=torch.bool) if present is None else ~present
     table = random_table(num_rows, num_classes, density, generator) + floor
     weight = torch.rand(num_classes, generator=generator, dtype=F64) if weighted else None
     shares, epsilon = shares_of(table, form), share * temperature
@@ -176,7 +177,7 @@ def test_gradient_is_that_of_the_equations(
     )  # fmt: skip
     x = z.clone().requires_grad_()
     want, want_others = expected_loss_by_equations(
-        x, Shares(table), w, present, weight, temperature, epsilon
+        x, Shares(table), w, empty, weight, temperature, epsilon
     )
     want.sum().backward()
     assert x.grad is not None
@@ -246,8 +247,8 @@ def by_equations(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, other terms and gradient in float64."""
     x = z.requires_grad_()
-    shares = Shares(table.double())
-    loss, others = expected_loss_by_equations(x, shares, w.double(), None, None, temperature, 0.01)
+    shares, empty = Shares(table.double()), torch.zeros(len(w), dtype=torch.bool)
+    loss, others = expected_loss_by_equations(x, shares, w.double(), empty, None, temperature, 0.01)
     (gradient,) = torch.autograd.grad(loss.sum(), x)
     return loss.detach(), others, gradient
 
@@ -342,10 +343,10 @@ def test_equations_can_be_differentiated_twice() -> None:
     w = F.normalize(torch.randn(5, 4, generator=generator, dtype=F64), dim=1)
     w[2] = 0.0
     table = torch.rand(3, 5, generator=generator, dtype=F64)
-    present = torch.arange(5) != 2
+    empty = torch.arange(5) == 2
 
     def loss(z: Tensor) -> Tensor:
-        return expected_loss_by_equations(z, Shares(table), w, present, None, 0.3, 0.2)[0]
+        return expected_loss_by_equations(z, Shares(table), w, empty, None, 0.3, 0.2)[0]
 
     assert torch.autograd.gradgradcheck(loss, z)
 

@@ -154,7 +154,7 @@ def test_reference_sets_of_either_kind(kind: str, impl: str, make_batch: MakeBat
     torch.testing.assert_close(loss(labels, hot(ref_labels)), expected)
     torch.testing.assert_close(loss(hot(labels), ref_labels, num_classes=C), expected)
 
-    with pytest.raises(ValueError, match="ref_labels lack label 4, 5, which labels contain.*row of zeros"):
+    with pytest.raises(ValueError, match=r"ref_labels lack label 4, 5, .*row of zeros"):
         loss(hot(torch.arange(20) % (C - 1)), ref_labels % 4)
 
 

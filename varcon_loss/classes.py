@@ -38,6 +38,12 @@ class Centroids(NamedTuple):
     num_present: Tensor  # 0-d int64, K
     packed: bool  # are the first K slots the ones that are not empty?
 
+    def empty(self) -> Tensor:
+        """Which slots are, ``[S]`` bool."""
+        if self.present is not None:
+            return ~self.present
+        return torch.arange(self.unit.shape[0], device=self.unit.device) >= self.num_present
+
 
 class Classes(NamedTuple):
     """What a set of samples says about its classes."""

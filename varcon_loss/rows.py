@@ -1,6 +1,6 @@
 """What an implementation is, and what its sweep over the rows takes and gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -41,38 +41,72 @@ class Rows(NamedTuple):
             kept=self.kept,
         )
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """What the equations need beside the features, for autograd to keep: see `rows_of`."""
-        anchors, centroids = self.anchors, self.centroids
-        which = (anchors.norms, anchors.valid, anchors.broken, self.weight)
-        slots: tuple[Tensor | None, ...]
-        if isinstance(self.slots, Shares):
-            shares = self.slots
-            slots = (None, shares.values, shares.slots, shares.columns, shares.background)
-        else:
-            slots = (self.slots, None, None, None, None)
-        w = (centroids.unit, centroids.present, centroids.num_present)
-        return *w, *slots, self.own, *which
+    def tensors(self) -> dict[str, Tensor | None]:
+        """What the equations need beside the features, by the names of `TENSORS`: see `rows_of`."""
+        anchors, centroids, slots = self.anchors, self.centroids, self.slots
+        shares = slots if isinstance(slots, Shares) else None
+        return {
+            "w": centroids.unit,
+            "present": centroids.present,
+            "num_present": centroids.num_present,
+            "slots": None if isinstance(slots, Shares) else slots,
+            "shares": None if shares is None else shares.values,
+            "entries": None if shares is None else shares.slots,
+            "columns": None if shares is None else shares.columns,
+            "background": None if shares is None else shares.background,
+            "own": self.own,
+            "norms": anchors.norms,
+            "valid": anchors.valid,
+            "broken": anchors.broken,
+            "class_weight": self.weight,
+        }
 
 
-def rows_of(features: Tensor, tensors: tuple[Tensor | None, ...]) -> Rows:
-    """Rows from features ``[N, D]`` and `Rows.tensors`, as far as the equations need them."""
-    unit, present, num_present, slots, values, entries, columns, background, *others = tensors
-    own, norms, valid, broken, weight = others
-    assert unit is not None
+TENSORS = (
+    "w", "present", "num_present", "slots", "shares", "entries", "columns", "background", "own",
+    "norms", "valid", "broken", "class_weight",
+)  # fmt: skip
+
+
+def rows_of(
+    features: Tensor,
+    tensors: Mapping[str, Tensor | None],
+    *,
+    unit: Tensor | None = None,
+    packed: bool = True,
+) -> Rows:
+    """Rows from features ``[N, D]`` and `Rows.tensors`, and what else there is."""
+    w, num_present, places = tensors["w"], tensors["num_present"], tensors["slots"]
+    assert w is not None
     assert num_present is not None
-    if present is None:
-        present = torch.arange(unit.shape[0], device=unit.device) < num_present  # empty ones last
-    places: Tensor | Shares | None = slots
-    if values is not None:
-        views = features.shape[0] // max(1, values.shape[0])
-        places = Shares(
-            values=values, slots=entries, columns=columns, background=background, views=views
+    slots: Tensor | Shares | None = places
+    if (values := tensors["shares"]) is not None:
+        slots = Shares(
+            values=values,
+            slots=tensors["entries"],
+            columns=tensors["columns"],
+            background=tensors["background"],
+            views=features.shape[0] // max(1, values.shape[0]),
         )
-    assert places is not None
-    anchors = Samples(features, labels=places, valid=valid, broken=broken, norms=norms)
-    centroids = Centroids(unit=unit, present=present, num_present=num_present, packed=False)
-    return Rows(anchors=anchors, slots=places, centroids=centroids, own=own, weight=weight)
+    assert slots is not None
+    anchors = Samples(
+        features=features,
+        labels=slots,
+        valid=tensors["valid"],
+        broken=tensors["broken"],
+        unit=unit,
+        norms=tensors["norms"],
+    )
+    centroids = Centroids(
+        unit=w, present=tensors["present"], num_present=num_present, packed=packed
+    )
+    return Rows(
+        anchors=anchors,
+        slots=slots,
+        centroids=centroids,
+        own=tensors["own"],
+        weight=tensors["class_weight"],
+    )
 
 
 class Swept(NamedTuple):

@@ -13,7 +13,7 @@ def expected_loss_by_equations(
     z: Tensor,
     shares: Shares,
     w: Tensor,
-    present: Tensor | None,
+    absent: Tensor,
     weight: Tensor | None,
     temperature: float,
     epsilon: float,
@@ -24,12 +24,11 @@ def expected_loss_by_equations(
         z: ``[N, D]``; the way of the gradient.
         shares: of the rows, by slot.
         w: ``[S, D]`` centroids, zero rows in empty slots.
-        present: ``[S]`` bool; None: no slot is empty.
+        absent: ``[S]`` bool, empty slots.
         weight: ``[S]`` class weights; None: all 1.
         temperature: ``tau1``.
         epsilon: ``epsilon`` of Eq. 13.
     """
-    absent = torch.zeros_like(w[:, 0], dtype=torch.bool) if present is None else ~present  # [S]
     num_others = (~absent).sum().sub(1).clamp_min(0).to(z.dtype)
     values = shares.table(w.shape[0], z.dtype).masked_fill(absent, 0.0)  # [N, S]
 

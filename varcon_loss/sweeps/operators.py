@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varcon_loss.classes import Centroids
-from varcon_loss.rows import Rows, Swept, rows_of
-from varcon_loss.samples import Samples
+from varcon_loss.rows import TENSORS, Rows, Swept, rows_of
 from varcon_loss.shares import Shares
 from varcon_loss.sweeps.once import scale_rows, scale_rows_once
 from varcon_loss.sweeps.reference import reference_terms
@@ -49,7 +47,7 @@ class _Differentiable(torch.autograd.Function):
         features, upstream, *parts = ctx.saved_tensors
 
         def loss(features: Tensor) -> Tensor:
-            rows = rows_of(features, tuple(parts))
+            rows = rows_of(features, dict(zip(TENSORS, parts, strict=True)))
             return reference_terms(rows, *ctx.temperatures, need_terms=False).loss
 
         def gradient(features: Tensor, upstream: Tensor) -> Tensor:
@@ -59,12 +57,11 @@ class _Differentiable(torch.autograd.Function):
         return *back(*directions), *(None,) * (3 + len(parts))
 
 
-# Where features and centroids stand among the saved tensors of `Sweep`, before what `Rows.tensors`
-# gives, and the shares that a caller may have given as labels. All may be changed in place before
-# backward, which needs none: features and shares by a caller who reuses them, remembered centroids
-# by the next step.
-_CHANGEABLE = (0, 3)
-_SHARES = 7  # None for integer labels
+# Where the saved tensors of `Sweep` are that may be changed in place before backward, which needs
+# none of them: features, and shares given as labels, by a caller who reuses them, and remembered
+# centroids by the next step. Features, gradient and scale are saved before `Rows.tensors`.
+_CHANGEABLE = (0, 3 + TENSORS.index("w"))
+_SHARES = 3 + TENSORS.index("shares")  # None for integer labels
 
 
 def _versions(saved: tuple[Any, ...]) -> list[int]:
@@ -169,7 +166,7 @@ def make_operator(
         features, rows, *temperatures, need_grad, _ = inputs
         ctx.versions = None
         if need_grad:
-            saved = (features, output.gradient, output.scale, *rows.tensors())
+            saved = (features, output.gradient, output.scale, *rows.tensors().values())
             ctx.save_for_backward(*saved)
             if not torch._C._are_functorch_transforms_active():
                 ctx.versions = _versions(saved)
@@ -227,7 +224,9 @@ def make_operator(
         unit: Tensor | None,
         slots: Tensor | None,
         shares: Tensor | None,
+        entries: Tensor | None,
         columns: Tensor | None,
+        background: Tensor | None,
         class_weight: Tensor | None,
         present: Tensor | None,
         num_present: Tensor,
@@ -239,18 +238,22 @@ def make_operator(
         epsilon: float,
         temperatures: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        places: Tensor | Shares | None = slots
-        if shares is not None:
-            views = features.shape[0] // max(1, shares.shape[0])
-            places = Shares(values=shares, columns=columns, views=views)
-        assert places is not None
-        anchors = Samples(
-            features, labels=places, valid=valid, broken=broken, unit=unit, norms=norms
-        )
-        centroids = Centroids(unit=w, present=present, num_present=num_present, packed=packed)
-        rows = Rows(
-            anchors=anchors, slots=places, centroids=centroids, own=own, weight=class_weight
-        )
+        tensors = {
+            "w": w,
+            "present": present,
+            "num_present": num_present,
+            "slots": slots,
+            "shares": shares,
+            "entries": entries,
+            "columns": columns,
+            "background": background,
+            "own": own,
+            "norms": norms,
+            "valid": valid,
+            "broken": broken,
+            "class_weight": class_weight,
+        }
+        rows = rows_of(features, tensors, unit=unit, packed=packed)
         if temperatures is not None:
             temperature, epsilon = temperatures.tolist()
         swept = sweep(rows, temperature, epsilon, need_grad, need_terms)
@@ -285,29 +288,17 @@ def make_operator(
     operator.register_autograd(_operator_backward, setup_context=_keep_for_operator)
 
     def run(rows: Rows, temperature: float, epsilon: float, need_terms: bool) -> Swept:
-        anchors, centroids = rows.anchors, rows.centroids
-        slots, shares = (None, rows.slots) if isinstance(rows.slots, Shares) else (rows.slots, None)
-        features = anchors.features
+        anchors, features = rows.anchors, rows.anchors.features
         need_grad = torch.is_grad_enabled() and features.requires_grad
         if torch.compiler.is_compiling():
             temperature, epsilon, temperatures = _options_of_operator(temperature, epsilon)
             loss, others, *_ = operator(
                 features=features,
-                norms=anchors.norms,
-                w=centroids.unit,
+                **rows.tensors(),
                 need_grad=need_grad,
                 need_terms=need_terms,
                 unit=anchors.unit,
-                slots=slots,
-                shares=None if shares is None else shares.values,
-                columns=None if shares is None else shares.columns,
-                class_weight=rows.weight,
-                present=centroids.present,
-                num_present=centroids.num_present,
-                packed=centroids.packed,
-                own=rows.own,
-                valid=anchors.valid,
-                broken=anchors.broken,
+                packed=rows.centroids.packed,
                 temperature=temperature,
                 epsilon=epsilon,
                 temperatures=temperatures,
@@ -318,7 +309,7 @@ def make_operator(
             given = (features, rows, temperature, epsilon, need_grad, need_terms)
             loss, others, *_ = function.apply(*given)
             if need_grad and not several:
-                _allow_changes(loss, shares=shares is not None)
+                _allow_changes(loss, shares=isinstance(rows.slots, Shares))
         terms = Swept(loss=loss, others=others)
         return terms if fused else terms.masked(anchors)
 

@@ -18,7 +18,7 @@ from varcon_loss.sweeps.once import differentiable_once
 
 def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: bool) -> Swept:
     """Eq. 7-13 of arXiv 2506.07413, on ``[N, K]`` matrices; all terms, needed or not."""
-    anchors, w, present = rows.anchors, rows.centroids.unit, rows.centroids.present
+    anchors, w, absent = rows.anchors, rows.centroids.unit, rows.centroids.empty()
     features = anchors.features
     if torch.compiler.is_compiling():
         features = differentiable_once(features)
@@ -31,7 +31,7 @@ def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: 
         z = F.normalize(z / anchors.norms[:, None], dim=1)
     if isinstance(rows.slots, Shares):
         loss, others = expected_loss_by_equations(
-            z, rows.slots, w, present, rows.weight, temperature, epsilon
+            z, rows.slots, w, absent, rows.weight, temperature, epsilon
         )
         return Swept(loss=loss, others=others).masked(anchors)
     own = rows.slots[:, None]  # [N, 1]
@@ -39,7 +39,6 @@ def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: 
     logits = z @ w.T / temperature  # [N, S]
     if rows.own is not None:
         logits = logits.scatter(1, own, (z * rows.own).sum(1, keepdim=True) / temperature)
-    absent = torch.zeros_like(w[:, 0], dtype=torch.bool) if present is None else ~present  # [S]
 
     log_p = F.log_softmax(logits.masked_fill(absent, -torch.inf), dim=1)  # Eq. 8
     log_p_own = log_p.gather(1, own)  # [N, 1]
