@@ -32,7 +32,7 @@ from varcon_loss.reduction import (
     weigh_rows,
 )
 from varcon_loss.rows import Implementation, Rows, Swept
-from varcon_loss.samples import Batch, Samples, flatten, shape_of_samples
+from varcon_loss.samples import Batch, Samples, are_shares, flatten, shape_of_samples
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -162,7 +162,7 @@ def evaluate(call: Call, *, need_terms: bool) -> tuple[Tensor, VarConTerms | Non
         try:
             batch, reference = _check(call)
             call, dtype = _with_num_classes(call), _computing_dtype(call)
-            shares = batch.are_shares or (reference is not None and reference.are_shares)
+            shares = any(are_shares(x.labels) for x in (batch, reference) if x is not None)
             way = choose(options.impl, batch.features, dtype, shares=shares)
             with torch.no_grad():
                 anchors, classes = _read(call, way, dtype, batch, reference)
@@ -338,7 +338,7 @@ def _terms(
 def _num_classes(call: Call) -> int | None:
     """Also where only labels that are class probabilities tell."""
     for labels in (call.labels, call.ref_labels):
-        if isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2:
+        if isinstance(labels, Tensor) and are_shares(labels) and labels.ndim == 2:
             return labels.shape[1]
     return call.options.num_classes
 

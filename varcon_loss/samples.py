@@ -19,11 +19,6 @@ class Batch(NamedTuple):
     name: str  # of the labels, in messages
     views: int = 1
 
-    @property
-    def are_shares(self) -> bool:
-        """Are the labels class probabilities?"""
-        return self.labels.is_floating_point()
-
 
 class Samples(NamedTuple):
     """A batch made ready. Everything but ``features`` is free of gradient.
@@ -72,6 +67,11 @@ class Samples(NamedTuple):
         return Samples(**{**kept, **changed})
 
 
+def are_shares(labels: Tensor) -> bool:
+    """Are they class probabilities, and not integers?"""
+    return labels.is_floating_point()
+
+
 def shape_of_samples(features: Tensor) -> torch.Size:
     """``[N]``, or ``[B, V]`` with views."""
     return features.shape[:1] if features.ndim == 2 else features.shape[:2]
@@ -87,7 +87,7 @@ def flatten_views(features: Tensor) -> Tensor:
 def flatten(features: Tensor, labels: Tensor, name: str) -> Batch:
     """Each view is a sample with the same label."""
     rows, views = flatten_views(features), 1 if features.ndim == 2 else features.shape[1]
-    if labels.is_floating_point():
+    if are_shares(labels):
         return Batch(features=rows, labels=labels, name=name, views=views)
     labels = labels if features.ndim == 2 else labels.repeat_interleave(views)
     return Batch(features=rows, labels=labels, name=name)
@@ -138,7 +138,7 @@ def read_labels(batch: Batch, options: Options) -> tuple[Tensor, Tensor | None, 
 
 def read(batch: Batch, options: Options, dtype: torch.dtype) -> Samples:
     """Labels read, lengths measured, and rows divided by them in ``dtype``."""
-    if batch.labels.is_floating_point():
+    if are_shares(batch.labels):
         labels, valid, broken = read_shares(batch.labels, dtype, batch.views, name=batch.name)
     else:
         labels, valid, broken = read_labels(batch, options)
