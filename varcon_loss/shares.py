@@ -65,6 +65,15 @@ class Shares(NamedTuple):
             table += self.background
         return self._of_samples(table.scatter_(1, self.slots, self.values.to(dtype)))
 
+    def of_one_view(self) -> "Shares":
+        """The same for ``R`` samples. Not by `_replace`, which torch 2.6 does not compile."""
+        return Shares(
+            values=self.values,
+            slots=self.slots,
+            columns=self.columns,
+            background=self.background,
+        )
+
     def _part(self, rows: Tensor, start: int, stop: int) -> Tensor:
         return rows[start // self.views : stop // self.views]
 
@@ -217,7 +226,7 @@ def _windows(values: Tensor, rows: Tensor, starts: Tensor, width: int) -> Tensor
 def in_slots(shares: Shares, classes: Tensor) -> Shares:
     """The same shares by slot, where only ``classes`` ``[S]`` have one; others are dropped."""
     if shares.slots is None:
-        return shares._replace(columns=classes)
+        return Shares(values=shares.values, columns=classes, views=shares.views)
     size = classes.shape[0]
     num_classes = int(torch.maximum(shares.slots.max(), classes.max())) + 1
     table = torch.full((num_classes,), -1)
@@ -261,7 +270,7 @@ def share_sums(shares: Shares, unit: Tensor, size: int) -> Tensor:
     """
     if shares.views > 1:
         unit = unit.unflatten(0, (-1, shares.views)).sum(1)
-        shares = shares._replace(views=1)
+        shares = shares.of_one_view()
     if torch.compiler.is_compiling():  # no pieces: their number would be compiled in
         return torch.mm(shares.whole(unit.dtype).T, unit)
     total = unit.new_zeros(size, unit.shape[1])
@@ -309,7 +318,7 @@ def row_totals(shares: Shares, weight: Tensor) -> Tensor:
     elif torch.compiler.is_compiling():
         return torch.mv(shares.whole(weight.dtype), weight)
     else:
-        once = shares._replace(views=1)
+        once = shares.of_one_view()
         step = max(1, PIECE // max(1, len(weight)))
         parts = [
             torch.mv(once.rows(start, start + step, weight.dtype), weight)
