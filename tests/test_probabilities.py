@@ -154,7 +154,9 @@ def test_reference_sets_of_either_kind(kind: str, impl: str, make_batch: MakeBat
     torch.testing.assert_close(loss(labels, hot(ref_labels)), expected)
     torch.testing.assert_close(loss(hot(labels), ref_labels, num_classes=C), expected)
 
-    with pytest.raises(ValueError, match="ref_labels lack label 4, 5, which labels contain.*row of zeros"):
+    with pytest.raises(
+        ValueError, match=r"ref_labels lack label 4, 5, which labels contain.*row of zeros"
+    ):
         loss(hot(torch.arange(20) % (C - 1)), ref_labels % 4)
 
 
@@ -349,6 +351,20 @@ def test_labels_may_be_reused_before_backward(kind: str) -> None:
     (expected,) = torch.autograd.grad(varcon_loss(features, rows), features)
     loss = varcon_loss(features, rows)
     rows.zero_()
+    assert torch.equal(torch.autograd.grad(loss, features)[0], expected)
+
+
+@by_kind
+@pytest.mark.parametrize("remembers", [False, True])
+def test_class_weights_may_change_before_backward(kind: str, remembers: bool) -> None:
+    features, rows = torch.randn(20, 6, requires_grad=True), KINDS[kind](20)
+    rows[:, -1] = rows.amax(1)  # every class is there
+    memory = {"feature_dim": 6, "centroid_momentum": 0.0} if remembers else {}
+    criterion = VarConLoss(weight=WEIGHT.float(), **memory)
+    (expected,) = torch.autograd.grad(criterion(features, rows), features)
+    loss = criterion(features, rows)
+    assert criterion.weight is not None
+    criterion.weight.mul_(torch.arange(C))
     assert torch.equal(torch.autograd.grad(loss, features)[0], expected)
 
 
