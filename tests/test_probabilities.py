@@ -158,6 +158,9 @@ def test_reference_sets_of_either_kind(kind: str, impl: str, make_batch: MakeBat
         ValueError, match=r"ref_labels lack label 4, 5, which labels contain.*row of zeros"
     ):
         loss(hot(torch.arange(20) % (C - 1)), ref_labels % 4)
+    for anchors in (torch.zeros_like(labels), hot(torch.zeros_like(labels))):
+        with pytest.raises(ValueError, match="ref_labels lack label 0, which labels contain"):
+            loss(anchors, torch.zeros(35, C))
 
 
 def test_memory_learns_by_shares(impl: str) -> None:
