@@ -358,6 +358,23 @@ def test_labels_may_be_reused_before_backward(kind: str) -> None:
 
 
 @by_kind
+def test_what_was_made_in_inference_mode(kind: str, impl: str) -> None:
+    """As a teacher makes labels."""
+    features = torch.randn(20, 6, requires_grad=True)
+    with torch.inference_mode():
+        rows, weight = KINDS[kind](20), WEIGHT.float()
+        assert rows.is_inference()
+    for options in ({}, {"weight": weight}):
+        got = varcon_loss(features, rows, impl=impl, **options)
+        want = varcon_loss(
+            features, rows.clone(), impl=impl, **{name: x.clone() for name, x in options.items()}
+        )
+        assert torch.equal(
+            torch.autograd.grad(got, features)[0], torch.autograd.grad(want, features)[0]
+        )
+
+
+@by_kind
 @pytest.mark.parametrize("remembers", [False, True])
 def test_class_weights_may_change_before_backward(kind: str, remembers: bool) -> None:
     features, rows = torch.randn(20, 6, requires_grad=True), KINDS[kind](20)
