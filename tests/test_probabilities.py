@@ -248,6 +248,33 @@ def test_ranks_equal_one_process_on_the_concatenated_batch(world_size: int, tmp_
             torch.testing.assert_close(rank_gradient, gradient, rtol=1e-10, atol=1e-12)
 
 
+def many_classes(rank: int, kind: str) -> tuple[Tensor, Tensor]:
+    """Three rows a rank, and more classes than there are rows."""
+    inputs, rows = share_of(rank, kind)
+    return inputs[:3], torch.cat([rows[:3], rows[3:6]], dim=1)
+
+
+def many_classes_on_rank(rank: int, world_size: int) -> dict:
+    results = {}
+    for kind, exchange in itertools.product(KINDS, ("auto", "all-gather")):
+        criterion = VarConLoss(process_group="world", exchange=exchange)
+        for _ in range(2):
+            results[kind, exchange] = criterion(*many_classes(rank, kind))
+    late = VarConLoss(num_classes=2 * C, process_group="world")
+    late(many_classes(rank, "dense")[0], torch.arange(3))
+    with pytest.raises(ValueError, match=r"class probabilities follow .* choose exchange='all-red"):
+        late(*many_classes(rank, "dense"))
+    return results
+
+
+def test_ranks_that_hold_more_classes_than_rows(tmp_path: Path) -> None:
+    ranks = run_ranks(many_classes_on_rank, 2, tmp_path)
+    for kind, exchange in ranks[0]:
+        parts = [many_classes(rank, kind) for rank in range(2)]
+        expected = varcon_loss(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
+        torch.testing.assert_close(sum(rank[kind, exchange] for rank in ranks) / 2, expected)
+
+
 def memory_on_rank(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
     inputs, rows = share_of(rank, "mixed")
     criterion = VarConLoss(

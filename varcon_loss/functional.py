@@ -33,6 +33,7 @@ from varcon_loss.reduction import (
 )
 from varcon_loss.rows import Implementation, Rows, Swept
 from varcon_loss.samples import Batch, Samples, flatten, shape_of_samples
+from varcon_loss.shares import Shares
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -273,8 +274,13 @@ def _over_ranks(
     """The classes of all ranks, the denominator of their mean, and how many ranks there are."""
     if group is None or classes is None:
         return classes, None, 1
-    assert classes.members is not None
-    plan = make_plan(group, call.plans, _agreement(call), len(classes.members.features))
+    members = classes.members
+    assert members is not None
+    num_held = len(members.features)
+    if isinstance(members.labels, Shares) and num_held > 0:  # each row may be of any class
+        assert call.options.num_classes is not None
+        num_held = call.options.num_classes
+    plan = make_plan(group, call.plans, _agreement(call), num_held)
     row_weights = weigh_rows(anchors, call.options.weight, classes.sums.dtype)
     share = denominator(anchors, row_weights)
     return *exchange_classes(plan, classes, share, sum_slots=way.sum_slots), plan.world_size
