@@ -347,6 +347,16 @@ def test_full_graph(title: str, impl: str) -> None:
     torch._dynamo.reset()
 
 
+def test_a_compiled_batch_may_be_empty(impl: str) -> None:
+    torch._dynamo.reset()
+    features = torch.randn(0, 6, requires_grad=True)
+    compiled = torch.compile(VarConLoss(impl=impl), fullgraph=True, backend="aot_eager")
+    loss = compiled(features, torch.zeros(0, C))
+    assert float(loss.detach()) == 0
+    assert torch.autograd.grad(loss, features)[0].shape == (0, 6)
+    torch._dynamo.reset()
+
+
 def test_memory_and_reference_sets_compile() -> None:
     torch._dynamo.reset()
     features, rows = torch.randn(20, 6, dtype=torch.float64, requires_grad=True), mixed(20)

@@ -241,7 +241,7 @@ def make_operator(
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         places: Tensor | Shares | None = slots
         if shares is not None:
-            views = features.shape[0] // max(1, shares.shape[0])
+            views = max(1, features.shape[0] // max(1, shares.shape[0]))
             places = Shares(values=shares, columns=columns, views=views)
         assert places is not None
         anchors = Samples(
