@@ -284,6 +284,38 @@ def memory_on_rank(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
     return loss, criterion.centroids
 
 
+def some_smoothed(rank: int, step: int) -> tuple[Tensor, Tensor]:
+    """Rank 0 gives class 0 alone, rank 1 a little of every class."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    labels = torch.arange(4) * rank
+    rows = hot(labels) if rank == 0 else 0.9 * hot(labels) + 0.1 / C
+    return torch.randn(4, WIDTH, generator=generator, dtype=torch.float64), rows
+
+
+def either_kind_on_rank(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    criterion = VarConLoss(
+        num_classes=C, feature_dim=WIDTH, centroid_momentum=0.9, process_group="world"
+    )
+    loss = torch.zeros(())
+    for step in range(3):
+        inputs, rows = some_smoothed(rank, step)
+        loss = criterion(inputs, rows.argmax(1) if rank == 0 else rows)
+    return loss, criterion.centroids
+
+
+def test_ranks_with_labels_of_either_kind_remember_the_same(tmp_path: Path) -> None:
+    """Each rank may decide by itself whether it mixes."""
+    criterion = VarConLoss(num_classes=C, feature_dim=WIDTH, centroid_momentum=0.9)
+    expected = torch.zeros(())
+    for step in range(3):
+        parts = [some_smoothed(rank, step) for rank in range(2)]
+        expected = criterion(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
+    got = run_ranks(either_kind_on_rank, 2, tmp_path)
+    torch.testing.assert_close(sum(loss for loss, _ in got) / 2, expected)
+    for _, centroids in got:
+        torch.testing.assert_close(centroids, criterion.centroids)
+
+
 def test_ranks_with_a_memory_divide_by_rows(tmp_path: Path) -> None:
     parts = [share_of(rank, "mixed") for rank in range(2)]
     criterion = VarConLoss(num_classes=C, feature_dim=WIDTH, centroid_momentum=0.9)

@@ -84,8 +84,7 @@ def match_memory(
     if classes is not None:
         labels = classes.slot_labels()
         assert classes.counts is not None
-        shares = isinstance(own_labels, Shares)
-        update_memory(memory, labels, classes.sums, classes.counts, shares=shares)
+        update_memory(memory, labels, classes.sums, classes.counts)
         known = memory.seen.index_select(0, labels) > 0
         kept = known | ~classes.sums.isfinite().all(1)
     centroids, remembered = remembered_centroids(memory, dtype, copy=copy)
