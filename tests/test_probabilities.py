@@ -488,6 +488,12 @@ def test_two_sets_that_disagree() -> None:
         varcon_loss(
             torch.randn(6, 4), dense(6), ref_features=torch.randn(6, 4), ref_labels=torch.ones(6, 5)
         )
+    features, labels = torch.randn(C + 1, 4), torch.arange(C + 1)
+    for given, taken in (("labels", "ref_labels"), ("ref_labels", "labels")):
+        both = {given: labels, taken: dense(C + 1)}
+        message = rf"^{given} must lie in \[0, 7\).* got 7: give {taken} a column for each class"
+        with pytest.raises(ValueError, match=message):
+            varcon_loss(features, ref_features=features, **both)
 
 
 def test_rows_of_zeros_and_classes_that_nobody_has() -> None:

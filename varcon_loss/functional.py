@@ -193,17 +193,19 @@ def _check(call: Call) -> tuple[Batch, Batch | None]:
     checks.check_samples(features, labels)
     checks.check_reference_set(ref_features, ref_labels, options.leave_one_out, memory is not None)
     assert labels is not None
+    if ref_features is not None:
+        names = {"features_name": "ref_features", "labels_name": "ref_labels"}
+        checks.check_samples(ref_features, ref_labels, **names)
     checks.check_weight_device(options.weight, features)
     checks.check_probabilities(labels, ref_labels, options.num_classes, options.leave_one_out)
-    batch = flatten(features, labels, "labels")
+    columns_of_ref = ref_labels is not None and ref_labels.is_floating_point()
+    batch = flatten(features, labels, "labels", "ref_labels" if columns_of_ref else None)
     if memory is not None:
         checks.check_memory(batch.features, memory.unit)
     if ref_features is None or ref_labels is None:
         return batch, None
-    checks.check_samples(
-        ref_features, ref_labels, features_name="ref_features", labels_name="ref_labels"
-    )
-    reference = flatten(ref_features, ref_labels, "ref_labels")
+    columns_of = "labels" if batch.are_shares else None
+    reference = flatten(ref_features, ref_labels, "ref_labels", columns_of)
     if ref_features.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         warnings.warn(
             "ref_features require a gradient and get none: centroids are constants of the loss. "
