@@ -466,6 +466,13 @@ def test_class_weights_may_change_before_backward(kind: str, remembers: bool) ->
         (dense(6), {"weight": torch.ones(5)}, ValueError, "have 7 classes but num_classes=5"),
         (hot(torch.arange(6)).long(), {}, TypeError, r"cast class probabilities to float"),
         (dense(6)[:, :0], {}, ValueError, "have no classes"),
+        (
+            torch.arange(6.0).view(6, 1),
+            {},
+            ValueError,
+            r"labels \[6, 1\] have one class.*labels.squeeze\(1\).long\(\)",
+        ),
+        (mixed(6).to_sparse(), {}, TypeError, r"must be dense.*labels.to_dense\(\)"),
         (dense(5), {}, ValueError, r"labels must have shape \[6\]"),
         (dense(6).view(6, 1, C), {}, TypeError, r"class probabilities \[6, C\]"),
         (dense(6)[:, 0], {}, TypeError, "must be integers .* or class probabilities"),
@@ -481,6 +488,12 @@ def test_what_cannot_be(
         varcon_loss(features, labels, **options)
     with pytest.raises(error, match=message):
         VarConLoss(**options)(features, labels)
+
+
+def test_one_class_where_it_is_meant() -> None:
+    features, rows = torch.randn(6, 4), torch.ones(6, 1)
+    for options in ({"num_classes": 1}, {"weight": torch.ones(1)}):
+        assert float(varcon_loss(features, rows, **options)) == 0
 
 
 def test_two_sets_that_disagree() -> None:
