@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data.mixup import Mixup
+from timm.data.mixup import FastCollateMixup, Mixup
 from timm.models import group_parameters
 from timm.task import ClassificationTask
 from timm.utils.model import unwrap_model
@@ -143,6 +143,13 @@ class VarConTask(ClassificationTask):
             raise ValueError(f"mixup must mix by one of {MIXUP_MODES}, got mode {mixup.mode!r}")
         if leave_one_out and (mixup is not None or smoothing):
             raise ValueError("leave_one_out has no meaning with mixed or smoothed labels")
+        if isinstance(mixup, FastCollateMixup):
+            raise ValueError("mixup must be a Mixup: a FastCollateMixup mixes in the loader")
+        if mixup is not None and mixup.num_classes != model.num_classes:
+            raise ValueError(
+                f"mixup has num_classes={mixup.num_classes}, and the model {model.num_classes}: "
+                "make Mixup with num_classes"
+            )
         parameter = next(model.parameters())
         projection.to(device=parameter.device, dtype=parameter.dtype)
         self.trainable_module = VarConTrainableModule(model, projection)

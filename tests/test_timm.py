@@ -20,7 +20,7 @@ import torch
 import yaml
 
 timm = pytest.importorskip("timm")
-from timm.data import Mixup
+from timm.data import FastCollateMixup, Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 
@@ -192,6 +192,8 @@ def test_what_cannot_be_mixed() -> None:
     for options, message in (
         ({"mixup": Mixup(0.2, mode="half")}, "got mode 'half'"),
         ({"mixup": Mixup(0.2), "leave_one_out": True}, "leave_one_out has no meaning"),
+        ({"mixup": Mixup(0.2)}, "num_classes=1000, and the model 4: make Mixup with num_classes"),
+        ({"mixup": FastCollateMixup(0.2, num_classes=4)}, "mixup must be a Mixup"),
         ({"smoothing": 0.1, "leave_one_out": True}, "leave_one_out has no meaning"),
         ({"smoothing": 1.0}, "smoothing must be at least 0 and less than 1, got 1.0"),
     ):
