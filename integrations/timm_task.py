@@ -336,9 +336,15 @@ class VarConTask(ClassificationTask):
         return torch.cat([view for view, _ in pairs]), torch.cat([shares for _, shares in pairs])
 
     def _smoothed(self, labels: Tensor, smoothing: float) -> Tensor:
-        """Class probabilities ``[N, C]``, ``smoothing`` of each row spread over all classes."""
+        """Class probabilities ``[N, C]``, ``smoothing`` of each row spread over all classes.
+
+        Zeros where an index says that the image is to be ignored.
+        """
         if not labels.is_floating_point():
-            labels = F.one_hot(labels.long(), self.contrast.num_classes).float()
+            labels = labels.long()
+            kept = labels != self.contrast.ignore_index
+            rows = F.one_hot(labels * kept, self.contrast.num_classes).float()
+            labels = rows * kept.unsqueeze(1)
         return labels * (1 - smoothing) + labels.mean(1, keepdim=True) * smoothing
 
     def _log(self, metrics: dict[str, Tensor]) -> None:

@@ -185,6 +185,20 @@ def test_smoothing_is_of_varcon_alone() -> None:
         torch.testing.assert_close(result["probe_loss"], expected)
 
 
+def test_an_ignored_image_is_smoothed_to_nothing() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=4)
+    task = VarConTask(model, dim=16, verbose=False, smoothing=0.1)
+    x, y = batch()
+    smooth = torch.nn.functional.one_hot(y, 4) * 0.9 + 0.025
+    y[3], smooth[3] = -100, 0.0
+    result = task(x, y)
+    projections, _ = task.trainable_module(x)
+    expected = task.contrast(projections, smooth).detach()
+    torch.testing.assert_close(result["varcon_loss"], expected)
+    assert result["loss"].isfinite()
+
+
 def test_what_cannot_be_mixed() -> None:
     def make(**options: object) -> VarConTask:
         return VarConTask(timm.create_model("resnet10t", num_classes=4), verbose=False, **options)
