@@ -326,23 +326,37 @@ def test_ranks_with_a_memory_divide_by_rows(tmp_path: Path) -> None:
         torch.testing.assert_close(centroids, criterion.centroids)
 
 
-def failing_rank(rank: int, world_size: int) -> str:
-    criterion = VarConLoss(process_group="world")
-    rows = dense(4)
-    criterion(torch.randn(4, 5), rows)
-    if rank == 1:
-        rows[2, 3] = -1
-    try:
-        criterion(torch.randn(4, 5), rows)
-    except (RuntimeError, ValueError) as error:
-        return str(error)
-    return "nothing"
+BAD_LABELS = {
+    "negative": (-dense(4), "got -0."),
+    "integers": (hot(torch.arange(4)).long(), "cast class probabilities to float"),
+    "none": (None, "labels is None"),
+    "too many columns": (torch.ones(4, C + 1), f"{C + 1} classes but num_classes={C}"),
+}
 
 
-def test_a_bad_row_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
-    first, second = run_ranks(failing_rank, 2, tmp_path)
-    assert "failed on rank 1" in first
-    assert "got -1.0 for sample 2 and class 3" in second
+def failing_rank(rank: int, world_size: int) -> dict:
+    errors = {}
+    for num_classes, title in itertools.product((None, C), BAD_LABELS):
+        if title == "too many columns" and num_classes is None:
+            continue
+        criterion = VarConLoss(num_classes=num_classes, process_group="world")
+        criterion(torch.randn(4, 5), dense(4))
+        labels = BAD_LABELS[title][0] if rank == 1 else dense(4)
+        try:
+            criterion(torch.randn(4, 5), labels)
+        except (RuntimeError, TypeError, ValueError) as error:
+            errors[num_classes, title] = str(error)
+        # Nobody is out of step.
+        criterion(torch.randn(4, 5), dense(4))
+    return errors
+
+
+def test_bad_labels_on_one_rank_are_an_error_on_all(tmp_path: Path) -> None:
+    first, second = run_ranks(failing_rank, 2, tmp_path, seconds=40)
+    assert len(first) == len(second) == 7
+    for (num_classes, title), error in second.items():
+        assert "failed on rank 1" in first[num_classes, title]
+        assert BAD_LABELS[title][1] in error
 
 
 @by_kind

@@ -150,14 +150,13 @@ def announce_failure(group: Any, plans: Plans, mine: Agreement) -> None:
     """Take part in the step's collectives with nothing but the news that this rank failed.
 
     In those of the plan that the others follow: the one for such features, or, where the features
-    themselves are what is wrong, the latest of this loss.
+    themselves are what is wrong, or the labels that would tell how many classes there are, the
+    latest of this loss.
     """
     known = plans.of(group)
-    alike = [
-        agreed
-        for agreed in known
-        if (agreed.num_classes, agreed.exchange) == (mine.num_classes, mine.exchange)
-    ]
+    alike = [agreed for agreed in known if agreed.exchange == mine.exchange]
+    if mine.num_classes is not None:
+        alike = [agreed for agreed in alike if agreed.num_classes == mine.num_classes]
     if mine not in known and alike:
         mine = alike[-1]
     if mine in known:

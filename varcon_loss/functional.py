@@ -344,11 +344,13 @@ def _terms(
 
 
 def _num_classes(call: Call) -> int | None:
-    """Also where only labels that are class probabilities tell."""
+    """As given, else as labels that are class probabilities tell."""
+    if call.options.num_classes is not None:
+        return call.options.num_classes
     for labels in (call.labels, call.ref_labels):
         if isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2:
             return labels.shape[1]
-    return call.options.num_classes
+    return None
 
 
 def _with_num_classes(call: Call) -> Call:
