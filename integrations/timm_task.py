@@ -22,7 +22,7 @@ except ImportError as error:
 
 import torch
 import torch.nn.functional as F
-from timm.data.mixup import Mixup
+from timm.data.mixup import FastCollateMixup, Mixup
 from timm.models import group_parameters
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
@@ -152,6 +152,13 @@ class VarConTask(ClassificationTask):
             raise ValueError(f"mixup must mix by one of {MIXUP_MODES}, got mode {mixup.mode!r}")
         if leave_one_out and (mixup is not None or smoothing):
             raise ValueError("leave_one_out has no meaning with mixed or smoothed labels")
+        if isinstance(mixup, FastCollateMixup):
+            raise ValueError("mixup must be a Mixup: a FastCollateMixup mixes in the loader")
+        if mixup is not None and mixup.num_classes != model.num_classes:
+            raise ValueError(
+                f"mixup has num_classes={mixup.num_classes}, and the model {model.num_classes}: "
+                "make Mixup with num_classes"
+            )
         parameter = next(model.parameters())
         projection.to(device=parameter.device, dtype=parameter.dtype)
         self.trainable_module = VarConTrainableModule(model, projection)
@@ -338,9 +345,15 @@ class VarConTask(ClassificationTask):
         return torch.cat([view for view, _ in pairs]), torch.cat([shares for _, shares in pairs])
 
     def _smoothed(self, labels: Tensor, smoothing: float) -> Tensor:
-        """Class probabilities ``[N, C]``, ``smoothing`` of each row spread over all classes."""
+        """Class probabilities ``[N, C]``, ``smoothing`` of each row spread over all classes.
+
+        Zeros where an index says that the image is to be ignored.
+        """
         if not labels.is_floating_point():
-            labels = F.one_hot(labels.long(), self.contrast.num_classes).float()
+            labels = labels.long()
+            kept = labels != self.contrast.ignore_index
+            rows = F.one_hot(labels * kept, self.contrast.num_classes).float()
+            labels = rows * kept.unsqueeze(1)
         return labels * (1 - smoothing) + labels.mean(1, keepdim=True) * smoothing
 
     def _log(self, metrics: dict[str, Tensor]) -> None:

@@ -118,6 +118,9 @@ def test_reference_set(impl) -> None:
         call(ref_features=X, ref_labels=Y.float())
     with pytest.raises(ValueError, match="ref_features are on meta but features are on cpu"):
         call(ref_features=X.to("meta"), ref_labels=Y.to("meta"))
+    for labels in (Y.tolist(), Y.numpy()):
+        with pytest.raises(TypeError, match="ref_labels must be a tensor"):
+            call(ref_features=X, ref_labels=labels)
     with pytest.raises(ValueError, match="leave_one_out has no meaning with ref_features"):
         call(ref_features=X, ref_labels=Y, leave_one_out=True)
     for num_classes in (None, 7):

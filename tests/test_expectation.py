@@ -370,6 +370,25 @@ def test_range(form: str, normalize: bool, temperature: float) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_classes", [1000, 1023, 10_007, 40_003])
+def test_many_classes_at_a_high_temperature(form: str, num_classes: int) -> None:
+    """``1 + (K - 1) exp(-1 / tau2)`` is nearly K there, and products of it end somewhere."""
+    generator = torch.Generator().manual_seed(8)
+    features = torch.randn(12, 6, generator=generator)
+    labels = torch.randint(num_classes, (12,), generator=generator)
+    table = 0.9 * F.one_hot(labels, num_classes).float()
+    if form != "entries":
+        table += 0.1 / num_classes
+    got, gradient = from_features(features, table, form, 5.0, 0.5)
+    want, want_gradient = from_features(features.double(), table.double(), form, 5.0, 0.5)
+    assert got.others is not None
+    assert want.others is not None
+    torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(got.others.double(), want.others, rtol=1e-4, atol=1e-4)
+    assert float((gradient - want_gradient).norm() / want_gradient.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (6, 1), (5, 2), (0, 4)])
 def test_odd_shapes(form: str, shape: tuple[int, int]) -> None:
     num_rows, num_classes = shape

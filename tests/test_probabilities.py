@@ -156,6 +156,9 @@ def test_reference_sets_of_either_kind(kind: str, impl: str, make_batch: MakeBat
 
     with pytest.raises(ValueError, match=r"ref_labels lack label 4, 5, .*row of zeros"):
         loss(hot(torch.arange(20) % (C - 1)), ref_labels % 4)
+    for anchors in (torch.zeros_like(labels), hot(torch.zeros_like(labels))):
+        with pytest.raises(ValueError, match="ref_labels lack label 0, which labels contain"):
+            loss(anchors, torch.zeros(35, C))
 
 
 def test_memory_learns_by_shares(impl: str) -> None:
@@ -243,6 +246,33 @@ def test_ranks_equal_one_process_on_the_concatenated_batch(world_size: int, tmp_
             torch.testing.assert_close(rank_gradient, gradient, rtol=1e-10, atol=1e-12)
 
 
+def many_classes(rank: int, kind: str) -> tuple[Tensor, Tensor]:
+    """Three rows a rank, and more classes than there are rows."""
+    inputs, rows = share_of(rank, kind)
+    return inputs[:3], torch.cat([rows[:3], rows[3:6]], dim=1)
+
+
+def many_classes_on_rank(rank: int, world_size: int) -> dict:
+    results = {}
+    for kind, exchange in itertools.product(KINDS, ("auto", "all-gather")):
+        criterion = VarConLoss(process_group="world", exchange=exchange)
+        for _ in range(2):
+            results[kind, exchange] = criterion(*many_classes(rank, kind))
+    late = VarConLoss(num_classes=2 * C, process_group="world")
+    late(many_classes(rank, "dense")[0], torch.arange(3))
+    with pytest.raises(ValueError, match=r"class probabilities follow .* choose exchange='all-red"):
+        late(*many_classes(rank, "dense"))
+    return results
+
+
+def test_ranks_that_hold_more_classes_than_rows(tmp_path: Path) -> None:
+    ranks = run_ranks(many_classes_on_rank, 2, tmp_path)
+    for kind, exchange in ranks[0]:
+        parts = [many_classes(rank, kind) for rank in range(2)]
+        expected = varcon_loss(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
+        torch.testing.assert_close(sum(rank[kind, exchange] for rank in ranks) / 2, expected)
+
+
 def memory_on_rank(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
     inputs, rows = share_of(rank, "mixed")
     criterion = VarConLoss(
@@ -250,6 +280,38 @@ def memory_on_rank(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
     )
     loss = criterion(inputs, 2 * rows)  # two labels a row: shares that do not sum to 1
     return loss, criterion.centroids
+
+
+def some_smoothed(rank: int, step: int) -> tuple[Tensor, Tensor]:
+    """Rank 0 gives class 0 alone, rank 1 a little of every class."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    labels = torch.arange(4) * rank
+    rows = hot(labels) if rank == 0 else 0.9 * hot(labels) + 0.1 / C
+    return torch.randn(4, WIDTH, generator=generator, dtype=torch.float64), rows
+
+
+def either_kind_on_rank(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    criterion = VarConLoss(
+        num_classes=C, feature_dim=WIDTH, centroid_momentum=0.9, process_group="world"
+    )
+    loss = torch.zeros(())
+    for step in range(3):
+        inputs, rows = some_smoothed(rank, step)
+        loss = criterion(inputs, rows.argmax(1) if rank == 0 else rows)
+    return loss, criterion.centroids
+
+
+def test_ranks_with_labels_of_either_kind_remember_the_same(tmp_path: Path) -> None:
+    """Each rank may decide by itself whether it mixes."""
+    criterion = VarConLoss(num_classes=C, feature_dim=WIDTH, centroid_momentum=0.9)
+    expected = torch.zeros(())
+    for step in range(3):
+        parts = [some_smoothed(rank, step) for rank in range(2)]
+        expected = criterion(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
+    got = run_ranks(either_kind_on_rank, 2, tmp_path)
+    torch.testing.assert_close(sum(loss for loss, _ in got) / 2, expected)
+    for _, centroids in got:
+        torch.testing.assert_close(centroids, criterion.centroids)
 
 
 def test_ranks_with_a_memory_divide_by_rows(tmp_path: Path) -> None:
@@ -262,23 +324,37 @@ def test_ranks_with_a_memory_divide_by_rows(tmp_path: Path) -> None:
         torch.testing.assert_close(centroids, criterion.centroids)
 
 
-def failing_rank(rank: int, world_size: int) -> str:
-    criterion = VarConLoss(process_group="world")
-    rows = dense(4)
-    criterion(torch.randn(4, 5), rows)
-    if rank == 1:
-        rows[2, 3] = -1
-    try:
-        criterion(torch.randn(4, 5), rows)
-    except (RuntimeError, ValueError) as error:
-        return str(error)
-    return "nothing"
+BAD_LABELS = {
+    "negative": (-dense(4), "got -0."),
+    "integers": (hot(torch.arange(4)).long(), "cast class probabilities to float"),
+    "none": (None, "labels is None"),
+    "too many columns": (torch.ones(4, C + 1), f"{C + 1} classes but num_classes={C}"),
+}
 
 
-def test_a_bad_row_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
-    first, second = run_ranks(failing_rank, 2, tmp_path)
-    assert "failed on rank 1" in first
-    assert "got -1.0 for sample 2 and class 3" in second
+def failing_rank(rank: int, world_size: int) -> dict:
+    errors = {}
+    for num_classes, title in itertools.product((None, C), BAD_LABELS):
+        if title == "too many columns" and num_classes is None:
+            continue
+        criterion = VarConLoss(num_classes=num_classes, process_group="world")
+        criterion(torch.randn(4, 5), dense(4))
+        labels = BAD_LABELS[title][0] if rank == 1 else dense(4)
+        try:
+            criterion(torch.randn(4, 5), labels)
+        except (RuntimeError, TypeError, ValueError) as error:
+            errors[num_classes, title] = str(error)
+        # Nobody is out of step.
+        criterion(torch.randn(4, 5), dense(4))
+    return errors
+
+
+def test_bad_labels_on_one_rank_are_an_error_on_all(tmp_path: Path) -> None:
+    first, second = run_ranks(failing_rank, 2, tmp_path, seconds=40)
+    assert len(first) == len(second) == 7
+    for (num_classes, title), error in second.items():
+        assert "failed on rank 1" in first[num_classes, title]
+        assert BAD_LABELS[title][1] in error
 
 
 @by_kind
@@ -312,6 +388,16 @@ def test_full_graph(title: str, impl: str) -> None:
         torch.testing.assert_close(
             torch.autograd.grad(got.sum(), features), torch.autograd.grad(expected.sum(), features)
         )
+    torch._dynamo.reset()
+
+
+def test_a_compiled_batch_may_be_empty(impl: str) -> None:
+    torch._dynamo.reset()
+    features = torch.randn(0, 6, requires_grad=True)
+    compiled = torch.compile(VarConLoss(impl=impl), fullgraph=True, backend="aot_eager")
+    loss = compiled(features, torch.zeros(0, C))
+    assert float(loss.detach()) == 0
+    assert torch.autograd.grad(loss, features)[0].shape == (0, 6)
     torch._dynamo.reset()
 
 
@@ -352,6 +438,37 @@ def test_labels_may_be_reused_before_backward(kind: str) -> None:
     assert torch.equal(torch.autograd.grad(loss, features)[0], expected)
 
 
+@by_kind
+def test_what_was_made_in_inference_mode(kind: str, impl: str) -> None:
+    """As a teacher makes labels."""
+    features = torch.randn(20, 6, requires_grad=True)
+    with torch.inference_mode():
+        rows, weight = KINDS[kind](20), WEIGHT.float()
+        assert rows.is_inference()
+    for options in ({}, {"weight": weight}):
+        got = varcon_loss(features, rows, impl=impl, **options)
+        want = varcon_loss(
+            features, rows.clone(), impl=impl, **{name: x.clone() for name, x in options.items()}
+        )
+        assert torch.equal(
+            torch.autograd.grad(got, features)[0], torch.autograd.grad(want, features)[0]
+        )
+
+
+@by_kind
+@pytest.mark.parametrize("remembers", [False, True])
+def test_class_weights_may_change_before_backward(kind: str, remembers: bool) -> None:
+    features, rows = torch.randn(20, 6, requires_grad=True), KINDS[kind](20)
+    rows[:, -1] = rows.amax(1)  # every class is there
+    memory = {"feature_dim": 6, "centroid_momentum": 0.0} if remembers else {}
+    criterion = VarConLoss(weight=WEIGHT.float(), **memory)
+    (expected,) = torch.autograd.grad(criterion(features, rows), features)
+    loss = criterion(features, rows)
+    assert criterion.weight is not None
+    criterion.weight.mul_(torch.arange(C))
+    assert torch.equal(torch.autograd.grad(loss, features)[0], expected)
+
+
 @pytest.mark.parametrize(
     ("labels", "options", "error", "message"),
     [
@@ -361,6 +478,13 @@ def test_labels_may_be_reused_before_backward(kind: str) -> None:
         (dense(6), {"weight": torch.ones(5)}, ValueError, "have 7 classes but num_classes=5"),
         (hot(torch.arange(6)).long(), {}, TypeError, r"cast class probabilities to float"),
         (dense(6)[:, :0], {}, ValueError, "have no classes"),
+        (
+            torch.arange(6.0).view(6, 1),
+            {},
+            ValueError,
+            r"labels \[6, 1\] have one class.*labels.squeeze\(1\).long\(\)",
+        ),
+        (mixed(6).to_sparse(), {}, TypeError, r"must be dense.*labels.to_dense\(\)"),
         (dense(5), {}, ValueError, r"labels must have shape \[6\]"),
         (dense(6).view(6, 1, C), {}, TypeError, r"class probabilities \[6, C\]"),
         (dense(6)[:, 0], {}, TypeError, "must be integers .* or class probabilities"),
@@ -378,11 +502,23 @@ def test_what_cannot_be(
         VarConLoss(**options)(features, labels)
 
 
+def test_one_class_where_it_is_meant() -> None:
+    features, rows = torch.randn(6, 4), torch.ones(6, 1)
+    for options in ({"num_classes": 1}, {"weight": torch.ones(1)}):
+        assert float(varcon_loss(features, rows, **options)) == 0
+
+
 def test_two_sets_that_disagree() -> None:
     with pytest.raises(ValueError, match=r"ref_labels \[6, 5\] have 5 classes but num_classes=7"):
         varcon_loss(
             torch.randn(6, 4), dense(6), ref_features=torch.randn(6, 4), ref_labels=torch.ones(6, 5)
         )
+    features, labels = torch.randn(C + 1, 4), torch.arange(C + 1)
+    for given, taken in (("labels", "ref_labels"), ("ref_labels", "labels")):
+        both = {given: labels, taken: dense(C + 1)}
+        message = rf"^{given} must lie in \[0, 7\).* got 7: give {taken} a column for each class"
+        with pytest.raises(ValueError, match=message):
+            varcon_loss(features, ref_features=features, **both)
 
 
 def test_rows_of_zeros_and_classes_that_nobody_has() -> None:

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 timm = pytest.importorskip("timm")
-from timm.data import Mixup
+from timm.data import FastCollateMixup, Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 
@@ -186,6 +186,20 @@ def test_smoothing_is_of_varcon_alone() -> None:
         torch.testing.assert_close(result["probe_loss"], expected)
 
 
+def test_an_ignored_image_is_smoothed_to_nothing() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=4)
+    task = VarConTask(model, dim=16, verbose=False, smoothing=0.1)
+    x, y = batch()
+    smooth = torch.nn.functional.one_hot(y, 4) * 0.9 + 0.025
+    y[3], smooth[3] = -100, 0.0
+    result = task(x, y)
+    projections, _ = task.trainable_module(x)
+    expected = task.contrast(projections, smooth).detach()
+    torch.testing.assert_close(result["varcon_loss"], expected)
+    assert result["loss"].isfinite()
+
+
 def test_what_cannot_be_mixed() -> None:
     def make(**options: object) -> VarConTask:
         return VarConTask(timm.create_model("resnet10t", num_classes=4), verbose=False, **options)
@@ -193,6 +207,8 @@ def test_what_cannot_be_mixed() -> None:
     for options, message in (
         ({"mixup": Mixup(0.2, mode="half")}, "got mode 'half'"),
         ({"mixup": Mixup(0.2), "leave_one_out": True}, "leave_one_out has no meaning"),
+        ({"mixup": Mixup(0.2)}, "num_classes=1000, and the model 4: make Mixup with num_classes"),
+        ({"mixup": FastCollateMixup(0.2, num_classes=4)}, "mixup must be a Mixup"),
         ({"smoothing": 0.1, "leave_one_out": True}, "leave_one_out has no meaning"),
         ({"smoothing": 1.0}, "smoothing must be at least 0 and less than 1, got 1.0"),
     ):

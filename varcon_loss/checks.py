@@ -144,6 +144,10 @@ def check_samples(
         )
     if not isinstance(labels, Tensor):
         raise TypeError(f"{labels_name} must be a tensor, got {type(labels).__name__}")
+    if labels.layout != torch.strided:
+        raise TypeError(
+            f"{labels_name} must be dense, got {labels.layout}: give {labels_name}.to_dense()"
+        )
     probabilities = labels.ndim == 2 and labels.dtype in FEATURE_DTYPES
     of_samples = labels.ndim == 2 and labels.shape[0] == features.shape[0] and labels.shape[1] > 1
     if of_samples and labels.dtype in LABEL_DTYPES:
@@ -178,6 +182,12 @@ def check_probabilities(
             continue
         if given.shape[1] == 0:
             raise ValueError(f"{name} {list(given.shape)} have no classes: give one column a class")
+        if given.shape[1] == 1 and num_classes is None:
+            raise ValueError(
+                f"{name} {list(given.shape)} have one class, of which the loss is always 0: give "
+                f"class numbers as integers ({name}.squeeze(1).long()), or num_classes=1 if one "
+                "class is meant"
+            )
         if num_classes is not None and given.shape[1] != num_classes:
             raise ValueError(
                 f"{name} {list(given.shape)} have {given.shape[1]} classes but "

@@ -101,13 +101,14 @@ def _summarise_shares(samples: Samples, shares: Shares, unit: Tensor, options: O
             size=options.num_classes, gaps="anywhere", table=torch.where(counts > 0, labels, -1)
         )
     else:
+        present = labels
         if not bool((counts > 0).all()):
-            labels = counts.nonzero().squeeze(1)
-            if len(labels) == 0:
-                labels = torch.zeros(1, dtype=torch.int64)
+            present = counts.nonzero().squeeze(1)
+            # Where nobody is present class 0 has the one slot, which is empty.
+            labels = present if len(present) > 0 else torch.zeros(1, dtype=torch.int64)
             shares, counts = in_slots(shares, labels), counts.index_select(0, labels)
-        gaps = "none" if bool((counts > 0).all()) else "last"
-        index = ClassIndex(size=len(labels), gaps=gaps, ascending=labels)
+        gaps = "none" if len(present) > 0 else "last"
+        index = ClassIndex(size=len(labels), gaps=gaps, ascending=present)
     sums = share_sums(shares, unit, index.size)
     return Classes(lookup=index, sums=sums, counts=counts, members=samples, labels=labels)
 

@@ -100,10 +100,10 @@ def resolve_group(process_group: Any) -> Any | None:
     return process_group
 
 
-def make_plan(group: Any, plans: Plans, mine: Agreement, num_rows: int) -> Plan:
+def make_plan(group: Any, plans: Plans, mine: Agreement, num_held: int) -> Plan:
     """The plan for this call: made together with all ranks the first time, then remembered.
 
-    ``num_rows`` of this rank's batch tell how many classes it can hold.
+    ``num_held`` tells how many classes this rank's batch can hold, 0 where there is no sample.
 
     Raises:
         ValueError: on every rank, if ranks disagree on what the collectives depend on.
@@ -118,7 +118,7 @@ def make_plan(group: Any, plans: Plans, mine: Agreement, num_rows: int) -> Plan:
         mine.dim,
         _DTYPES.index(mine.dtype),
         EXCHANGES.index(mine.exchange),
-        num_rows,
+        num_held,
     ]
     everyone = _handshake(group, mine.device, numbers)
     for field, values in zip(_FIELDS, list(zip(*everyone, strict=True))[1:5], strict=True):
@@ -129,19 +129,19 @@ def make_plan(group: Any, plans: Plans, mine: Agreement, num_rows: int) -> Plan:
                 for rank, v in enumerate(values)
             )
             raise ValueError(f"ranks disagree on {field} ({listed}): it must be the same on all")
-    rows = [values[5] for values in everyone]
+    held = [values[5] for values in everyone]
     all_reduce = mine.exchange == "all-reduce"
     if mine.exchange == "auto":
-        all_reduce = mine.num_classes is not None and mine.num_classes <= sum(rows)
+        all_reduce = mine.num_classes is not None and mine.num_classes <= sum(held)
     plan = Plan(
         agreed=mine,
         group=group,
         rank=dist.get_rank(group),
         world_size=len(everyone),
         all_reduce=all_reduce,
-        capacity=max(1, min(mine.num_classes or 1, max(rows))),
+        capacity=max(1, min(mine.num_classes or 1, max(held))),
     )
-    if any(rows):  # a step without samples tells nothing of the next
+    if any(held):  # a step without samples tells nothing of the next
         known[mine] = plan
     return plan
 
@@ -150,14 +150,13 @@ def announce_failure(group: Any, plans: Plans, mine: Agreement) -> None:
     """Take part in the step's collectives with nothing but the news that this rank failed.
 
     In those of the plan that the others follow: the one for such features, or, where the features
-    themselves are what is wrong, the latest of this loss.
+    themselves are what is wrong, or the labels that would tell how many classes there are, the
+    latest of this loss.
     """
     known = plans.of(group)
-    alike = [
-        agreed
-        for agreed in known
-        if (agreed.num_classes, agreed.exchange) == (mine.num_classes, mine.exchange)
-    ]
+    alike = [agreed for agreed in known if agreed.exchange == mine.exchange]
+    if mine.num_classes is not None:
+        alike = [agreed for agreed in alike if agreed.num_classes == mine.num_classes]
     if mine not in known and alike:
         mine = alike[-1]
     if mine in known:
@@ -240,7 +239,8 @@ def exchange_classes(
             raise ValueError(
                 f"rank {plan.rank} holds up to {len(local)} classes, but the first step made room "
                 f"for {capacity} a rank, all that its largest batch could hold: start with a full "
-                "batch, or choose exchange='all-reduce'"
+                "batch, or, where class probabilities follow on integer labels, choose "
+                "exchange='all-reduce'"
             )
     if failed:
         return merged, total

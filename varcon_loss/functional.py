@@ -33,6 +33,7 @@ from varcon_loss.reduction import (
 )
 from varcon_loss.rows import Implementation, Rows, Swept
 from varcon_loss.samples import Batch, Samples, are_shares, flatten, shape_of_samples
+from varcon_loss.shares import Shares
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -192,17 +193,19 @@ def _check(call: Call) -> tuple[Batch, Batch | None]:
     checks.check_samples(features, labels)
     checks.check_reference_set(ref_features, ref_labels, options.leave_one_out, memory is not None)
     assert labels is not None
+    if ref_features is not None:
+        names = {"features_name": "ref_features", "labels_name": "ref_labels"}
+        checks.check_samples(ref_features, ref_labels, **names)
     checks.check_weight_device(options.weight, features)
     checks.check_probabilities(labels, ref_labels, options.num_classes, options.leave_one_out)
-    batch = flatten(features, labels, "labels")
+    columns_of_ref = ref_labels is not None and are_shares(ref_labels)
+    batch = flatten(features, labels, "labels", "ref_labels" if columns_of_ref else None)
     if memory is not None:
         checks.check_memory(batch.features, memory.unit)
     if ref_features is None or ref_labels is None:
         return batch, None
-    checks.check_samples(
-        ref_features, ref_labels, features_name="ref_features", labels_name="ref_labels"
-    )
-    reference = flatten(ref_features, ref_labels, "ref_labels")
+    columns_of = "labels" if are_shares(labels) else None
+    reference = flatten(ref_features, ref_labels, "ref_labels", columns_of)
     if ref_features.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         warnings.warn(
             "ref_features require a gradient and get none: centroids are constants of the loss. "
@@ -273,8 +276,13 @@ def _over_ranks(
     """The classes of all ranks, the denominator of their mean, and how many ranks there are."""
     if group is None or classes is None:
         return classes, None, 1
-    assert classes.members is not None
-    plan = make_plan(group, call.plans, _agreement(call), len(classes.members.features))
+    members = classes.members
+    assert members is not None
+    num_held = len(members.features)
+    if isinstance(members.labels, Shares) and num_held > 0:  # each row may be of any class
+        assert call.options.num_classes is not None
+        num_held = call.options.num_classes
+    plan = make_plan(group, call.plans, _agreement(call), num_held)
     row_weights = weigh_rows(anchors, call.options.weight, classes.sums.dtype)
     share = denominator(anchors, row_weights)
     return *exchange_classes(plan, classes, share, sum_slots=way.sum_slots), plan.world_size
@@ -336,11 +344,13 @@ def _terms(
 
 
 def _num_classes(call: Call) -> int | None:
-    """Also where only labels that are class probabilities tell."""
+    """As given, else as labels that are class probabilities tell."""
+    if call.options.num_classes is not None:
+        return call.options.num_classes
     for labels in (call.labels, call.ref_labels):
         if isinstance(labels, Tensor) and are_shares(labels) and labels.ndim == 2:
             return labels.shape[1]
-    return call.options.num_classes
+    return None
 
 
 def _with_num_classes(call: Call) -> Call:

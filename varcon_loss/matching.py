@@ -84,8 +84,7 @@ def match_memory(
     if classes is not None:
         labels = classes.slot_labels()
         assert classes.counts is not None
-        shares = isinstance(own_labels, Shares)
-        update_memory(memory, labels, classes.sums, classes.counts, shares=shares)
+        update_memory(memory, labels, classes.sums, classes.counts)
         known = memory.seen.index_select(0, labels) > 0
         kept = known | ~classes.sums.isfinite().all(1)
     centroids, remembered = remembered_centroids(memory, dtype, copy=copy)
@@ -128,10 +127,10 @@ def _select(
     shares: Shares, weight: Tensor | None, classes: Tensor | None, dtype: torch.dtype
 ) -> tuple[Shares, Tensor | None]:
     """Shares and weights of ``classes`` ``[S]``; None: of all."""
-    weight = None if weight is None else weight.to(dtype)
-    if classes is None:
-        return shares, weight
-    return in_slots(shares, classes), None if weight is None else weight.index_select(0, classes)
+    if classes is None:  # a copy of the weights: autograd keeps them, and the caller's may change
+        return shares, None if weight is None else weight.to(dtype, copy=True)
+    weight = None if weight is None else weight.to(dtype).index_select(0, classes)
+    return in_slots(shares, classes), weight
 
 
 def _known_classes(classes: Classes, options: Options) -> Tensor:

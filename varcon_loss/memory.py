@@ -22,9 +22,7 @@ class CentroidMemory(NamedTuple):
     update: bool  # does this call write?
 
 
-def update_memory(
-    memory: CentroidMemory, classes: Tensor, sums: Tensor, counts: Tensor, *, shares: bool
-) -> None:
+def update_memory(memory: CentroidMemory, classes: Tensor, sums: Tensor, counts: Tensor) -> None:
     """Move the centroids of the classes present towards the batch's means, in place.
 
     ``w <- unit(momentum * w + (1 - momentum) * mean)``; a class seen first takes its mean. A class
@@ -36,8 +34,8 @@ def update_memory(
         memory: written to.
         classes: ``[S]`` the class of each slot; 0 for empty slots.
         sums: ``[S, D]`` sums of unit rows.
-        counts: ``[S]`` rows in each slot, 0 where it is empty.
-        shares: are they sums of shares, where less than one may be?
+        counts: ``[S]`` rows in each slot, of all ranks, 0 where it is empty; less than one where
+            they are shares.
     """
     sums = sums.to(memory.unit.dtype)
     norms = row_norms(sums, sums.dtype)
@@ -45,11 +43,8 @@ def update_memory(
     old = memory.unit.index_select(0, classes)
     was_seen = memory.seen.index_select(0, classes)
     # Where nothing was remembered, `old` is zero and the blend points where the mean does.
-    if shares:
-        step = ((1 - memory.momentum) * counts.clamp(max=1)).to(means.dtype).unsqueeze(1)
-        blended = (1 - step) * old + step * means
-    else:
-        blended = memory.momentum * old + (1 - memory.momentum) * means
+    step = ((1 - memory.momentum) * counts.clamp(max=1)).to(means.dtype).unsqueeze(1)
+    blended = (1 - step) * old + step * means
     blended_norms = row_norms(blended, blended.dtype)
     moved = norms.isfinite() & blended_norms.isfinite()  # the length of a zero row is infinite
     new = torch.where(moved.unsqueeze(1), blended / blended_norms.unsqueeze(1), old)

@@ -86,7 +86,7 @@ def rows_of(
             slots=tensors["entries"],
             columns=tensors["columns"],
             background=tensors["background"],
-            views=features.shape[0] // max(1, values.shape[0]),
+            views=max(1, features.shape[0] // max(1, values.shape[0])),
         )
     assert slots is not None
     anchors = Samples(

@@ -18,6 +18,7 @@ class Batch(NamedTuple):
     labels: Tensor  # [N]; or class probabilities [R, C], a row for each `views` samples
     name: str  # of the labels, in messages
     views: int = 1
+    columns_of: str | None = None  # the other labels, if they say how many classes there are
 
 
 class Samples(NamedTuple):
@@ -84,13 +85,13 @@ def flatten_views(features: Tensor) -> Tensor:
     return features.reshape(features.shape[:2].numel(), features.shape[2:].numel())
 
 
-def flatten(features: Tensor, labels: Tensor, name: str) -> Batch:
+def flatten(features: Tensor, labels: Tensor, name: str, columns_of: str | None = None) -> Batch:
     """Each view is a sample with the same label."""
     rows, views = flatten_views(features), 1 if features.ndim == 2 else features.shape[1]
     if are_shares(labels):
         return Batch(features=rows, labels=labels, name=name, views=views)
     labels = labels if features.ndim == 2 else labels.repeat_interleave(views)
-    return Batch(features=rows, labels=labels, name=name)
+    return Batch(features=rows, labels=labels, name=name, columns_of=columns_of)
 
 
 def read_labels(batch: Batch, options: Options) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -124,9 +125,11 @@ def read_labels(batch: Batch, options: Options) -> tuple[Tensor, Tensor | None, 
         if bool(broken.any()):
             example = int(values[broken][0])
             hint = "" if ignore_index is None else f" (or ignore_index={ignore_index})"
+            way_out = "raise num_classes, or leave it out to allow any values"
+            if batch.columns_of is not None:
+                way_out = f"give {batch.columns_of} a column for each class"
             raise ValueError(
-                f"{batch.name} must lie in [0, {num_classes}){hint}, got {example}: "
-                "raise num_classes, or leave it out to allow any values"
+                f"{batch.name} must lie in [0, {num_classes}){hint}, got {example}: {way_out}"
             )
         broken = None
     else:

@@ -98,6 +98,12 @@ def read_shares(
             its rows are marked in ``broken``, and their loss becomes NaN.
     """
     values = values.detach()
+    if (
+        not torch.compiler.is_compiling()
+        and values.is_inference()
+        and not torch.is_inference_mode_enabled()
+    ):
+        values = values.clone()  # autograd keeps none that were made in inference mode
     readable = values_may_be_read(values)
     if values.numel() == 0:
         none = torch.zeros(values.shape[0] * views, dtype=torch.bool, device=values.device)

@@ -256,11 +256,12 @@ def _sum_of_logs(numbers: Tensor, scale: Tensor | None) -> Tensor:
     """Of numbers from 1 to K, ``[n, S]`` -> ``[n, 1]``. They are written to."""
     if scale is not None:
         return _sum_classes(numbers.log_(), scale)
-    for _ in range(3 if numbers.shape[1] < MOST_MULTIPLIED else 2):
+    width = numbers.shape[1]
+    halvings = 3 if width < MOST_MULTIPLIED else 2
+    even = width >> halvings << halvings  # the few beyond it would be factors too many
+    rest = numbers[:, even:].log().sum(1, keepdim=True)
+    numbers = numbers[:, :even]
+    for _ in range(halvings):
         half = numbers.shape[1] // 2
-        if half == 0:
-            break
-        if numbers.shape[1] % 2 == 1:
-            numbers[:, :1].mul_(numbers[:, -1:])
-        numbers = numbers[:, :half].mul_(numbers[:, half : 2 * half])
-    return numbers.log_().sum(1, keepdim=True)
+        numbers = numbers[:, :half].mul_(numbers[:, half:])
+    return numbers.log_().sum(1, keepdim=True).add_(rest)
