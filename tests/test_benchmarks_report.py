@@ -43,6 +43,7 @@ def _anchor(title: str) -> str:
 def test_the_first_page_tells_few_shot_losses(rebuilt: Path) -> None:
     page = rebuilt.read_text().partition("## Which features")[0]
     assert re.search(r"linear probe on 5 images a class: \d+ ahead, [1-9]\d* behind", page)
+    assert re.search(r"fashion-pairs at batch 1024, .*\+\d\.\d ± \d\.\d after 10 epochs", page)
 
 
 def test_gains_are_judged_by_their_intervals() -> None:

@@ -21,6 +21,7 @@ from benchmarks.report.gains import (
 from benchmarks.report.markdown import embedded
 from benchmarks.report.mixing import mixed_groups, mixup_words
 from benchmarks.report.quality import temperature
+from benchmarks.report.questions import epochs_words
 
 
 def first_page(
@@ -50,6 +51,8 @@ def first_page(
             yield f"- **VarCon memory against cross-entropy**: {by_images(against)}."
         for sentence in temperature(rows):
             yield f"- **Temperature**: {sentence}"
+        for sentence in epochs_words(folder):
+            yield f"- **Epochs**: {sentence}"
         for group in mixed_groups(mixed, rows + mixed):
             yield f"- **Mixup**: {mixup_words(*group)} [Evidence](#does-mixup-help)."
         yield from _collapsed(rows)

@@ -8,6 +8,9 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.common import paired, results
+from benchmarks.common.readouts import PROBE_IMAGES
+
+LARGE_SETS = ("fashion", "fashion-pairs", "cifar10", "cifar100")  # of more than `PROBE_IMAGES`
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -51,6 +54,27 @@ def origin(command: str, env: dict[str, Any]) -> str:
     return text + "."
 
 
+def command_of(rows: list[dict[str, Any]], sizes: str = "--batch-size", but: str = "") -> str:
+    """The options that ask for these runs, all but the one named ``but``."""
+    runs = paired.reported(rows)
+    rates = {row["learning_rate"] for row in rows if row["split"] == "validation"}
+    rates = rates or {row["learning_rate"] for row in runs}
+    options = {
+        "--data": {rows[0]["data"]},
+        sizes: {row["batch_size"] for row in runs},
+        "--methods": dict.fromkeys(row["method"] for row in rows),
+        "--learning-rates": sorted(rates),
+        "--epochs": {row["epochs"] for row in runs},
+        "--seeds": {len({row["seed"] for row in runs})},
+    }
+    return " ".join(
+        f"{name} {listed}" if " " not in listed else f'{name} "{listed}"'
+        for name, values in options.items()
+        if name != f"--{but}"
+        for listed in [",".join(map(str, values))]
+    )
+
+
 def how_run(rows: list[dict[str, Any]]) -> str:
     """What the runs had in common, and how learning rates were found."""
     runs = paired.reported(rows)
@@ -65,4 +89,11 @@ def how_run(rows: list[dict[str, Any]]) -> str:
     )
     grid = sorted({row["learning_rate"] for row in rows if row["split"] == "validation"})
     found = f"chosen from {', '.join(f'{rate:g}' for rate in grid)}" if grid else "not searched"
-    return f"Batch {sizes}, {epochs} epochs, {seeds}. Learning rates, {found}: {rates}."
+    edges = {grid[0], grid[-1]} if len(grid) > 1 else set()
+    on_edge = dict.fromkeys(row["method"] for row in runs if row["learning_rate"] in edges)
+    words = f"Batch {sizes}, {epochs} epochs, {seeds}. Learning rates, {found}: {rates}."
+    if on_edge:
+        words += f" On the edge of what was tried: {', '.join(on_edge)}."
+    if rows[0]["data"] in LARGE_SETS:
+        words += f" Linear probes learn from {PROBE_IMAGES:,} of the training images."
+    return words

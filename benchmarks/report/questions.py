@@ -3,11 +3,42 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from benchmarks import hierarchy, momentum, robustness, settings
 from benchmarks.common import paired, plots, results
 from benchmarks.common.data import class_names
-from benchmarks.report.markdown import embedded, folded, grid, how_run, origin, rows_of
+from benchmarks.report.markdown import command_of, embedded, folded, grid, how_run, origin, rows_of
+
+QUESTIONS = {
+    "temperature": "Which temperature?",
+    "epsilon": "Which epsilon?",
+    "epochs": "How many epochs?",
+    "augmentation": "How strong an augmentation?",
+}
+
+
+def epochs_words(folder: Path) -> Iterator[str]:
+    """VarCon against SupCon over epochs: does it only converge faster?"""
+    for path in sorted(folder.glob("epochs-*.jsonl")):
+        rows = rows_of(path)
+        table = settings.tabulate(rows, "epochs")
+        table = table[(table["readout"] == "linear") & (table["method"] == "VarCon")]
+        for size, part in table.dropna(subset=["gain"]).groupby("batch_size"):
+            gains = ", ".join(
+                f"{paired.gain(part[part['epochs'] == epochs])} after {epochs}"
+                for epochs in sorted(part["epochs"])
+            )
+            yield (
+                f"{rows[0]['data']} at batch {size}, linear probe, VarCon's points from SupCon: "
+                f"{gains} epochs, each a whole schedule. "
+                f"[Evidence](#how-many-epochs-{rows[0]['data']})."
+            )
+
+
+def _command(vary: str, rows: list[dict[str, Any]]) -> str:
+    values = ",".join(str(value) for value in dict.fromkeys(row[vary] for row in rows))
+    return f"settings {vary} --values {values} {command_of(rows, '--batch-sizes', but=vary)}"
 
 
 def settings_section(folder: Path) -> Iterator[str]:
@@ -17,9 +48,9 @@ def settings_section(folder: Path) -> Iterator[str]:
             rows = rows_of(path)
             table = settings.tabulate(rows, vary)
             best = table.loc[table[table["readout"] == "linear"].groupby("method")["mean"].idxmax()]
-            yield f"## Which {vary}? {rows[0]['data']}\n"
+            yield f"## {QUESTIONS[vary]} {rows[0]['data']}\n"
             yield (
-                f"{origin(f'settings {vary}', rows[-1]['environment'])} {how_run(rows)} Best "
+                f"{origin(_command(vary, rows), rows[-1]['environment'])} {how_run(rows)} Best "
                 "linear probe: "
                 + ", ".join(
                     f"{row['method']} at {row[vary]} ({100 * row['mean']:.1f} %)"
@@ -52,7 +83,8 @@ def robustness_section(folder: Path) -> Iterator[str]:
             rows = rows_of(path)
             table = robustness.tabulate(rows)
             yield f"## {title} {rows[0]['data']}\n"
-            yield f"{origin(f'robustness {kind}', rows[-1]['environment'])} {how_run(rows)}\n"
+            command = f"robustness {kind} {command_of(rows)}"
+            yield f"{origin(command, rows[-1]['environment'])} {how_run(rows)}\n"
             if kind == "corruption":
                 picture = plots.draw_corruption(table, path.with_suffix(".png"))
                 yield embedded(picture, "accuracy over severity")
@@ -74,8 +106,9 @@ def hierarchy_section(folder: Path) -> Iterator[str]:
         rows = rows_of(path)
         name = rows[0]["data"]
         yield f"## Do similar classes lie near one another? {name}\n"
+        command = f"hierarchy {command_of(rows)}"
         yield (
-            f"{origin('hierarchy', rows[-1]['environment'])} {how_run(rows)} Trees of class means "
+            f"{origin(command, rows[-1]['environment'])} {how_run(rows)} Trees of class means "
             "of held-out features, by cosine distance: how well a tree keeps the distances, and "
             "how well cutting it finds known groups (kinds of clothes; the left digit of a pair). "
             "Percent: mean ± 95 % interval (difference from SupCon).\n"
