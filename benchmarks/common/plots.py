@@ -138,7 +138,7 @@ def draw_gains(gains: Mapping[str, pd.DataFrame], path: Path) -> Path:
     """
     shown = {"linear": "linear probe", "linear, 5 a class": "on 5 images a class"}
     sets = dict.fromkeys(data for frame in gains.values() for data in frame["data"])
-    figure, axes = style.panels(len(shown), len(sets), 5.6, sharex="col")
+    figure, axes = style.panels(len(shown), len(sets), 6.4, sharex="col")
     for column, data in zip(axes.T, sets, strict=True):
         for axis, (value, title) in zip(column, shown.items(), strict=True):
             axis.axhline(0, color=style.BLACK, lw=0.8)
@@ -150,10 +150,10 @@ def draw_gains(gains: Mapping[str, pd.DataFrame], path: Path) -> Path:
                     100 * mine["gain_half_width"], capsize=2, **style.line(method),
                 )  # fmt: skip
             axis.yaxis.set_major_formatter(lambda v, _: f"{v:+g}" if v else "0")
-            axis.set_title(f"{data}, {title}")
-            style.log_ticks(axis, x=(0.3, 1, 3, 10, 30, 100, 200))
+            axis.set_title(f"{data},\n{title}")
+            style.log_ticks(axis, x=(0.3, 1, 3, 10, 30, 100))
             axis.margins(x=0.1)
-        column[-1].set_xlabel("images of a class in a step")
+        column[-1].set_xlabel("images of a class\nin a step")
     for axis in axes[:, 0]:
         axis.set_ylabel("points ahead of SupCon")
     figure.suptitle("Difference from SupCon, 95 % interval; each panel has its own scale")

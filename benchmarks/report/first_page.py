@@ -41,7 +41,7 @@ def first_page(
             "*Images a class*: how many images of a class a step sees on average, in two views; "
             f"few is under {FEW}, many from {MANY} on. [Evidence](#which-features-are-better).\n"
         )
-        yield f"- **Highest mean** over all read-outs: {ranking(rows)}."
+        yield f"- **Highest mean** over all read-outs, where all were run: {ranking(rows)}."
         for method, frame in gains.items():
             yield f"- **{method} against SupCon**: {by_images(frame)}."
         if "VarCon" in gains:

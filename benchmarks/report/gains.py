@@ -88,6 +88,9 @@ def ranking(rows: list[dict[str, Any]]) -> str:
         if any(row.get(value) is not None for row in clean)
     ]
     frame = pd.concat(parts).dropna(subset=["mean"])
+    # A mean over harder data would be another's: only where all methods were run.
+    runs = frame.groupby(["data", "batch_size", "readout"])["method"].transform("nunique")
+    frame = frame[runs == runs.max()].copy()
     frame["images"] = _images(frame)
     return "; ".join(
         f"{name}: "

@@ -8,7 +8,7 @@ import pandas as pd
 
 from benchmarks.common import methods, paired, plots, results
 from benchmarks.report.gains import RIVALS, by_readout, paired_gains
-from benchmarks.report.markdown import embedded, folded, grid, seeds_in_words
+from benchmarks.report.markdown import embedded, folded, grid, how_run, seeds_in_words
 
 PAIRS = (
     *(("VarCon", rival) for rival in RIVALS),
@@ -27,14 +27,15 @@ def quality_section(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
         "held-out images in percent: mean ± half-width of the 95 % interval over seeds; in "
         "brackets the paired difference from SupCon in points. The learning rate of each method, "
         "batch size and share of wrong labels is chosen on a validation split, from one grid for "
-        "all, which was widened where a choice lay on its edge (SupCon at batch 512 of "
-        "mnist-pairs: lower rates were tried too, and are worse).\n"
+        "all; each set of images below names the methods whose choice lies on its edge (SupCon at "
+        "batch 512 of mnist-pairs: lower rates were tried too, and are worse).\n"
     )
     yield from _epochs_and_origin(rows)
     for data in dict.fromkeys(row["data"] for row in rows):
         of_data = [row for row in rows if row["data"] == data]
         known = [row for row in of_data if row["method"] in methods.METHODS]
-        yield f"### {data}"
+        yield f"### {data}\n"
+        yield how_run([row for row in known if row["noise"] == 0.0])
         for picture in plots.draw_quality(known, folder):
             yield embedded(picture, f"{data}: accuracy over batch sizes")
         if not (found := paired_gains(known, "VarCon", "SupCon")).empty:
