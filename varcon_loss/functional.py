@@ -24,6 +24,7 @@ from varcon_loss.implementations import choose
 from varcon_loss.matching import match_batch, match_memory, match_reference
 from varcon_loss.memory import CentroidMemory
 from varcon_loss.options import Options, check_options
+from varcon_loss.records import changed
 from varcon_loss.reduction import (
     VarConTerms,
     denominator,
@@ -316,7 +317,7 @@ def _sweep(
     swept = way.sweep(rows, *temperatures, False)
     loss = swept.loss
     if need_terms:
-        swept = way.sweep(rows.without_weight(), *temperatures, True)
+        swept = way.sweep(changed(rows, weight=None), *temperatures, True)
     return swept, loss
 
 
@@ -357,6 +358,4 @@ def _with_num_classes(call: Call) -> Call:
     num_classes = _num_classes(call)
     if num_classes == call.options.num_classes:
         return call
-    options = {name: getattr(call.options, name) for name in Options._fields}
-    known = {name: getattr(call, name) for name in Call._fields}
-    return Call(**{**known, "options": Options(**{**options, "num_classes": num_classes})})
+    return changed(call, options=changed(call.options, num_classes=num_classes))

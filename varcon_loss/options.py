@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from varcon_loss import checks
+from varcon_loss.records import changed
 
 
 class Options(NamedTuple):
@@ -53,5 +54,4 @@ def check_options(**given: Any) -> Options:
         "num_classes": num_classes,
         "ignore_index": ignore_index,
     }
-    # Not by `_replace`, which the compiler of torch 2.6 does not trace.
-    return Options(**{**given, **checked})
+    return changed(options, **checked)

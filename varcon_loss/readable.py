@@ -1,4 +1,4 @@
-"""May Python look at a tensor's values?"""
+"""May Python look at a tensor's values, and may autograd keep them?"""
 
 import torch
 from torch import Tensor
@@ -7,3 +7,14 @@ from torch import Tensor
 def values_may_be_read(tensor: Tensor) -> bool:
     """True where looking at values neither synchronises a device nor breaks a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def keepable(tensor: Tensor) -> Tensor:
+    """A copy where autograd would refuse the tensor: made in inference mode, and used outside."""
+    if (
+        not torch.compiler.is_compiling()
+        and tensor.is_inference()
+        and not torch.is_inference_mode_enabled()
+    ):
+        return tensor.clone()
+    return tensor

@@ -31,16 +31,6 @@ class Rows(NamedTuple):
         """Is ``exp(u)`` safe with no maximum subtracted? ``|u| <= 1 / tau1`` between unit rows."""
         return self.anchors.norms is not None and 1 / temperature <= LARGEST_PLAIN_LOGIT
 
-    def without_weight(self) -> "Rows":
-        """The same, classes having no weights."""
-        return Rows(
-            anchors=self.anchors,
-            slots=self.slots,
-            centroids=self.centroids,
-            own=self.own,
-            kept=self.kept,
-        )
-
     def tensors(self) -> dict[str, Tensor | None]:
         """What the equations need beside the features, by the names of `TENSORS`: see `rows_of`."""
         anchors, centroids, slots = self.anchors, self.centroids, self.slots

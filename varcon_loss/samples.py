@@ -1,13 +1,14 @@
 """One entry a sample: features without views, labels read, lengths."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from varcon_loss.norms import row_norms
 from varcon_loss.options import Options
-from varcon_loss.readable import values_may_be_read
+from varcon_loss.readable import keepable, values_may_be_read
+from varcon_loss.records import changed
 from varcon_loss.shares import Shares, read_shares
 
 
@@ -47,11 +48,11 @@ class Samples(NamedTuple):
 
     def placed(self, slots: Tensor) -> "Samples":
         """The same in these slots ``[N]``."""
-        return self._with(slots=slots)
+        return changed(self, slots=slots)
 
     def measured(self, norms: Tensor) -> "Samples":
         """The same with their lengths ``[N]``."""
-        return self._with(norms=norms)
+        return changed(self, norms=norms)
 
     def narrowed(self, kept: Tensor, broken: Tensor | None = None) -> "Samples":
         """The same, valid only where ``kept`` ``[N]``; ``broken`` ``[N]`` where more are."""
@@ -60,12 +61,7 @@ class Samples(NamedTuple):
                 return self
             broken = self.broken
         valid = kept if self.valid is None else self.valid & kept
-        return self._with(valid=valid, broken=broken, num_valid=None)
-
-    def _with(self, **changed: Any) -> "Samples":
-        # `_replace`, which the compiler of torch 2.6 does not trace.
-        kept = {name: getattr(self, name) for name in Samples._fields}
-        return Samples(**{**kept, **changed})
+        return changed(self, valid=valid, broken=broken, num_valid=None)
 
 
 def are_shares(labels: Tensor) -> bool:
@@ -104,9 +100,7 @@ def read_labels(batch: Batch, options: Options) -> tuple[Tensor, Tensor | None, 
             ``broken``.
     """
     num_classes, ignore_index = options.num_classes, options.ignore_index
-    values = batch.labels.to(torch.int64)
-    if not torch.compiler.is_compiling() and values.is_inference():
-        values = values.clone()  # autograd keeps none that were made in inference mode
+    values = keepable(batch.labels.to(torch.int64))
     readable = values_may_be_read(values)
     if readable and values.numel() > 0:
         lowest, highest = (int(extreme) for extreme in values.aminmax())

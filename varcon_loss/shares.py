@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varcon_loss.readable import values_may_be_read
+from varcon_loss.readable import keepable, values_may_be_read
+from varcon_loss.records import changed
 from varcon_loss.sums import ROWS_A_SUM
 from varcon_loss.sweeps.products import make_linear
 
@@ -65,15 +66,6 @@ class Shares(NamedTuple):
             table += self.background
         return self._of_samples(table.scatter_(1, self.slots, self.values.to(dtype)))
 
-    def of_one_view(self) -> "Shares":
-        """The same for ``R`` samples. Not by `_replace`, which torch 2.6 does not compile."""
-        return Shares(
-            values=self.values,
-            slots=self.slots,
-            columns=self.columns,
-            background=self.background,
-        )
-
     def _part(self, rows: Tensor, start: int, stop: int) -> Tensor:
         return rows[start // self.views : stop // self.views]
 
@@ -97,13 +89,7 @@ def read_shares(
         ValueError: an entry that is negative, infinite or NaN, on a CPU in eager mode. Elsewhere
             its rows are marked in ``broken``, and their loss becomes NaN.
     """
-    values = values.detach()
-    if (
-        not torch.compiler.is_compiling()
-        and values.is_inference()
-        and not torch.is_inference_mode_enabled()
-    ):
-        values = values.clone()  # autograd keeps none that were made in inference mode
+    values = keepable(values.detach())
     readable = values_may_be_read(values)
     if values.numel() == 0:
         none = torch.zeros(values.shape[0] * views, dtype=torch.bool, device=values.device)
@@ -218,7 +204,7 @@ def _fill(shares: Shares, missing: Tensor) -> Shares:
     slots[rows] = torch.where(missing, free.gather(1, (missing.cumsum(1) - 1).clamp_min(0)), given)
     nothing = 0.0 if shares.background is None else shares.background[rows]
     values[rows] = torch.where(missing, nothing, values[rows])
-    return shares._replace(values=values, slots=slots)
+    return changed(shares, values=values, slots=slots)
 
 
 def _windows(values: Tensor, rows: Tensor, starts: Tensor, width: int) -> Tensor:
@@ -232,7 +218,7 @@ def _windows(values: Tensor, rows: Tensor, starts: Tensor, width: int) -> Tensor
 def in_slots(shares: Shares, classes: Tensor) -> Shares:
     """The same shares by slot, where only ``classes`` ``[S]`` have one; others are dropped."""
     if shares.slots is None:
-        return Shares(values=shares.values, columns=classes, views=shares.views)
+        return changed(shares, columns=classes)
     size = classes.shape[0]
     num_classes = int(torch.maximum(shares.slots.max(), classes.max())) + 1
     table = torch.full((num_classes,), -1)
@@ -243,7 +229,7 @@ def in_slots(shares: Shares, classes: Tensor) -> Shares:
     most = max(1, int((slots >= 0).sum(1).max()))
     slots = slots.gather(1, order)[:, :most]
     values = shares.values.gather(1, order)[:, :most]
-    return _fill(shares._replace(values=values, slots=slots), slots < 0)
+    return _fill(changed(shares, values=values, slots=slots), slots < 0)
 
 
 def class_masses(shares: Shares, size: int, dtype: torch.dtype) -> Tensor:
@@ -276,7 +262,7 @@ def share_sums(shares: Shares, unit: Tensor, size: int) -> Tensor:
     """
     if shares.views > 1:
         unit = unit.unflatten(0, (-1, shares.views)).sum(1)
-        shares = shares.of_one_view()
+        shares = changed(shares, views=1)
     if torch.compiler.is_compiling():  # no pieces: their number would be compiled in
         return torch.mm(shares.whole(unit.dtype).T, unit)
     total = unit.new_zeros(size, unit.shape[1])
@@ -324,7 +310,7 @@ def row_totals(shares: Shares, weight: Tensor) -> Tensor:
     elif torch.compiler.is_compiling():
         return torch.mv(shares.whole(weight.dtype), weight)
     else:
-        once = shares.of_one_view()
+        once = changed(shares, views=1)
         step = max(1, PIECE // max(1, len(weight)))
         parts = [
             torch.mv(once.rows(start, start + step, weight.dtype), weight)

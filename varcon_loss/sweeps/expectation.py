@@ -16,6 +16,7 @@ is ``(A - Y_k s_k) - (1 - p_k) A``, of sums without class ``k``: for classes wit
 import torch
 from torch import Tensor
 
+from varcon_loss.records import changed
 from varcon_loss.rows import Rows, Swept
 from varcon_loss.shares import Shares
 from varcon_loss.sweeps.chunks import Shared, count_others, rows_a_chunk
@@ -151,4 +152,4 @@ def sweep_shares(
         need_grad=need_grad,
         need_terms=need_terms,
     )
-    return expected._replace(scale=gradient_scale(rows, need_grad))
+    return changed(expected, scale=gradient_scale(rows, need_grad))

@@ -17,6 +17,7 @@ from torch import Tensor
 from varcon_loss.classes import Centroids, Classes, ClassIndex
 from varcon_loss.options import Options
 from varcon_loss.readable import values_may_be_read
+from varcon_loss.records import changed
 from varcon_loss.rows import Implementation, Rows, Swept
 from varcon_loss.samples import Batch, Samples, read_labels
 from varcon_loss.sweeps.operators import make_operator
@@ -466,7 +467,7 @@ def choose_tiles(num_rows: int, dim: int, itemsize: int, capability: tuple[int, 
     """Rows as many as registers allow, fewer where a small batch would leave the GPU idle."""
     tiles = _largest_tiles(dim, itemsize, capability)
     if num_rows < 64 * tiles.rows and tiles.rows > 16:
-        tiles = tiles._replace(rows=tiles.rows // 2)
+        tiles = changed(tiles, rows=tiles.rows // 2)
     return tiles
 
 
