@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import measure
+from benchmarks.common.checkout import git
 from benchmarks.common.contenders import CONTENDERS, Loss
 from benchmarks.common.measure import Problem
 from varcon_loss import VarConLoss
@@ -189,21 +190,12 @@ def environment(device: str) -> dict[str, Any]:
     on_gpu = device == "cuda"
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": git("rev-parse", "--short", "HEAD"),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "capability": torch.cuda.get_device_capability() if on_gpu else None,
         "versions": {"python": sys.version.split()[0], **versions},
     }
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 def run(

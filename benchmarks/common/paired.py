@@ -143,6 +143,11 @@ def text(line: pd.DataFrame) -> str:
     return written
 
 
+def verdict(gain: float, half: float) -> str:
+    """What a difference and the half-width of its interval say: does the interval exclude 0?"""
+    return "undecided" if abs(gain) <= half else "ahead" if gain > 0 else "behind"
+
+
 def gain(line: pd.DataFrame) -> str:
     """The paired difference in one row of a `summary`, in points, with its interval."""
     row = line.iloc[0]

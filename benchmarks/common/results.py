@@ -4,12 +4,13 @@ import datetime
 import importlib.metadata
 import json
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+
+from benchmarks.common.checkout import git
 
 RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("torch", "triton", "varcon-loss", "pytorch-metric-learning", "timm", "numpy")
@@ -25,8 +26,8 @@ def environment(device: str = "cpu") -> dict[str, Any]:
             continue
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "--short", "HEAD")
-        + ("+" if _git("status", "-s", "-uno") else ""),
+        "commit": git("rev-parse", "--short", "HEAD")
+        + ("+" if git("status", "-s", "-uno") else ""),
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": versions,
@@ -57,18 +58,8 @@ def read(name: str, folder: Path = RESULTS) -> tuple[pd.DataFrame, dict[str, Any
 
 def changed_since(commit: str) -> bool:
     """Whether the package has changed since; False also where git cannot say."""
-    count = _git("rev-list", "--count", f"{commit.rstrip('+')}..HEAD", "--", "../varcon_loss")
+    count = git("rev-list", "--count", f"{commit.rstrip('+')}..HEAD", "--", "../varcon_loss")
     return count.isdigit() and int(count) > 0
-
-
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True
-        )
-    except FileNotFoundError:
-        return "unknown"
-    return done.stdout.strip() or "" if done.returncode == 0 else "unknown"
 
 
 def _cpu_name() -> str:

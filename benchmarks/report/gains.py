@@ -32,7 +32,7 @@ def paired_gains(rows: list[dict[str, Any]], method: str, baseline: str) -> pd.D
     frame = pd.concat(parts).dropna(subset=["gain", "gain_half_width"])
     frame["images"] = _images(frame)
     frame["verdict"] = [
-        "undecided" if abs(gain) <= half else "ahead" if gain > 0 else "behind"
+        paired.verdict(gain, half)
         for gain, half in zip(frame["gain"], frame["gain_half_width"], strict=True)
     ]
     return frame.reset_index(drop=True)

@@ -54,16 +54,22 @@ def origin(command: str, env: dict[str, Any]) -> str:
     return text + "."
 
 
+def _searched(rows: list[dict[str, Any]]) -> list[float]:
+    """The learning rates that were tried on validation images."""
+    return sorted({row["learning_rate"] for row in rows if row["split"] == "validation"})
+
+
 def command_of(rows: list[dict[str, Any]], sizes: str = "--batch-size", but: str = "") -> str:
     """The options that ask for these runs, all but the one named ``but``."""
     runs = paired.reported(rows)
-    rates = {row["learning_rate"] for row in rows if row["split"] == "validation"}
-    rates = rates or {row["learning_rate"] for row in runs}
+    rates = _searched(rows) or sorted({row["learning_rate"] for row in runs})
+    if not _searched(rows) and len(rates) > 1:
+        rates = ["RATE"]  # a command for each method, with its rate as `how_run` lists it
     options = {
         "--data": {rows[0]["data"]},
         sizes: {row["batch_size"] for row in runs},
         "--methods": dict.fromkeys(row["method"] for row in rows),
-        "--learning-rates": sorted(rates),
+        "--learning-rates": rates,
         "--epochs": {row["epochs"] for row in runs},
         "--seeds": {len({row["seed"] for row in runs})},
     }
@@ -87,7 +93,7 @@ def how_run(rows: list[dict[str, Any]]) -> str:
         f"{method} {', '.join(f'{rate:g}' for rate in sorted(set(mine)))}"
         for method, mine in pd.DataFrame(runs).groupby("method", sort=False)["learning_rate"]
     )
-    grid = sorted({row["learning_rate"] for row in rows if row["split"] == "validation"})
+    grid = _searched(rows)
     found = f"chosen from {', '.join(f'{rate:g}' for rate in grid)}" if grid else "not searched"
     edges = {grid[0], grid[-1]} if len(grid) > 1 else set()
     on_edge = dict.fromkeys(row["method"] for row in runs if row["learning_rate"] in edges)

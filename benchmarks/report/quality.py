@@ -166,9 +166,8 @@ def _verdicts(table: pd.DataFrame, method: str) -> str:
     part = part.dropna(subset=["gain_half_width"]).sort_values(["data", "noise", "batch_size"])
     for _, line in part.iterrows():
         gain, half = line["gain"], line["gain_half_width"]
-        verdict = "undecided" if abs(gain) <= half else "ahead" if gain > 0 else "behind"
         share = f", {line['noise']:.0%} wrong" if line["noise"] else ""
-        groups[verdict].append(
+        groups[paired.verdict(gain, half)].append(
             f"{line['data']} at {line['batch_size']}{share} ({100 * gain:+.1f} ± {100 * half:.1f})"
         )
     return "; ".join(f"{name}: {', '.join(cells)}" for name, cells in groups.items() if cells)

@@ -1,6 +1,5 @@
 """One setting, one change of the data, one property at a time."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,7 @@ def momentum_section(folder: Path) -> Iterator[str]:
     path = folder / "momentum.jsonl"
     if not path.exists():
         return
-    table = momentum.summary([json.loads(line) for line in path.read_text().splitlines()])
+    table = momentum.summary(rows_of(path))
     best = table.loc[table.groupby(["classes", "batch_size"])["mean"].idxmax()]
     yield "## Which momentum of the centroid memory?\n"
     yield (
