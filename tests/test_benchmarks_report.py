@@ -63,8 +63,13 @@ def test_gains_are_judged_by_their_intervals() -> None:
     assert found.loc[("linear", 64), "verdict"] == "ahead"
     assert found.loc[("knn", 8), "verdict"] == "undecided"
     assert found.loc[("linear", 8), "images"] == pytest.approx(1.6)
-    words = gains.by_images(found.reset_index())
-    assert words.startswith("few images a class (under 4): 0 ahead, 1 behind, 1 undecided")
+    few, some = list(gains.verdicts_table(rows))[2:4]
+    assert few.startswith(
+        "| few (under 4) | SupCon 80.1, VarCon 72.6 | 0 ahead, 1 behind, 1 undecid"
+    )
+    assert some.startswith(
+        "| some (4 to 20) | VarCon 92.6, SupCon 80.1 | 2 ahead, 0 behind, 0 undec"
+    )
 
 
 def test_one_seed_has_no_interval_and_collapse_is_said_in_words() -> None:
@@ -126,7 +131,7 @@ def test_the_methods_there_are_enough_for_a_report(there: tuple[str, ...], tmp_p
     path.write_text("".join(json.dumps(row) + "\n" for row in kept))
     page = report.write(path.parent).read_text()
     for method in ("VarCon", "VarCon memory"):
-        assert (f"- **{method} against SupCon**" in page) == (method in there)
+        assert (f"| {method} against SupCon |" in page) == (method in there)
 
 
 def test_a_single_batch_size_still_draws_points(tmp_path: Path) -> None:

@@ -9,14 +9,10 @@ import pandas as pd
 from benchmarks.common import paired, plots
 from benchmarks.report.cost import speed_words
 from benchmarks.report.gains import (
-    FEW,
-    MANY,
-    by_images,
     by_readout,
     gains_over_supcon,
     gains_table,
-    paired_gains,
-    ranking,
+    verdicts_table,
 )
 from benchmarks.report.markdown import embedded
 from benchmarks.report.mixing import mixed_groups, mixup_words
@@ -36,19 +32,15 @@ def first_page(
     yield "## When to choose VarCon\n"
     if rows:
         gains = gains_over_supcon(rows)
+        yield from verdicts_table(rows)
         yield (
-            "*Ahead* and *behind*: the 95 % interval of the paired difference excludes 0. "
-            "*Images a class*: how many images of a class a step sees on average, in two views; "
-            f"few is under {FEW}, many from {MANY} on. [Evidence](#which-features-are-better).\n"
+            "Read-outs (probe, kNN, nearest class mean, few-shot) of each data set and batch, "
+            "5 seeds: *ahead* and *behind* where the 95 % interval of the paired difference "
+            "excludes 0. A step sees *images of a class* in two views. "
+            "[Evidence](#which-features-are-better).\n"
         )
-        yield f"- **Highest mean** over all read-outs, where all were run: {ranking(rows)}."
-        for method, frame in gains.items():
-            yield f"- **{method} against SupCon**: {by_images(frame)}."
         if "VarCon" in gains:
             yield f"- **By read-out**, VarCon against SupCon: {by_readout(gains['VarCon'])}."
-        against = paired_gains(rows, "VarCon memory", "cross-entropy")
-        if not against.empty:
-            yield f"- **VarCon memory against cross-entropy**: {by_images(against)}."
         for sentence in temperature(rows):
             yield f"- **Temperature**: {sentence}"
         for sentence in epochs_words(folder):

@@ -6,12 +6,17 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.common import methods, paired
-from benchmarks.report.markdown import grid, seeds_in_words
+from benchmarks.report.markdown import folded, grid, seeds_in_words
 
 FEW, MANY = 4, 20  # images of a class that a step sees: fewer than, and at least
 
-
 RIVALS = ("SupCon", "SupCon memory", "cross-entropy", "NormFace", "SINCERE")
+COMPARED = (
+    ("VarCon", "SupCon"),
+    ("VarCon memory", "SupCon"),
+    ("VarCon memory", "cross-entropy"),
+    ("VarCon memory", "NormFace"),
+)
 
 
 def paired_gains(rows: list[dict[str, Any]], method: str, baseline: str) -> pd.DataFrame:
@@ -59,15 +64,11 @@ def _counts(part: pd.DataFrame) -> str:
     return f"{', '.join(words)} (points: {gain.min():+.1f} to {gain.max():+.1f})"
 
 
-def by_images(gains: pd.DataFrame) -> str:
-    return "; ".join(f"{name}: {_counts(part)}" for name, part in _groups(gains))
-
-
 def _groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Few, some and many images of a class in a step."""
     images = frame["images"]
     for name, mask in (
-        (f"few images a class (under {FEW})", images < FEW),
+        (f"few (under {FEW})", images < FEW),
         (f"some ({FEW} to {MANY})", (images >= FEW) & (images < MANY)),
         (f"many ({MANY} and more)", images >= MANY),
     ):
@@ -75,8 +76,29 @@ def _groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
             yield name, frame[mask]
 
 
-def ranking(rows: list[dict[str, Any]]) -> str:
-    """Methods by their mean over read-outs and settings, in percent."""
+def verdicts_table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A line for few, some and many images a class: who is highest, and who ahead of whom."""
+    compared = {
+        f"{method} against {baseline}": dict(_groups(frame))
+        for method, baseline in COMPARED
+        if not (frame := paired_gains(rows, method, baseline)).empty
+    }
+    best = ranking(rows)
+    names = [name for name in best if any(name in groups for groups in compared.values())]
+    if not names:
+        return
+    yield from grid(
+        ["images of a class in a step", "highest means, %", *compared],
+        (
+            [name, best[name], *(_counts(g[name]) if name in g else "" for g in compared.values())]
+            for name in names
+        ),
+    )
+    yield ""
+
+
+def ranking(rows: list[dict[str, Any]], shown: int = 4) -> dict[str, str]:
+    """For few, some and many images a class: the best methods by their mean over read-outs."""
     clean = [
         row
         for row in rows
@@ -87,19 +109,19 @@ def ranking(rows: list[dict[str, Any]]) -> str:
         for value in paired.MAIN
         if any(row.get(value) is not None for row in clean)
     ]
+    if not parts:
+        return {}
     frame = pd.concat(parts).dropna(subset=["mean"])
-    # A mean over harder data would be another's: only where all methods were run.
-    runs = frame.groupby(["data", "batch_size", "readout"])["method"].transform("nunique")
-    frame = frame[runs == runs.max()].copy()
     frame["images"] = _images(frame)
-    return "; ".join(
-        f"{name}: "
-        + ", ".join(
-            f"{method} {100 * mean:.1f}"
-            for method, mean in part.groupby("method")["mean"].mean().sort_values()[::-1].items()
-        )
-        for name, part in _groups(frame)
-    )
+    found = {}
+    for name, part in _groups(frame):
+        # A mean over harder data would be another's: only where as many methods as anywhere ran.
+        runs = part.groupby(["data", "batch_size", "readout"])["method"].transform("nunique")
+        means = part[runs == runs.max()].groupby("method")["mean"].mean().sort_values()[::-1]
+        listed = {method: mean for i, (method, mean) in enumerate(means.items()) if i < shown}
+        listed |= {method: means[method] for method in ("SupCon", "VarCon") if method in means}
+        found[name] = ", ".join(f"{method} {100 * mean:.1f}" for method, mean in listed.items())
+    return found
 
 
 def by_readout(gains: pd.DataFrame) -> str:
@@ -135,13 +157,11 @@ def gains_table(rows: list[dict[str, Any]], gains: dict[str, pd.DataFrame]) -> I
             [f"{data}, {size}", f"{images:.3g}", *cells,
              f"{top['method']} {100 * top['mean']:.1f}"]
         )  # fmt: skip
-    yield (
-        "Paired differences from SupCon in points, with 95 % intervals over "
-        f"{seeds_in_words(every['seeds'])}; bold where "
-        "the interval excludes 0.\n"
+    title = (
+        "Every data set and batch: points from SupCon, with 95 % intervals over "
+        f"{seeds_in_words(every['seeds'])}; bold where the interval excludes 0"
     )
-    yield from grid(columns, lines)
-    yield ""
+    yield from folded(title, grid(columns, lines))
 
 
 def _gain(row: pd.Series) -> str:
