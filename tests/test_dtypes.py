@@ -87,6 +87,30 @@ def test_any_length_of_features_gives_the_same_loss(
         assert scaled.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["reference", "eager"])
+def test_rows_longer_than_their_dtype_can_say(name: str) -> None:
+    x = torch.tensor([[3e38, 3e38], [1.0, 2.0], [2.0, 1.0], [-1.0, 3.0]], requires_grad=True)
+    labels = torch.tensor([0, 0, 1, 1])
+    loss = varcon_loss(x, labels, impl=name)
+    torch.testing.assert_close(loss, varcon_loss(x.double(), labels).float())
+    loss.backward()
+    assert x.grad is not None
+    assert x.grad[1:].all()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["reference", "eager"])
+def test_an_infinite_upstream_gradient_stays_where_it_belongs(name: str) -> None:
+    """A mean over the samples of a class that has none divides by zero."""
+    x, labels = torch.randn(6, 4, requires_grad=True), torch.tensor([0, 1, 0, 1, -100, 1])
+    losses = varcon_loss(x, labels, reduction="none", impl=name)
+    terms = varcon_terms(x, labels, impl=name)
+    for loss in (losses, terms.loss):
+        (gradient,) = torch.autograd.grad((loss / torch.where(labels < 0, 0, 1)).sum(), x)
+        (expected,) = torch.autograd.grad(varcon_loss(x, labels, reduction="sum", impl=name), x)
+        torch.testing.assert_close(gradient, expected)
+
+
 def test_mixed_rows_of_extreme_length(impl: str, make_batch: MakeBatch) -> None:
     features, labels = make_batch(dtype=torch.float32)
     lengths = torch.tensor([1e-30, 1.0, 1e30]).repeat(8).unsqueeze(1)

@@ -12,9 +12,8 @@ from tests.conftest import MakeBatch
 from tests.test_shares import LargestWritten
 from varcon_loss import varcon_terms
 from varcon_loss.classes import Centroids, unit_centroids
-from varcon_loss.norms import row_norms
 from varcon_loss.rows import Swept
-from varcon_loss.samples import unit_rows
+from varcon_loss.samples import Samples, to_unit
 from varcon_loss.shares import Shares, class_masses, in_slots, share_sums
 from varcon_loss.sweeps import chunks, products
 from varcon_loss.sweeps.expectation import expected_loss
@@ -48,11 +47,12 @@ def evaluate(
     *,
     normalize: bool = False,
 ) -> Swept:
-    return expected_loss(
-        z, shares, centroids.unit, centroids.present, centroids.num_present, weight, valid,
+    swept = expected_loss(
+        z, shares, centroids.unit, centroids.present, centroids.num_present, weight,
         temperature, epsilon, small_logits=normalize and 1 / temperature <= 40, project=normalize,
         need_grad=True, need_terms=True,
     )  # fmt: skip
+    return swept.masked_(Samples(features=z, labels=shares, valid=valid))
 
 
 def from_features(
@@ -69,8 +69,7 @@ def from_features(
     dtype = torch.promote_types(features.dtype, torch.float32)
     shares, valid = shares_of(table, form, dtype), table.sum(1) > 0
     features = features.detach().masked_fill(~valid[:, None], 0.0)
-    norms = row_norms(features, dtype) if normalize else None
-    z = unit_rows(features, norms, dtype)
+    z, norms = to_unit(features, dtype, normalize=normalize)
     classes = (class_masses(shares, table.shape[1], dtype) > 0).nonzero().squeeze(1)
     if len(classes) == 0:  # as many slots as there must be
         centroids = Centroids(
@@ -171,7 +170,7 @@ def test_gradient_is_that_of_the_equations(
     weight = torch.rand(num_classes, generator=generator, dtype=F64) if weighted else None
     shares, epsilon = shares_of(table, form), share * temperature
     loss, others, gradient, _ = expected_loss(
-        z, shares, w, present, count, weight, None, temperature, epsilon,
+        z, shares, w, present, count, weight, temperature, epsilon,
         small_logits=not shifted and 1 / temperature <= 40, project=False, need_grad=True,
         need_terms=True,
     )  # fmt: skip
@@ -263,7 +262,7 @@ def test_confident_gradients_keep_their_digits(kind: str, form: str, small_logit
     z, w, table = confident_batch(kind)
     temperature = 0.05
     loss, _, gradient, _ = expected_loss(
-        z, shares_of(table, form, torch.float32), w, None, torch.tensor(len(w)), None, None,
+        z, shares_of(table, form, torch.float32), w, None, torch.tensor(len(w)), None,
         temperature, 0.01, small_logits=small_logits, project=False, need_grad=True,
         need_terms=False,
     )  # fmt: skip
@@ -321,12 +320,11 @@ def test_gradient_matches_finite_differences(form: str, normalize: bool) -> None
     class Loss(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
-            norms = row_norms(x, F64)
-            z = x / norms[:, None] if normalize else x
+            z, norms = to_unit(x, F64, normalize=normalize)
             result = evaluate(z, shares, centroids, 0.3, 0.2, weight, normalize=normalize)
             assert result.gradient is not None
             ctx.save_for_backward(
-                result.gradient / norms[:, None] if normalize else result.gradient
+                result.gradient if norms is None else result.gradient / norms[:, None]
             )
             return result.loss
 
@@ -497,7 +495,7 @@ def test_nothing_waits_for_a_device() -> None:
     )
     for small_logits in (True, False):
         result = expected_loss(
-            z, shares, w, present, count, w[:, 0], present.new_empty(12), 0.1, 0.02,
+            z, shares, w, present, count, w[:, 0], 0.1, 0.02,
             small_logits=small_logits, project=True, need_grad=True, need_terms=True,
         )  # fmt: skip
         assert [part.shape for part in result if part is not None] == [(12,), (4, 12), (12, 4)]

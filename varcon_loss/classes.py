@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varcon_loss.norms import row_norms
+from varcon_loss.norms import directions
 from varcon_loss.options import Options
 from varcon_loss.readable import values_may_be_read
+from varcon_loss.records import changed
 from varcon_loss.samples import Batch, Samples, read
 from varcon_loss.shares import Shares, class_masses, in_slots, share_sums
 from varcon_loss.sums import class_counts, sum_slots
@@ -25,9 +26,17 @@ class ClassIndex(NamedTuple):
 
     size: int  # S, at least 1
     gaps: str  # which slots may be empty: "none", the "last" ones, or "anywhere"
+    # The way is one of these three:
+    ascending: Tensor | None = None  # [S] labels in order; empty slots repeat the last
     table: Tensor | None = None  # [C] slot of every class, -1 where absent
-    ascending: Tensor | None = None  # [S] labels, without a table; empty slots repeat the last
+    present: Tensor | None = None  # [C] bool; each class has the slot of its number
     num_present: Tensor | None = None  # 0-d int64, K; None: unknown
+
+    def among(self, counts: Tensor) -> "ClassIndex":
+        """The same, where the rows of each slot ``[S]`` are what tells which classes are there."""
+        if self.ascending is None and self.table is None:
+            return changed(self, present=counts > 0)
+        return self
 
 
 class Centroids(NamedTuple):
@@ -60,6 +69,8 @@ class Classes(NamedTuple):
         """The label of each slot ``[S]``, 0 in empty slots."""
         if self.labels is not None:
             return self.labels
+        if self.lookup.present is not None:
+            return torch.arange(self.lookup.size, device=self.sums.device)
         members = self.members
         assert members is not None
         assert members.slots is not None
@@ -70,8 +81,11 @@ class Classes(NamedTuple):
         """Directions of the sums, unless they were found along with them."""
         if self.centroids is not None:
             return self.centroids
-        counts = None if self.lookup.gaps == "none" else self.counts
-        return unit_centroids(self.sums, counts, packed=self.lookup.gaps != "anywhere")
+        present = self.lookup.present
+        if present is None and self.lookup.gaps != "none":
+            assert self.counts is not None
+            present = self.counts > 0
+        return unit_centroids(self.sums, present, packed=self.lookup.gaps != "anywhere")
 
 
 def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool) -> Classes:
@@ -87,6 +101,8 @@ def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool
     counts = None
     if count or index.gaps != "none":
         counts = class_counts(slots, samples.valid, index.size, dtype)
+    if counts is not None:
+        index = index.among(counts)
     sums = sum_slots(samples.unit, slots, samples.valid, index.size)
     return Classes(lookup=index, sums=sums, counts=counts, members=samples.placed(slots))
 
@@ -97,9 +113,7 @@ def _summarise_shares(samples: Samples, shares: Shares, unit: Tensor, options: O
     counts = class_masses(shares, options.num_classes, unit.dtype)
     labels = torch.arange(options.num_classes, device=unit.device)
     if not values_may_be_read(counts):
-        index = ClassIndex(
-            size=options.num_classes, gaps="anywhere", table=torch.where(counts > 0, labels, -1)
-        )
+        index = ClassIndex(size=options.num_classes, gaps="anywhere", present=counts > 0)
     else:
         present = labels
         if not bool((counts > 0).all()):
@@ -121,20 +135,27 @@ def index_classes(
     Labels that are not valid get some slot in range.
     """
     if num_classes is None or values_may_be_read(labels):
-        # On a GPU this is the one place that synchronises: give num_classes to avoid it.
-        if valid is None and labels.numel() > 0:
+        # On a GPU this is the one place that synchronises: give num_classes to avoid it. It does so
+        # once, and what is left out keeps a slot, which is empty.
+        if labels.numel() > 0 and (valid is None or not values_may_be_read(labels)):
             ascending, slots = torch.unique(labels, return_inverse=True)
-            return ClassIndex(size=ascending.numel(), gaps="none", ascending=ascending), slots
+            gaps = "none" if valid is None else "anywhere"
+            return ClassIndex(size=ascending.numel(), gaps=gaps, ascending=ascending), slots
         ascending = torch.unique(labels if valid is None else labels[valid])
         gaps = "last" if ascending.numel() == 0 else "none"
         index = ClassIndex(size=max(1, ascending.numel()), gaps=gaps, ascending=ascending)
         return index, find_slots(labels, index)[0]
-    marks = labels if valid is None else labels.masked_fill(~valid, num_classes)
+    # As many rows as classes: nothing is gained by leaving out those that are absent. A compiled
+    # graph for any number of rows must not ask.
+    if not torch.compiler.is_compiling() and num_classes <= labels.shape[0]:
+        return ClassIndex(size=num_classes, gaps="anywhere"), labels
+    marks = labels if valid is None else torch.where(valid, labels, num_classes)
     present = torch.zeros(num_classes + 1, dtype=torch.bool, device=labels.device)
     present = present.index_fill(0, marks, True)[:num_classes]
-    table = (present.cumsum(0) - 1).masked_fill(~present, -1)
-    index = ClassIndex(size=max(1, min(num_classes, labels.shape[0])), gaps="last", table=table)
-    return index, find_slots(labels, index)[0]
+    table = torch.where(present, present.cumsum(0) - 1, -1)
+    size = max(1, min(num_classes, labels.shape[0]))
+    index = ClassIndex(size=size, gaps="last", table=table)
+    return index, table.index_select(0, labels).clamp_min(0)
 
 
 def find_slots(labels: Tensor, index: ClassIndex) -> tuple[Tensor, Tensor]:
@@ -142,6 +163,8 @@ def find_slots(labels: Tensor, index: ClassIndex) -> tuple[Tensor, Tensor]:
 
     Labels that are not valid, and those whose class is absent, get some slot in range.
     """
+    if index.present is not None:
+        return labels, index.present.index_select(0, labels)
     if index.table is not None:
         slots = index.table.index_select(0, labels)
         return slots.clamp_min(0), slots >= 0
@@ -155,24 +178,23 @@ def find_slots(labels: Tensor, index: ClassIndex) -> tuple[Tensor, Tensor]:
 
 def labels_of_slots(labels: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> Tensor:
     """The label in each slot, ``[S]``, 0 in empty slots: from labels ``[N]`` and their slots."""
-    marks = slots if valid is None else slots.masked_fill(~valid, size)
+    marks = slots if valid is None else torch.where(valid, slots, size)
     return marks.new_zeros(size + 1).scatter_(0, marks, labels)[:size]
 
 
-def unit_centroids(sums: Tensor, counts: Tensor | None, *, packed: bool = True) -> Centroids:
+def unit_centroids(sums: Tensor, present: Tensor | None, *, packed: bool = True) -> Centroids:
     """Directions of the class means. A class whose members cancel out gets a zero centroid.
 
-    ``counts`` ``[S]`` tells the empty slots; None: there are none.
+    ``present`` ``[S]`` tells the empty slots; None: there are none.
     """
-    unit = sums / row_norms(sums, sums.dtype).unsqueeze(1)
-    if counts is None:
+    unit = directions(sums)
+    if present is None:
         num_present = torch.full((), sums.shape[0], dtype=torch.int64, device=sums.device)
         return Centroids(unit=unit, present=None, num_present=num_present, packed=True)
-    present = counts > 0
     return Centroids(unit=unit, present=present, num_present=present.sum(), packed=packed)
 
 
 def centroids_without_self(unit: Tensor, sums: Tensor, slots: Tensor) -> Tensor:
     """Leave-one-out: each row's own centroid made of the *other* members of its class, [N, D]."""
     others = sums.index_select(0, slots) - unit
-    return others / row_norms(others, others.dtype).unsqueeze(1)
+    return directions(others)

@@ -272,13 +272,11 @@ def _by_all_reduce(
     tail[plan.world_size] = weight
     dist.all_reduce(table, group=plan.group)
     sums, counts = table[:num_classes, :-1], table[:num_classes, -1]
-    every = torch.arange(num_classes, device=agreed.device)
-    slots = torch.where(counts > 0, every, -1)
     merged = Classes(
-        lookup=ClassIndex(size=num_classes, gaps="anywhere", table=slots),
+        lookup=ClassIndex(size=num_classes, gaps="anywhere", present=counts > 0),
         sums=sums.contiguous(),
         counts=counts.contiguous(),
-        labels=every,
+        labels=torch.arange(num_classes, device=agreed.device),
     )
     return merged, tail[plan.world_size], tail[: plan.world_size]
 
@@ -310,10 +308,11 @@ def _by_all_gather(
     labels = names[:, 1:].reshape(-1).masked_fill(~valid, 0)
     index, slots = index_classes(labels, valid, agreed.num_classes)
     totals = sum_slots(rows, slots, valid, index.size)
+    counts = totals[:, -1].contiguous()
     merged = Classes(
-        lookup=index,
+        lookup=index.among(counts),
         sums=totals[:, :-1].contiguous(),
-        counts=totals[:, -1].contiguous(),
+        counts=counts,
         labels=labels_of_slots(labels, slots, valid, index.size),
     )
     return merged, values[:, 0, 0].sum(), names[:, 0]

@@ -27,6 +27,7 @@ from varcon_loss.options import Options, check_options
 from varcon_loss.records import changed
 from varcon_loss.reduction import (
     VarConTerms,
+    alone,
     denominator,
     denominator_of_kept,
     reduce_loss,
@@ -332,7 +333,7 @@ def _terms(
     shape = shape_of_samples(call.features)
     kl, nll, confidence, tau2 = others.view(4, *shape).unbind()
     return VarConTerms(
-        loss=swept.loss.view(shape),
+        loss=alone(swept.loss, rows.anchors).view(shape),
         kl=kl,
         nll=nll,
         confidence=confidence,

@@ -82,11 +82,11 @@ def match_memory(
     """
     own_labels, kept = anchors.labels, None
     if classes is not None:
-        labels = classes.slot_labels()
         assert classes.counts is not None
-        update_memory(memory, labels, classes.sums, classes.counts)
-        known = memory.seen.index_select(0, labels) > 0
-        kept = known | ~classes.sums.isfinite().all(1)
+        labels = None if classes.lookup.present is not None else classes.slot_labels()
+        broken = update_memory(memory, labels, classes.sums, classes.counts)
+        seen = memory.seen if labels is None else memory.seen.index_select(0, labels)
+        kept = (seen > 0) | broken
     centroids, remembered = remembered_centroids(memory, dtype, copy=copy)
     if isinstance(own_labels, Shares):
         known = memory.seen > 0
@@ -136,6 +136,8 @@ def _select(
 def _known_classes(classes: Classes, options: Options) -> Tensor:
     """Which classes have a slot, ``[C]`` bool."""
     lookup = classes.lookup
+    if lookup.present is not None:
+        return lookup.present
     if lookup.table is not None:
         return lookup.table >= 0
     assert lookup.ascending is not None

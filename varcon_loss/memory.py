@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from varcon_loss.classes import Centroids
-from varcon_loss.norms import row_norms
+from varcon_loss.norms import directions, normalized
 from varcon_loss.readable import values_may_be_read
-from varcon_loss.samples import unit_rows
+from varcon_loss.samples import to_unit
 
 PREDICT_ROWS = 4096  # logits of this many rows are held at a time
 
@@ -22,7 +22,9 @@ class CentroidMemory(NamedTuple):
     update: bool  # does this call write?
 
 
-def update_memory(memory: CentroidMemory, classes: Tensor, sums: Tensor, counts: Tensor) -> None:
+def update_memory(
+    memory: CentroidMemory, classes: Tensor | None, sums: Tensor, counts: Tensor
+) -> Tensor:
     """Move the centroids of the classes present towards the batch's means, in place.
 
     ``w <- unit(momentum * w + (1 - momentum) * mean)``; a class seen first takes its mean. A class
@@ -32,31 +34,37 @@ def update_memory(memory: CentroidMemory, classes: Tensor, sums: Tensor, counts:
 
     Args:
         memory: written to.
-        classes: ``[S]`` the class of each slot; 0 for empty slots.
+        classes: ``[S]`` the class of each slot; 0 for empty slots. None: the slots are the classes.
         sums: ``[S, D]`` sums of unit rows.
         counts: ``[S]`` rows in each slot, of all ranks, 0 where it is empty; less than one where
             they are shares.
+
+    Returns:
+        Which sums are not finite, ``[S]`` bool.
     """
-    sums = sums.to(memory.unit.dtype)
-    norms = row_norms(sums, sums.dtype)
-    means = sums / norms.unsqueeze(1)
-    old = memory.unit.index_select(0, classes)
-    was_seen = memory.seen.index_select(0, classes)
+    means, lengths = normalized(sums.to(memory.unit.dtype), memory.unit.dtype)
+    old, was_seen = memory.unit, memory.seen
+    if classes is not None:
+        old, was_seen = old.index_select(0, classes), was_seen.index_select(0, classes)
     # Where nothing was remembered, `old` is zero and the blend points where the mean does.
-    step = ((1 - memory.momentum) * counts.clamp(max=1)).to(means.dtype).unsqueeze(1)
-    blended = (1 - step) * old + step * means
-    blended_norms = row_norms(blended, blended.dtype)
-    moved = norms.isfinite() & blended_norms.isfinite()  # the length of a zero row is infinite
-    new = torch.where(moved.unsqueeze(1), blended / blended_norms.unsqueeze(1), old)
+    step = counts.clamp(max=1).to(means.dtype).mul_(1 - memory.momentum)
+    blended, blended_lengths = normalized(old.lerp(means, step.unsqueeze(1)), means.dtype)
+    # The length of a zero row is infinite, that of a broken one NaN.
+    moved = (lengths < torch.inf) & (blended_lengths < torch.inf)
+    new = torch.where(moved.unsqueeze(1), blended, old)
     now_seen = torch.where(moved, 1.0, was_seen)
-    # Slots are filled from the first on, and an empty one repeats what the first writes. If that
-    # is empty too, all are, and class 0 is written back unchanged.
-    filled = counts > 0
-    new = torch.where(filled.unsqueeze(1), new, new[:1])
-    now_seen = torch.where(filled, now_seen, now_seen[:1])
-    classes = torch.where(filled, classes, classes[:1])
-    memory.unit.index_copy_(0, classes, new)
-    memory.seen.index_copy_(0, classes, now_seen)
+    if classes is None:
+        memory.unit.copy_(new)
+        memory.seen.copy_(now_seen)
+    else:
+        # Slots are filled from the first on, and an empty one repeats what the first writes. If
+        # that is empty too, all are, and class 0 is written back unchanged.
+        filled = counts > 0
+        classes = torch.where(filled, classes, classes[:1])
+        new = torch.where(filled.unsqueeze(1), new, new[:1])
+        memory.unit.index_copy_(0, classes, new)
+        memory.seen.index_copy_(0, classes, torch.where(filled, now_seen, now_seen[:1]))
+    return lengths.isnan()
 
 
 def remembered_centroids(
@@ -98,10 +106,10 @@ def predict(
 ) -> Prediction:
     """The most probable class of each row ``[N, D]`` over the classes seen."""
     dtype = torch.promote_types(features.dtype, memory.unit.dtype)
-    z = unit_rows(features, row_norms(features, dtype) if normalize else None, dtype)
+    z, _ = to_unit(features, dtype, normalize=normalize)
     centroids, classes = remembered_centroids(memory, memory.unit.dtype, copy=False)
     unit, present = centroids.unit, centroids.present
-    keys = (unit / row_norms(unit, unit.dtype).unsqueeze(1)).to(dtype).T / temperature
+    keys = directions(unit).to(dtype).T / temperature
     labels, confidences = [], []
     for part in z.split(PREDICT_ROWS):
         logits = part @ keys

@@ -12,7 +12,7 @@ from varcon_loss import checks
 from varcon_loss.distributed import Plans, several_ranks
 from varcon_loss.functional import Call, evaluate
 from varcon_loss.memory import CentroidMemory, Prediction, predict
-from varcon_loss.norms import row_norms
+from varcon_loss.norms import directions
 from varcon_loss.options import Options, check_options
 from varcon_loss.readable import values_may_be_read
 from varcon_loss.reduction import VarConTerms
@@ -236,7 +236,7 @@ class VarConLoss(nn.Module):
         if self.centroid_momentum is None:
             raise AttributeError(_NO_MEMORY)
         memory = self._require_memory()
-        return memory.unit / row_norms(memory.unit, memory.unit.dtype).unsqueeze(1)
+        return directions(memory.unit)
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Prediction:

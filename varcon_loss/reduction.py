@@ -64,7 +64,7 @@ def reduce_loss(
         world_size: how many ranks there are.
     """
     if reduction == "none":
-        return loss
+        return alone(loss, anchors)
     if total is not None:
         loss = loss * world_size
     if reduction == "sum":
@@ -74,10 +74,20 @@ def reduce_loss(
             return loss.mean() if loss.numel() > 0 else loss.sum()
         if row_weights is None and anchors.num_valid is not None:
             return loss.sum() / anchors.num_valid
-        shares = anchors.valid if row_weights is None else row_weights
-        assert shares is not None
-        total = shares.sum()
+        if row_weights is None:
+            assert anchors.valid is not None
+            return loss.sum() / anchors.valid.sum().clamp_min(1)
+        total = row_weights.sum()
     return loss.sum() / torch.where(total == 0, 1, total)
+
+
+def alone(loss: Tensor, anchors: Samples) -> Tensor:
+    """Losses ``[N]`` for the caller to reduce.
+
+    An upstream gradient of infinity, as of a mean over no samples, must not reach those that take
+    no part: there it would be multiplied by zero.
+    """
+    return loss if anchors.valid is None else torch.where(anchors.valid, loss, loss.detach())
 
 
 def weigh_rows(anchors: Samples, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -107,16 +107,18 @@ class Swept(NamedTuple):
     gradient: Tensor | None = None  # [N, D] of the loss, where asked for
     scale: Tensor | None = None  # [N] what each row of it is still to be multiplied by; None: 1
 
-    def masked(self, anchors: Samples) -> "Swept":
-        """Zero the rows that take no part; make the rows with an unusable label NaN."""
-        loss, others = self.loss, self.others
+    def masked_(self, anchors: Samples) -> "Swept":
+        """Zero the rows that take no part; make the loss of those with an unusable label NaN."""
         if anchors.valid is not None:
-            loss = torch.where(anchors.valid, loss, 0.0)
-            if others is not None and others.shape[1] > 0:
-                others = torch.where(anchors.valid, others, 0.0)
+            left_out = ~anchors.valid
+            self.loss.masked_fill_(left_out, 0.0)
+            if self.others is not None:
+                self.others.masked_fill_(left_out, 0.0)
+            if self.gradient is not None:  # exactly 0, even where centroids are NaN
+                self.gradient.masked_fill_(left_out.unsqueeze(1), 0.0)
         if anchors.broken is not None:
-            loss = torch.where(anchors.broken, torch.nan, loss)
-        return Swept(loss=loss, others=others)
+            self.loss.masked_fill_(anchors.broken, torch.nan)
+        return self
 
 
 class Summarise(Protocol):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varcon_loss.norms import row_norms
+from varcon_loss.norms import normalized
 from varcon_loss.options import Options
 from varcon_loss.readable import keepable, values_may_be_read
 from varcon_loss.records import changed
@@ -43,7 +43,9 @@ class Samples(NamedTuple):
         """``z`` ``[N, D]``, zero vectors where not valid."""
         if self.unit is not None:
             return self.unit
-        unit = unit_rows(self.features, self.norms, dtype)
+        unit = self.features.to(dtype)
+        if self.norms is not None:
+            unit = unit / self.norms.unsqueeze(1)
         return unit if self.valid is None else unit.masked_fill(~self.valid.unsqueeze(1), 0.0)
 
     def placed(self, slots: Tensor) -> "Samples":
@@ -102,6 +104,8 @@ def read_labels(batch: Batch, options: Options) -> tuple[Tensor, Tensor | None, 
     num_classes, ignore_index = options.num_classes, options.ignore_index
     values = keepable(batch.labels.to(torch.int64))
     readable = values_may_be_read(values)
+    if not readable and num_classes is not None:
+        return _mark_labels(values, ignore_index, num_classes)
     if readable and values.numel() > 0:
         lowest, highest = (int(extreme) for extreme in values.aminmax())
         none_ignored = ignore_index is None or not lowest <= ignore_index <= highest
@@ -115,22 +119,32 @@ def read_labels(batch: Batch, options: Options) -> tuple[Tensor, Tensor | None, 
     broken = (values < 0) | (values >= num_classes)
     if valid is not None:
         broken &= valid
-    if readable:
-        if bool(broken.any()):
-            example = int(values[broken][0])
-            hint = "" if ignore_index is None else f" (or ignore_index={ignore_index})"
-            way_out = "raise num_classes, or leave it out to allow any values"
-            if batch.columns_of is not None:
-                way_out = f"give {batch.columns_of} a column for each class"
-            raise ValueError(
-                f"{batch.name} must lie in [0, {num_classes}){hint}, got {example}: {way_out}"
-            )
-        broken = None
-    else:
-        valid = ~broken if valid is None else valid & ~broken
+    if bool(broken.any()):
+        example = int(values[broken][0])
+        hint = "" if ignore_index is None else f" (or ignore_index={ignore_index})"
+        way_out = "raise num_classes, or leave it out to allow any values"
+        if batch.columns_of is not None:
+            way_out = f"give {batch.columns_of} a column for each class"
+        raise ValueError(
+            f"{batch.name} must lie in [0, {num_classes}){hint}, got {example}: {way_out}"
+        )
     if valid is not None:
         values = values.masked_fill(~valid, 0)
-    return values, valid, broken
+    return values, valid, None
+
+
+def _mark_labels(
+    values: Tensor, ignore_index: int | None, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`read_labels` where values cannot be read; on a GPU each of these calls is a launch."""
+    safe = values.clamp(0, num_classes - 1)
+    in_range = safe == values
+    if ignore_index is None:
+        return safe, in_range, ~in_range
+    wanted = values != ignore_index
+    if 0 <= ignore_index < num_classes:
+        return safe, in_range & wanted, ~in_range
+    return safe, in_range, wanted > in_range
 
 
 def read(batch: Batch, options: Options, dtype: torch.dtype) -> Samples:
@@ -143,18 +157,18 @@ def read(batch: Batch, options: Options, dtype: torch.dtype) -> Samples:
     if valid is not None:
         # From here on a row that takes no part is a zero vector, whatever it held: it adds
         # nothing to any sum, and its gradient is exactly 0.
-        taking_part = taking_part.masked_fill(~valid.unsqueeze(1), 0.0)
-    norms = row_norms(taking_part, dtype) if options.normalize else None
+        taking_part = torch.where(valid.unsqueeze(1), taking_part, 0.0)
+    unit, norms = to_unit(taking_part, dtype, normalize=options.normalize)
     return Samples(
         features=batch.features,
         labels=labels,
         valid=valid,
         broken=broken,
-        unit=unit_rows(taking_part, norms, dtype),
+        unit=unit,
         norms=norms,
     )
 
 
-def unit_rows(rows: Tensor, norms: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``z`` ``[N, D]`` in ``dtype``: rows divided by their lengths, or as they are."""
-    return rows.to(dtype) if norms is None else rows.to(dtype) / norms.unsqueeze(1)
+def to_unit(rows: Tensor, dtype: torch.dtype, *, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """``z`` ``[N, D]`` in ``dtype`` and the lengths ``[N]``; None: the rows as they are."""
+    return normalized(rows, dtype) if normalize else (rows.to(dtype), None)

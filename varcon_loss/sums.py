@@ -30,6 +30,8 @@ def sum_slots(rows: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> T
 
 def class_counts(slots: Tensor, valid: Tensor | None, size: int, dtype: torch.dtype) -> Tensor:
     """How many valid rows each class has: slots ``[N]`` -> ``[S]``."""
-    # Counted in whole numbers: adding 1 to a float32 of 2^24 changes nothing.
-    ones = torch.ones_like(slots) if valid is None else valid.to(torch.int64)
+    # So many in whole numbers: adding 1 to a float32 of 2^24 changes nothing.
+    few = not torch.compiler.is_compiling() and slots.shape[0] < 2**24
+    number = dtype if few else torch.int64
+    ones = torch.ones_like(slots, dtype=number) if valid is None else valid.to(number)
     return ones.new_zeros(size).index_add_(0, slots, ones).to(dtype)

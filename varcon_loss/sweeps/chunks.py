@@ -44,7 +44,7 @@ def rows_a_chunk(z: Tensor, num_slots: int, views: int = 1) -> int:
 
 def count_others(num_present: Tensor, z: Tensor) -> Tensor | int:
     """``K - 1``, at least 0: a number where it may be read, else as the rows ``z`` are."""
-    # K = 0: no row is valid, but log(-1) would turn the zeros into NaN.
     if z.device.type == "cpu":
         return max(0, int(num_present) - 1)
-    return num_present.sub(1).clamp_min(0).to(z.dtype)
+    # K = 0: no row is valid, but log(-1) would turn the zeros into NaN.
+    return num_present.to(z.dtype).sub_(1).clamp_min_(0)

@@ -34,7 +34,7 @@ def sweep(
     if isinstance(rows.slots, Shares):
         return sweep_shares(rows, rows.slots, temperature, epsilon, need_grad, need_terms)
     anchors, centroids = rows.anchors, rows.centroids
-    z, norms, valid, own = anchors.unit, anchors.norms, anchors.valid, rows.own
+    z, norms, own = anchors.unit, anchors.norms, rows.own
     w = centroids.unit
     assert z is not None
     num_rows, num_slots = z.shape[0], w.shape[0]
@@ -55,9 +55,9 @@ def sweep(
     own_slot = rows.slots.unsqueeze(1)
     scale = gradient_scale(rows, need_grad)
     if chunk >= num_rows:
-        swept = _sweep_chunk(shared, z, own_slot, own, None, None)
-        gradient = _masked(swept.gradient, valid)
-        return Swept(loss=swept.loss, others=swept.others, gradient=gradient, scale=scale)
+        loss, others, gradient, _ = _sweep_chunk(shared, z, own_slot, own, None, None)
+        swept = Swept(loss=loss, others=others, gradient=gradient, scale=scale)
+        return swept.masked_(anchors)
 
     if z.device.type == "cpu":
         # Freed at once, never written: glibc then keeps what a chunk frees for the next one, and
@@ -80,19 +80,13 @@ def sweep(
         )
         losses.append(swept.loss)
         others.append(swept.others)
-    return Swept(
+    swept = Swept(
         loss=torch.cat(losses),
         others=torch.cat(others, dim=1) if need_terms else None,
-        gradient=_masked(gradient, valid),
+        gradient=gradient,
         scale=scale,
     )
-
-
-def _masked(gradient: Tensor | None, valid: Tensor | None) -> Tensor | None:
-    """Exactly 0 for rows that take no part, even where centroids are NaN."""
-    if gradient is None or valid is None:
-        return gradient
-    return gradient.masked_fill_(~valid.unsqueeze(1), 0.0)
+    return swept.masked_(anchors)
 
 
 def _sweep_chunk(

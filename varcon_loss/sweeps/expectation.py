@@ -33,7 +33,6 @@ def expected_loss(
     present: Tensor | None,
     num_classes: Tensor,
     weight: Tensor | None,
-    valid: Tensor | None,
     temperature: float,
     epsilon: float,
     *,
@@ -42,7 +41,7 @@ def expected_loss(
     need_grad: bool,
     need_terms: bool,
 ) -> Swept:
-    """Rows, whose gradient is still to be divided by their lengths.
+    """Rows, still to be masked, and their gradient to be divided by their lengths.
 
     Args:
         z: ``[N, D]``, zero rows where not valid.
@@ -51,8 +50,6 @@ def expected_loss(
         present: ``[S]`` bool; None: no slot is empty.
         num_classes: 0-d int64, K.
         weight: ``[S]`` class weights, in the dtype of ``z``; None: all 1.
-        valid: ``[N]`` bool, rows with any share; None: all. The loss and the gradient of the
-            others are 0, and so are their terms.
         temperature: ``tau1``.
         epsilon: ``epsilon`` of Eq. 13.
         small_logits: is ``exp(u)`` safe with no maximum subtracted?
@@ -110,11 +107,6 @@ def expected_loss(
     terms = None
     if need_terms:
         terms = torch.cat(others, dim=1) if others else z.new_zeros(4, 0)
-    if valid is not None:
-        loss = loss.masked_fill_(~valid, 0.0)
-        terms = None if terms is None else terms.masked_fill_(~valid, 0.0)
-        if gradient is not None:
-            gradient.masked_fill_(~valid.unsqueeze(1), 0.0)
     return Swept(loss=loss, others=terms, gradient=gradient)
 
 
@@ -144,7 +136,6 @@ def sweep_shares(
         centroids.present,
         centroids.num_present,
         rows.weight,
-        anchors.valid,
         temperature,
         epsilon,
         small_logits=rows.have_small_logits(temperature),
@@ -152,4 +143,4 @@ def sweep_shares(
         need_grad=need_grad,
         need_terms=need_terms,
     )
-    return changed(expected, scale=gradient_scale(rows, need_grad))
+    return changed(expected, scale=gradient_scale(rows, need_grad)).masked_(anchors)

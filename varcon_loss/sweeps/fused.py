@@ -137,7 +137,7 @@ def _fake_norms(features: Tensor, valid: Tensor | None) -> Tensor:
 
 @_operator("row_norms", _fake_norms)
 def row_norms(features: Tensor, valid: Tensor | None) -> Tensor:
-    """As `varcon_loss.norms.row_norms`: ``[N, D]`` -> ``[N]`` float32; infinity if not valid."""
+    """The lengths of `varcon_loss.norms.normalized`, float32 ``[N]``; infinity if not valid."""
     from varcon_loss.sweeps import kernels
 
     num_rows, dim = features.shape

@@ -158,8 +158,8 @@ def make_operator(
     Args:
         name: ``namespace::name`` of the custom operator.
         sweep: as above.
-        fused: the sweep masks its rows itself, always gives all terms, and its gradient has the
-            dtype of the features, and a scale, where others have that of ``w``.
+        fused: the sweep always gives all terms, and its gradient has the dtype of the features,
+            and a scale, where others have that of ``w``.
     """
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Swept) -> None:
@@ -310,7 +310,6 @@ def make_operator(
             loss, others, *_ = function.apply(*given)
             if need_grad and not several:
                 _allow_changes(loss, shares=isinstance(rows.slots, Shares))
-        terms = Swept(loss=loss, others=others)
-        return terms if fused else terms.masked(anchors)
+        return Swept(loss=loss, others=others)
 
     return run

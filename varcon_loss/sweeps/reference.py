@@ -6,10 +6,11 @@ autograd (so it can also be differentiated twice, but for compiled graphs, which
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from varcon_loss.classes import summarise
 from varcon_loss.rows import Implementation, Rows, Swept
-from varcon_loss.samples import read
+from varcon_loss.samples import Samples, read
 from varcon_loss.shares import Shares
 from varcon_loss.sums import sum_slots
 from varcon_loss.sweeps.expectation_reference import expected_loss_by_equations
@@ -26,14 +27,15 @@ def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: 
     if anchors.valid is not None:
         z = z.masked_fill(~anchors.valid[:, None], 0.0)
     if anchors.norms is not None:
-        # Dividing by the (constant) length first only keeps extreme features in range; it is the
-        # normalisation after it that autograd differentiates.
-        z = F.normalize(z / anchors.norms[:, None], dim=1)
+        # Dividing by the (constant) largest entry first only keeps extreme features in range; it
+        # is the normalisation after it that autograd differentiates.
+        largest = torch.linalg.vector_norm(z.detach(), ord=float("inf"), dim=1, keepdim=True)
+        z = F.normalize(z / largest.masked_fill(largest == 0, torch.inf), dim=1)
     if isinstance(rows.slots, Shares):
         loss, others = expected_loss_by_equations(
             z, rows.slots, w, absent, rows.weight, temperature, epsilon
         )
-        return Swept(loss=loss, others=others).masked(anchors)
+        return _masked(loss, others, anchors)
     own = rows.slots[:, None]  # [N, 1]
 
     logits = z @ w.T / temperature  # [N, S]
@@ -50,7 +52,17 @@ def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: 
     loss = kl + nll  # Eq. 7
 
     others = torch.stack((kl, nll, log_p_own.exp().squeeze(1), tau2.squeeze(1)))
-    return Swept(loss=loss, others=others.detach()).masked(anchors)
+    return _masked(loss, others.detach(), anchors)
+
+
+def _masked(loss: Tensor, others: Tensor, anchors: Samples) -> Swept:
+    """As `Swept.masked_`, for autograd to follow."""
+    if anchors.valid is not None:
+        loss = torch.where(anchors.valid, loss, 0.0)
+        others = torch.where(anchors.valid, others, 0.0)
+    if anchors.broken is not None:
+        loss = torch.where(anchors.broken, torch.nan, loss)
+    return Swept(loss=loss, others=others)
 
 
 REFERENCE = Implementation(
