@@ -284,3 +284,17 @@ def test_labels_and_references_made_in_inference_mode(options: dict, impl: str, 
         criterion = VarConLoss(normalize=False, impl=impl)
         criterion(features, taught, ref_features=reference, ref_labels=taught).backward()
     assert features.grad is not None
+
+
+def test_second_derivatives_are_exact_under_autocast() -> None:
+    features = torch.randn(24, 16, requires_grad=True)
+    labels, direction = torch.arange(24) % 4, torch.randn(24, 16)
+
+    def second() -> torch.Tensor:
+        loss = varcon_loss(features, labels)
+        (gradient,) = torch.autograd.grad(loss, features, create_graph=True)
+        return torch.autograd.grad(gradient, features, direction)[0]
+
+    expected = second()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(second(), expected)

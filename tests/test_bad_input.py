@@ -29,6 +29,16 @@ X, Y = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
         (X, Y.to("meta"), ValueError, "labels are on meta but features are on cpu"),
         (X[:, :0], Y, ValueError, "have an empty dimension"),
         (X[:, None, :][:, :0], Y, ValueError, "have an empty dimension"),
+        (X[:, :, None, None], Y, ValueError, r"4 views of width 1: give features.flatten\(1\)"),
+        (X.to_sparse(), Y, TypeError, r"dense, got torch.sparse_coo: give features.to_dense\(\)"),
+        (X.to_mkldnn(), Y, TypeError, "dense, got torch._mkldnn"),
+        (torch.nested.as_nested_tensor([X, X]), Y[:2], TypeError, "dense, got nested"),
+        (
+            X[:, None].repeat(1, 3, 1),
+            Y[:, None].repeat(1, 3),
+            ValueError,
+            r"\[6, 3\] give each view .* labels.flatten\(\)",
+        ),
     ],
 )
 def test_samples(features, labels, error, message, impl) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 import time
 import warnings
@@ -308,7 +309,73 @@ def errors_on_rank(rank: int, world_size: int) -> dict[str, str]:
     attempt("crowded", *(big if rank == 1 else (x, y)), **gathered)
     attempt("unknown fine", x, y)
     attempt("unknown fails", x, y.float() if rank == 1 else y)
+    attempt("sparse", x.to_sparse_csr() if rank == 1 else x, y, num_classes=5)
+    attempt("temperature", x, y, num_classes=5, temperature=0.2 if first else 0.3)
+    weight = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    attempt("weight", x, y, weight=weight if first else weight.flip(0))
     return messages
+
+
+def missing_reference_on_rank(rank: int, world_size: int) -> tuple[str, float]:
+    criterion = VarConLoss(num_classes=10, process_group="world")
+    reference = {"ref_features": torch.randn(4, DIM), "ref_labels": torch.arange(4)}
+    net, labels = DistributedDataParallel(nn.Linear(DIM, DIM)), torch.arange(4)
+    criterion(net(torch.randn(4, DIM)), labels, **reference).backward()
+    message = ""
+    try:
+        criterion(net(torch.randn(4, DIM)), labels + 3 * rank, **reference).backward()
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    dist.barrier()
+    compiled = torch.compile(criterion, backend="eager")
+    features = torch.randn(4, DIM, requires_grad=True)
+    return message, float(compiled(features, labels + 3 * rank, **reference))
+
+
+def test_an_anchor_without_reference_is_an_error_on_all(tmp_path: Path) -> None:
+    first, second = run_ranks(missing_reference_on_rank, 2, tmp_path)
+    assert first[0].startswith("RuntimeError: VarCon's exchange failed on rank 1")
+    assert second[0].startswith("ValueError: ref_labels lack label 4, 5, 6, which labels contain")
+    assert math.isnan(first[1])
+    assert math.isnan(second[1])
+
+
+def unreadable_labels_on_rank(rank: int, world_size: int) -> list[float]:
+    """In compiled graphs, as on a GPU, labels out of range cannot be an error."""
+    features, labels = torch.randn(4, DIM, requires_grad=True), torch.arange(4)
+    losses = []
+    for exchange in ("all-reduce", "all-gather"):
+        criterion = VarConLoss(num_classes=6, process_group="world", exchange=exchange)
+        compiled = torch.compile(criterion, backend="eager")
+        losses += [float(compiled(features, labels + shift * rank)) for shift in (0, 5, 0)]
+    return losses
+
+
+def test_a_label_that_cannot_be_read_spoils_the_loss_on_all(tmp_path: Path) -> None:
+    for losses in run_ranks(unreadable_labels_on_rank, 2, tmp_path):
+        assert [math.isnan(loss) for loss in losses] == [False, True, False] * 2
+
+
+def unequal_memory_on_rank(rank: int, world_size: int) -> str:
+    torch.manual_seed(0)
+    criterion = VarConLoss(
+        num_classes=5, feature_dim=DIM, centroid_momentum=0.9, process_group="world"
+    )
+    if rank == 0:  # a checkpoint
+        seen, unit = torch.zeros(5), torch.zeros(5, DIM)
+        seen[2] = unit[2, 1] = 1.0
+        criterion.load_state_dict({"centroid_memory": unit, "centroid_seen": seen})
+    try:
+        criterion(torch.randn(4, DIM, requires_grad=True), torch.arange(4))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_memories_that_differ_are_noticed(tmp_path: Path) -> None:
+    for message in run_ranks(unequal_memory_on_rank, 2, tmp_path):
+        assert message.startswith("ranks disagree on centroid memory (rank 1 from rank 0)")
+        assert message.endswith("a checkpoint must be loaded by every rank")
 
 
 def test_errors_are_clear_on_every_rank_and_nobody_hangs(tmp_path: Path) -> None:
@@ -330,9 +397,14 @@ def test_errors_are_clear_on_every_rank_and_nobody_hangs(tmp_path: Path) -> None
         ("gathered fails", "ValueError: labels must lie in [0, 50)"),
         ("crowded", "ValueError: rank 1 holds up to 9 classes"),
         ("unknown fails", "TypeError: labels must be integers"),
+        ("sparse", "TypeError: features must be dense"),
     ):
         assert first[title].startswith("RuntimeError: VarCon's exchange failed on rank 1")
         assert second[title].startswith(own)
+    for field in ("temperature", "weight"):
+        expected = f"ValueError: ranks disagree on {field} (rank 1 from rank 0)"
+        assert first[field].startswith(expected)
+        assert second[field].startswith(expected)
 
 
 def accumulation_on_rank(rank: int, world_size: int) -> Tensor:

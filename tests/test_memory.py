@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import MakeBatch
-from varcon_loss import VarConLoss
+from varcon_loss import VarConLoss, varcon_terms
 
 
 def make(impl: str = "eager", momentum: float = 0.9, **options) -> VarConLoss:
@@ -148,10 +148,65 @@ def test_made_again_after_a_meta_device(make_batch: MakeBatch) -> None:
     criterion.to_empty(device="cpu")
     criterion.centroid_memory.fill_(7)
     criterion.centroid_seen.fill_(3)  # what uninitialised memory may hold
+    features, labels = make_batch()
+    for use in (lambda: criterion(features, labels), lambda: criterion.predict(features)):
+        with pytest.raises(RuntimeError, match=r"never filled.*Call reset_parameters\(\)"):
+            use()
     criterion.reset_parameters()
     assert not criterion.centroid_memory.any()
     assert not criterion.centroid_seen.any()
+    criterion(features, labels)
     VarConLoss().reset_parameters()
+
+
+@pytest.mark.parametrize("seen", [3.0, -1.0, 1e-41, float("nan")])
+def test_what_a_loader_assigns_is_looked_at(seen: float, make_batch: MakeBatch) -> None:
+    """Loaders of transformers make models on the meta device, and leave out what a file lacks."""
+    features, labels = make_batch()
+    trained = make()
+    trained(features, labels)
+    with torch.device("meta"):
+        criterion = make()
+    criterion.centroid_memory = torch.full((8, 6), float("nan") if seen == 1e-41 else 7.7)
+    criterion.centroid_seen = torch.full((8,), seen)
+    with pytest.raises(RuntimeError, match="never filled"):
+        criterion(features, labels)
+    criterion.centroid_memory = trained.centroid_memory.clone()
+    criterion.centroid_seen = trained.centroid_seen.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert criterion.eval()(features, labels) == trained.eval()(features, labels)
+
+
+def test_class_weights_without_values_are_told() -> None:
+    with torch.device("meta"), pytest.warns(UserWarning, match="meta device and has no values"):
+        VarConLoss(weight=torch.ones(3))
+
+
+def test_attributes_are_checked_as_arguments_are(make_batch: MakeBatch) -> None:
+    criterion = make()
+    with pytest.raises(ValueError, match=r"centroid_momentum must lie in \[0, 1\), got 1.5"):
+        criterion.centroid_momentum = 1.5
+    with pytest.raises(ValueError, match="leave_one_out cannot be used with centroid_momentum"):
+        criterion.leave_one_out = True
+    with pytest.raises(AttributeError, match="remembers no centroids"):
+        VarConLoss(num_classes=8, feature_dim=6).centroid_momentum = 0.5
+    criterion.centroid_momentum = 0.5
+    criterion(*make_batch())
+    for given in ("False", 0, None):
+        with pytest.raises(TypeError, match="normalize must be True or False, got "):
+            VarConLoss(normalize=given)
+
+
+def test_predict_is_exact_under_autocast() -> None:
+    criterion = VarConLoss(num_classes=200, feature_dim=32, centroid_momentum=0.9)
+    criterion(torch.randn(400, 32, requires_grad=True), torch.arange(400) % 200)
+    features = torch.randn(300, 32)
+    expected = criterion.predict(features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = criterion.predict(features)
+    assert torch.equal(found.label, expected.label)
+    assert torch.equal(found.confidence, expected.confidence)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -307,8 +362,22 @@ def test_averaged_copies(make_batch: MakeBatch) -> None:
         criterion(*make_batch(24, 5, seed=seed))
         averaged.update_parameters(criterion)
     twin = averaged.module
+    assert isinstance(twin, VarConLoss)
     torch.testing.assert_close(twin.centroids.norm(dim=1), torch.tensor([1.0] * 5 + [0.0] * 3))
-    assert twin.eval()(*make_batch(24, 5)).isfinite()
+    features, labels = make_batch(24, 5)
+    assert twin.centroid_memory.norm(dim=1)[:5].max() < 0.999
+    expected = varcon_terms(
+        features, labels, ref_features=twin.centroids[:5], ref_labels=torch.arange(5)
+    )
+    terms = twin.eval().terms(features, labels)
+    torch.testing.assert_close(terms.confidence, expected.confidence)
+    torch.testing.assert_close(terms.reduced, expected.reduced)
+    loaded = make()
+    loaded.load_state_dict(twin.state_dict())
+    torch.testing.assert_close(loaded.centroid_memory, twin.centroids)
+    again = make()
+    again.load_state_dict(loaded.state_dict())
+    assert torch.equal(again.centroid_memory, loaded.centroid_memory)
 
 
 def test_gradient_accumulation(impl: str, make_batch: MakeBatch) -> None:

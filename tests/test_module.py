@@ -159,7 +159,7 @@ def test_a_reference_set_gets_no_gradient_and_says_so(make_batch: MakeBatch) -> 
     images, labels = make_batch()
     texts = make_batch(seed=1)[0]
     criterion = VarConLoss()
-    with pytest.warns(UserWarning, match=r"ref_features require a gradient and get none"):
+    with pytest.warns(UserWarning, match=r"ref_features.requires_grad is True, but no grad"):
         loss = criterion(images, labels, ref_features=texts, ref_labels=labels)
     loss.backward()
     assert texts.grad is None
@@ -168,3 +168,44 @@ def test_a_reference_set_gets_no_gradient_and_says_so(make_batch: MakeBatch) -> 
         criterion(images, labels, ref_features=texts.detach(), ref_labels=labels)
         with torch.no_grad():
             criterion(images, labels, ref_features=texts, ref_labels=labels)
+
+
+def test_what_gets_no_gradient_says_so() -> None:
+    features = torch.randn(4, 3, requires_grad=True)
+    probabilities = torch.rand(4, 2, requires_grad=True)
+    weight = torch.rand(2, requires_grad=True)
+    with pytest.warns(UserWarning, match=r"labels.requires_grad is True, but no gradient"):
+        varcon_loss.varcon_loss(features, probabilities)
+    with pytest.warns(UserWarning, match=r"weight.requires_grad is True, but no gradient"):
+        varcon_loss.varcon_loss(features, torch.tensor([0, 1, 0, 1]), weight=weight)
+    with pytest.warns(UserWarning, match=r"weight.requires_grad is True, but no gradient"):
+        VarConLoss(weight=weight)
+
+
+def test_class_weights_lose_no_digits() -> None:
+    weight = torch.tensor([0.3, 1e-8, 2e5])
+    for narrow in (VarConLoss(weight=weight).half(), VarConLoss(weight=weight).bfloat16()):
+        assert torch.equal(narrow.weight, weight)
+        features = torch.randn(6, 4, dtype=torch.float16)
+        assert narrow(features, torch.arange(6) % 3).isfinite()
+
+
+def test_losses_may_be_changed_in_place(make_batch: MakeBatch) -> None:
+    features, labels = make_batch()
+    for losses in (
+        varcon_loss.varcon_loss(features, labels, reduction="none"),
+        varcon_terms(features, labels).loss,
+    ):
+        losses *= 2
+        (gradient,) = torch.autograd.grad(losses.sum(), features)
+        summed = varcon_loss.varcon_loss(features, labels, reduction="sum")
+        (expected,) = torch.autograd.grad(summed, features)
+        torch.testing.assert_close(gradient, 2 * expected)
+
+
+@pytest.mark.parametrize("kind", ["mlp-bn", "mlp", "linear"])
+def test_a_head_takes_views(kind: str) -> None:
+    head = ProjectionHead(8, 4, kind).eval()
+    views = torch.randn(3, 2, 8)
+    torch.testing.assert_close(head(views), head(views.flatten(0, 1)).unflatten(0, (3, 2)))
+    assert ProjectionHead(8, 4, kind)(views).shape == (3, 2, 4)

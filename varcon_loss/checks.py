@@ -3,6 +3,7 @@
 import difflib
 import math
 import numbers
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,6 +41,30 @@ def whole_number(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
     return int(value)
+
+
+def switch(name: str, value: Any) -> bool:
+    """True or False, of numpy too: the text "False" would count as true."""
+    if type(value) is bool:
+        return value
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def warn_of_no_gradient(name: str, tensor: Tensor | None, why: str) -> None:
+    """A tensor that asks for a gradient and gets none is rarely meant."""
+    if (
+        tensor is not None
+        and tensor.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    ):
+        warnings.warn(
+            f"{name}.requires_grad is True, but no gradient goes there: {why}. Give "
+            f"{name}.detach()",
+            stacklevel=5,
+        )
 
 
 def check_temperatures(temperature: Any, epsilon: Any) -> tuple[float, float]:
@@ -149,6 +174,13 @@ def check_samples(
             f"{labels_name} must be dense, got {labels.layout}: give {labels_name}.to_dense()"
         )
     probabilities = labels.ndim == 2 and labels.dtype in FEATURE_DTYPES
+    of_views = features.ndim > 2 and labels.ndim == 2 and labels.shape == features.shape[:2]
+    if of_views and labels.dtype in LABEL_DTYPES:
+        raise ValueError(
+            f"{labels_name} {list(labels.shape)} give each view of {features_name} "
+            f"{list(features.shape)} a label of its own: then each is a sample, give "
+            f"{features_name}.flatten(0, 1) and {labels_name}.flatten()"
+        )
     of_samples = labels.ndim == 2 and labels.shape[0] == features.shape[0] and labels.shape[1] > 1
     if of_samples and labels.dtype in LABEL_DTYPES:
         raise TypeError(
@@ -209,6 +241,10 @@ def check_features(features: Any, name: str = "features") -> None:
         raise TypeError(
             f"{name} must be float16, bfloat16, float32 or float64, got {features.dtype}"
         )
+    if features.layout != torch.strided or features.is_nested:
+        kind = "nested" if features.is_nested else features.layout
+        way_out = "torch.cat(unbind())" if features.is_nested else "to_dense()"
+        raise TypeError(f"{name} must be dense, got {kind}: give {name}.{way_out}")
     if features.ndim < 2:
         raise ValueError(
             f"{name} must have shape [N, D] or [B, V, ...], got {list(features.shape)}"
@@ -217,6 +253,11 @@ def check_features(features: Any, name: str = "features") -> None:
         raise ValueError(
             f"{name} {list(features.shape)} have an empty dimension: every sample needs "
             "at least one view and one channel"
+        )
+    if features.ndim > 3 and features.shape[1] > 1 and features.shape[2:].numel() == 1:
+        raise ValueError(
+            f"{name} {list(features.shape)} would be {features.shape[1]} views of width 1: give "
+            f"{name}.flatten(1), if they are pooled maps"
         )
 
 

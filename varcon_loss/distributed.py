@@ -11,7 +11,10 @@ Both carry along what every rank must know of the others: the weight of its samp
 failed before the exchange, so that an error on one rank is an error on all and not a hang.
 """
 
+import struct
 import weakref
+import zlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +31,9 @@ from varcon_loss.classes import (
 from varcon_loss.readable import values_may_be_read
 from varcon_loss.sums import SumSlots, sum_slots
 
+HANDSHAKE = 32  # numbers in it, so that one that fails need not know what it would have said
 _DTYPES = (torch.float32, torch.float64)
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FIELDS = ("num_classes", "feature width", "dtype", "exchange")
 
 
@@ -100,13 +105,25 @@ def resolve_group(process_group: Any) -> Any | None:
     return process_group
 
 
-def make_plan(group: Any, plans: Plans, mine: Agreement, num_held: int) -> Plan:
+def make_plan(
+    group: Any,
+    plans: Plans,
+    mine: Agreement,
+    num_held: int,
+    settings: Callable[[], Mapping[str, Any]] = dict,
+) -> Plan:
     """The plan for this call: made together with all ranks the first time, then remembered.
 
-    ``num_held`` tells how many classes this rank's batch can hold, 0 where there is no sample.
+    Args:
+        group: of ranks.
+        plans: the loss's.
+        mine: what this call needs the others to have too.
+        num_held: how many classes this rank's batch can hold, 0 where there is no sample.
+        settings: what else ranks should have alike, asked when a plan is made: numbers, strings
+            and tensors.
 
     Raises:
-        ValueError: on every rank, if ranks disagree on what the collectives depend on.
+        ValueError: on every rank, if ranks disagree.
     """
     known = plans.of(group)
     if mine in known:
@@ -120,7 +137,10 @@ def make_plan(group: Any, plans: Plans, mine: Agreement, num_held: int) -> Plan:
         EXCHANGES.index(mine.exchange),
         num_held,
     ]
-    everyone = _handshake(group, mine.device, numbers)
+    alike = settings()
+    everyone = _handshake(
+        group, mine.device, numbers + [_as_number(value) for value in alike.values()]
+    )
     for field, values in zip(_FIELDS, list(zip(*everyone, strict=True))[1:5], strict=True):
         if len(set(values)) > 1:
             names = {"dtype": _DTYPES, "exchange": EXCHANGES}.get(field)
@@ -129,6 +149,14 @@ def make_plan(group: Any, plans: Plans, mine: Agreement, num_held: int) -> Plan:
                 for rank, v in enumerate(values)
             )
             raise ValueError(f"ranks disagree on {field} ({listed}): it must be the same on all")
+    told = list(zip(*everyone, strict=True))[len(numbers) :]
+    for field, values in zip(alike, told, strict=False):
+        if len(set(values)) > 1:
+            others = [str(rank) for rank, value in enumerate(values) if value != values[0]]
+            raise ValueError(
+                f"ranks disagree on {field} (rank {', '.join(others)} from rank 0): it must be the "
+                "same on all; a checkpoint must be loaded by every rank"
+            )
     held = [values[5] for values in everyone]
     all_reduce = mine.exchange == "all-reduce"
     if mine.exchange == "auto":
@@ -162,10 +190,26 @@ def announce_failure(group: Any, plans: Plans, mine: Agreement) -> None:
     if mine in known:
         exchange_classes(known[mine], None, torch.zeros(()), failed=True)
     else:
-        _handshake(group, mine.device, [1, 0, 0, 0, 0, 0], raises=False)
+        _handshake(group, mine.device, [True], raises=False)
+
+
+def _as_number(value: Any) -> int:
+    """Equal numbers for equal values, bit by bit."""
+    if isinstance(value, Tensor):
+        if value.numel() == 0:
+            return 0
+        bits = value.detach().contiguous().view(_INTEGERS[value.element_size()])
+        sums = bits.view(len(value), -1).sum(1, dtype=torch.int64)
+        return int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum())
+    if isinstance(value, float):
+        return int.from_bytes(struct.pack("<d", value), "little", signed=True)
+    if isinstance(value, str):
+        return zlib.crc32(value.encode())
+    return -1 if value is None else int(value)
 
 
 def _handshake(group: Any, device: torch.device, mine: list[int], raises: bool = True) -> list:
+    mine = mine + [0] * (HANDSHAKE - len(mine))
     sent = torch.tensor(mine, dtype=torch.int64, device=device)
     received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
     dist.all_gather(received, sent, group=group)
@@ -183,12 +227,27 @@ def _raise_for(failed: list[Any]) -> None:
         )
 
 
+def tell_of_failure(group: Any, failed: Tensor) -> Tensor:
+    """Did any rank fail after the exchange? ``failed`` 0-d bool, of this one.
+
+    Raises:
+        RuntimeError: another rank did and this one did not, on a CPU in eager mode.
+    """
+    statuses = torch.zeros(dist.get_world_size(group), device=failed.device)
+    statuses[dist.get_rank(group)] = failed
+    dist.all_reduce(statuses, group=group)
+    if values_may_be_read(failed) and not failed:
+        _raise_for(statuses.tolist())
+    return statuses.sum() > 0
+
+
 def exchange_classes(
     plan: Plan,
     classes: Classes | None,
     weight: Tensor,
     *,
     sum_slots: SumSlots = sum_slots,
+    broken: Tensor | None = None,
     failed: bool = False,
 ) -> tuple[Classes, Tensor]:
     """Sum over ranks what each says about its classes.
@@ -198,6 +257,7 @@ def exchange_classes(
         classes: this rank's; None where it adds nothing.
         weight: 0-d, this rank's share of the denominator of the mean.
         sum_slots: how the implementation that was chosen sums the rows of all ranks.
+        broken: 0-d bool, does a label here make the loss NaN? Then it is NaN on all ranks.
         failed: tell the others, and return nothing of use.
 
     Returns:
@@ -216,8 +276,9 @@ def exchange_classes(
         sums, counts, labels = classes.sums, classes.counts, classes.slot_labels()
     local = torch.cat([sums, counts.unsqueeze(1)], dim=1)  # [S_local, D + 1]
     weight = weight.to(agreed.device, agreed.dtype)
+    status = failed if broken is None else broken
     if plan.all_reduce:
-        merged, total, statuses = _by_all_reduce(plan, local, labels, weight, failed)
+        merged, total, statuses = _by_all_reduce(plan, local, labels, weight, status)
     else:
         capacity = plan.capacity
         if agreed.num_classes is None:
@@ -233,7 +294,7 @@ def exchange_classes(
         values[0, 0] = weight
         names = labels.new_zeros(capacity + 1)
         names[1 : len(labels) + 1] = labels[:capacity]
-        names[0] = int(failed or crowded)
+        names[0] = True if crowded else status
         merged, total, statuses = _by_all_gather(plan, values, names, sum_slots)
         if crowded:
             raise ValueError(
@@ -258,7 +319,7 @@ def exchange_classes(
 
 
 def _by_all_reduce(
-    plan: Plan, local: Tensor, labels: Tensor, weight: Tensor, failed: bool
+    plan: Plan, local: Tensor, labels: Tensor, weight: Tensor, status: Tensor | bool
 ) -> tuple[Classes, Tensor, Tensor]:
     """Classes and weight of all ranks, and which of them failed ``[W]``."""
     agreed = plan.agreed
@@ -268,7 +329,7 @@ def _by_all_reduce(
     table = torch.zeros(num_classes + tail_rows, width, dtype=agreed.dtype, device=agreed.device)
     table.index_add_(0, labels, local)  # empty slots add zeros to class 0
     tail = table[num_classes:].view(-1)
-    tail[plan.rank] = float(failed)
+    tail[plan.rank] = status
     tail[plan.world_size] = weight
     dist.all_reduce(table, group=plan.group)
     sums, counts = table[:num_classes, :-1], table[:num_classes, -1]

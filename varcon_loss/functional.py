@@ -1,8 +1,6 @@
 """The loss as functions, and the flow of every call: labels -> centroids -> rows -> reduction."""
 
-import contextlib
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -24,6 +22,7 @@ from varcon_loss.implementations import choose
 from varcon_loss.matching import match_batch, match_memory, match_reference
 from varcon_loss.memory import CentroidMemory
 from varcon_loss.options import Options, check_options
+from varcon_loss.readable import without_autocast
 from varcon_loss.records import changed
 from varcon_loss.reduction import (
     VarConTerms,
@@ -161,7 +160,7 @@ def evaluate(call: Call, *, need_terms: bool) -> tuple[Tensor, VarConTerms | Non
     Only the sweep and the reduction have a gradient.
     """
     options, group = call.options, resolve_group(call.options.process_group)
-    with _without_autocast(call.features):
+    with without_autocast(call.features):
         try:
             batch, reference = _check(call)
             call, dtype = _with_num_classes(call), _computing_dtype(call)
@@ -169,13 +168,13 @@ def evaluate(call: Call, *, need_terms: bool) -> tuple[Tensor, VarConTerms | Non
             way = choose(options.impl, batch.features, dtype, shares=shares)
             with torch.no_grad():
                 anchors, classes = _read(call, way, dtype, batch, reference)
-        except (TypeError, ValueError):
+        except Exception:
             if group is not None:  # the other ranks wait in this step's collective
                 announce_failure(group, call.plans, _agreement(call))
             raise
         with torch.no_grad():
             classes, total, world_size = _over_ranks(call, way, group, anchors, classes)
-            rows = _match(call, way, dtype, anchors, classes)
+            rows = _match(call, way, dtype, anchors, classes, group)
             row_weights = weigh_rows(rows.anchors, options.weight, dtype)
             if total is not None and classes is not None and rows.kept is not None:
                 total = denominator_of_kept(classes, rows.kept, options.weight)
@@ -199,6 +198,8 @@ def _check(call: Call) -> tuple[Batch, Batch | None]:
         names = {"features_name": "ref_features", "labels_name": "ref_labels"}
         checks.check_samples(ref_features, ref_labels, **names)
     checks.check_weight_device(options.weight, features)
+    checks.warn_of_no_gradient("labels", labels, "class probabilities are constants of the loss")
+    checks.warn_of_no_gradient("weight", options.weight, "class weights are constants of the loss")
     checks.check_probabilities(labels, ref_labels, options.num_classes, options.leave_one_out)
     columns_of_ref = ref_labels is not None and are_shares(ref_labels)
     batch = flatten(features, labels, "labels", "ref_labels" if columns_of_ref else None)
@@ -208,13 +209,10 @@ def _check(call: Call) -> tuple[Batch, Batch | None]:
         return batch, None
     columns_of = "labels" if are_shares(labels) else None
     reference = flatten(ref_features, ref_labels, "ref_labels", columns_of)
-    if ref_features.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        warnings.warn(
-            "ref_features require a gradient and get none: centroids are constants of the loss. "
-            "Give ref_features.detach(), or, to train both sides, add the loss of the other way "
-            "round",
-            stacklevel=4,
-        )
+    why = (
+        "centroids are constants of the loss (to train both sides add the loss the other way round)"
+    )
+    checks.warn_of_no_gradient("ref_features", ref_features, why)
     checks.check_width(batch.features, reference.features)
     return batch, reference
 
@@ -241,11 +239,21 @@ def _agreement(call: Call) -> Agreement:
     )
 
 
-def _without_autocast(features: object) -> contextlib.AbstractContextManager[object]:
-    device_type = features.device.type if isinstance(features, Tensor) else "cpu"
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+def _settings(call: Call) -> dict[str, Any]:
+    """What ranks whose losses are averaged surely mean to have alike."""
+    options, memory = call.options, call.memory
+    return {
+        "temperature": options.temperature,
+        "epsilon": options.epsilon,
+        "normalize": options.normalize,
+        "reduction": options.reduction,
+        "ignore_index": options.ignore_index,
+        "leave_one_out": options.leave_one_out,
+        "weight": options.weight,
+        "centroid_momentum": None if memory is None else memory.momentum,
+        "centroid memory": None if memory is None else memory.unit,
+        "classes seen": None if memory is None else memory.seen,
+    }
 
 
 def _read(
@@ -284,10 +292,15 @@ def _over_ranks(
     if isinstance(members.labels, Shares) and num_held > 0:  # each row may be of any class
         assert call.options.num_classes is not None
         num_held = call.options.num_classes
-    plan = make_plan(group, call.plans, _agreement(call), num_held)
+    plan = make_plan(group, call.plans, _agreement(call), num_held, lambda: _settings(call))
     row_weights = weigh_rows(anchors, call.options.weight, classes.sums.dtype)
     share = denominator(anchors, row_weights)
-    return *exchange_classes(plan, classes, share, sum_slots=way.sum_slots), plan.world_size
+    broken = None if anchors.broken is None else anchors.broken.any()
+    if members is not anchors and members.broken is not None:
+        here = members.broken.any()
+        broken = here if broken is None else broken | here
+    exchanged = exchange_classes(plan, classes, share, sum_slots=way.sum_slots, broken=broken)
+    return *exchanged, plan.world_size
 
 
 def _match(
@@ -296,13 +309,14 @@ def _match(
     dtype: torch.dtype,
     anchors: Samples,
     classes: Classes | None,
+    group: Any,
 ) -> Rows:
     if call.memory is not None:
         copy = way.rereads_centroids
         return match_memory(anchors, classes, call.memory, call.options, dtype, copy=copy)
     assert classes is not None
     if call.ref_features is not None:
-        return match_reference(anchors, classes, call.options)
+        return match_reference(anchors, classes, call.options, group)
     return match_batch(anchors, classes, call.options)
 
 

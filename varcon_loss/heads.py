@@ -20,7 +20,8 @@ class ProjectionHead(nn.Module):
         hidden_dim: width of the hidden layer; ``in_dim`` if None. Unused by ``"linear"``.
 
     Shape:
-        ``[N, in_dim]`` -> ``[N, dim]``, not normalised: `VarConLoss` normalises.
+        ``[N, in_dim]`` -> ``[N, dim]``, or ``[B, V, in_dim]`` -> ``[B, V, dim]``; not normalised:
+        `VarConLoss` normalises.
 
     Raises:
         ValueError: an unknown ``kind``, or a width below 1.
@@ -59,4 +60,5 @@ class ProjectionHead(nn.Module):
             )
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features)
+        rows = self.layers(features.flatten(0, -2))
+        return rows.unflatten(0, features.shape[:-1])

@@ -3,13 +3,17 @@
 Three answers: the batch's own (the paper), a reference set's, or a memory's.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from varcon_loss.classes import Classes, centroids_without_self, find_slots
+from varcon_loss.distributed import tell_of_failure
 from varcon_loss.memory import CentroidMemory, remembered_centroids, update_memory
 from varcon_loss.options import Options
 from varcon_loss.readable import values_may_be_read
+from varcon_loss.records import changed
 from varcon_loss.rows import Rows
 from varcon_loss.samples import Samples
 from varcon_loss.shares import Shares, class_masses, in_slots, row_totals
@@ -31,11 +35,12 @@ def match_batch(anchors: Samples, classes: Classes, options: Options) -> Rows:
     return Rows(anchors=anchors, slots=slots, centroids=centroids, own=own, kept=kept)
 
 
-def match_reference(anchors: Samples, classes: Classes, options: Options) -> Rows:
+def match_reference(anchors: Samples, classes: Classes, options: Options, group: Any) -> Rows:
     """``classes`` are of the reference set; every anchor must find its class there.
 
     Raises:
         ValueError: one does not, on a CPU in eager mode. Elsewhere it is marked as broken.
+        RuntimeError: one does not on another rank of the ``group``.
     """
     labels, weight = anchors.labels, None
     if isinstance(labels, Shares):
@@ -46,7 +51,11 @@ def match_reference(anchors: Samples, classes: Classes, options: Options) -> Row
         unknown = None
         slots, found = find_slots(labels, classes.lookup)
         missing = ~found if anchors.valid is None else ~found & anchors.valid
+    anywhere = None if group is None else tell_of_failure(group, missing.any())
+    centroids = classes.find_centroids()
     if not values_may_be_read(missing):
+        if anywhere is not None:  # the loss is NaN on all ranks
+            centroids = changed(centroids, unit=centroids.unit.masked_fill(anywhere, torch.nan))
         broken = missing if anchors.broken is None else missing | anchors.broken
         anchors = anchors.narrowed(~missing, broken)
     elif bool(missing.any()):
@@ -63,7 +72,7 @@ def match_reference(anchors: Samples, classes: Classes, options: Options) -> Row
             f"ref_labels lack label {listed}, which labels contain: every anchor needs a "
             f"reference of its class ({way_out})"
         )
-    return Rows(anchors=anchors, slots=slots, centroids=classes.find_centroids(), weight=weight)
+    return Rows(anchors=anchors, slots=slots, centroids=centroids, weight=weight)
 
 
 def match_memory(

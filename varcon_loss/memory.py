@@ -11,6 +11,7 @@ from varcon_loss.readable import values_may_be_read
 from varcon_loss.samples import to_unit
 
 PREDICT_ROWS = 4096  # logits of this many rows are held at a time
+ROUNDING = 1e-5  # a centroid's length is off by less
 
 
 class CentroidMemory(NamedTuple):
@@ -80,11 +81,11 @@ def remembered_centroids(
     if values_may_be_read(present):
         seen = present.nonzero().squeeze(1)
         if 0 < len(seen) < len(present):
-            unit = memory.unit.index_select(0, seen).to(dtype)
+            unit = _as_read(memory, memory.unit.index_select(0, seen)).to(dtype)
             num_present = torch.tensor(len(seen))
             return Centroids(unit=unit, present=None, num_present=num_present, packed=True), seen
     everything = values_may_be_read(present) and bool(present.all())
-    unit = memory.unit.to(dtype, copy=copy)
+    unit = _as_read(memory, memory.unit).to(dtype, copy=copy)
     centroids = Centroids(
         unit=unit,
         present=None if everything else present,
@@ -92,6 +93,24 @@ def remembered_centroids(
         packed=everything,
     )
     return centroids, None
+
+
+def _as_read(memory: CentroidMemory, unit: Tensor) -> Tensor:
+    """What training wrote has unit length; what only is read may be an average of copies."""
+    return unit if memory.update else directions(unit)
+
+
+def can_be_remembered(unit: Tensor, seen: Tensor) -> bool:
+    """Can training, or an average of trained copies, have left this? It reads values."""
+    lengths = torch.linalg.vector_norm(unit, dim=1)
+    known = (seen > 0) & (seen <= 1) & lengths.isfinite()
+    return bool((known | ((seen == 0) & (lengths == 0))).all())
+
+
+def lengthened(unit: Tensor) -> Tensor:
+    """Centroids ``[C, D]`` of unit length again, where averaging or rounding has changed it."""
+    lengths = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+    return torch.where((lengths - 1).abs() > ROUNDING, directions(unit), unit)
 
 
 class Prediction(NamedTuple):
@@ -109,7 +128,7 @@ def predict(
     z, _ = to_unit(features, dtype, normalize=normalize)
     centroids, classes = remembered_centroids(memory, memory.unit.dtype, copy=False)
     unit, present = centroids.unit, centroids.present
-    keys = directions(unit).to(dtype).T / temperature
+    keys = unit.to(dtype).T / temperature
     labels, confidences = [], []
     for part in z.split(PREDICT_ROWS):
         logits = part @ keys

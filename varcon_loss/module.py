@@ -11,10 +11,16 @@ from torch import Tensor, nn
 from varcon_loss import checks
 from varcon_loss.distributed import Plans, several_ranks
 from varcon_loss.functional import Call, evaluate
-from varcon_loss.memory import CentroidMemory, Prediction, predict
+from varcon_loss.memory import (
+    CentroidMemory,
+    Prediction,
+    can_be_remembered,
+    lengthened,
+    predict,
+)
 from varcon_loss.norms import directions
 from varcon_loss.options import Options, check_options
-from varcon_loss.readable import values_may_be_read
+from varcon_loss.readable import values_may_be_read, without_autocast
 from varcon_loss.reduction import VarConTerms
 from varcon_loss.samples import are_shares, flatten_views, shape_of_samples
 
@@ -71,8 +77,8 @@ class VarConLoss(nn.Module):
             classes present, ``w <- unit(m w + (1 - m) mean)``, a class seen first takes its mean;
             the softmax then runs over every class seen so far. In eval mode or without gradients
             the memory is only read, and samples of classes never seen take no part; with an empty
-            memory that is all of them, and a warning says so. A batch with NaN leaves the memory
-            as it was. Each training call updates once: keep the loss outside regions that
+            memory that is all of them, and a warning says so. A class whose sum holds NaN keeps
+            its centroid. Each training call updates once: keep the loss outside regions that
             activation checkpointing recomputes, and call `eval` for the second forward of
             optimisers like SAM. Over several ranks give ``process_group`` too, so that all
             remember the same. ``None`` is the paper.
@@ -130,15 +136,22 @@ class VarConLoss(nn.Module):
             temperature=temperature,
             epsilon=epsilon,
             num_classes=num_classes,
-            normalize=bool(normalize),
+            normalize=checks.switch("normalize", normalize),
             reduction=reduction,
             ignore_index=ignore_index,
             weight=weight,
-            leave_one_out=bool(leave_one_out),
+            leave_one_out=checks.switch("leave_one_out", leave_one_out),
             process_group=process_group,
             exchange=exchange,
             impl=impl,
         )
+        checks.warn_of_no_gradient("weight", weight, "class weights are constants of the loss")
+        if weight is not None and weight.is_meta:
+            warnings.warn(
+                "weight was made on the meta device and has no values: load some, or set "
+                "criterion.weight, before the first call",
+                stacklevel=2,
+            )
         self.register_buffer("weight", None if weight is None else weight.detach().clone())
         for name, value in options._asdict().items():
             if name != "weight":
@@ -156,6 +169,7 @@ class VarConLoss(nn.Module):
         self.register_buffer(
             "centroid_seen", torch.zeros(shape[0], dtype=torch.float32) if remembers else None
         )
+        self._unfilled = False  # do buffers hold what an allocator left there?
         self._plans = Plans()
         self._surely_empty = True  # nothing can have filled the memory yet
         # A few classes and their centroids, as the last training step left them.
@@ -258,7 +272,8 @@ class VarConLoss(nn.Module):
         rows, shape = flatten_views(features), shape_of_samples(features)
         checks.check_memory(rows, memory.unit)
         self._warn_if_empty(memory)
-        found = predict(rows, memory, self.temperature, normalize=self.normalize)
+        with without_autocast(features):
+            found = predict(rows, memory, self.temperature, normalize=self.normalize)
         return Prediction(label=found.label.view(shape), confidence=found.confidence.view(shape))
 
     @torch.no_grad()
@@ -271,7 +286,7 @@ class VarConLoss(nn.Module):
         memory = self._require_memory()
         memory.unit.zero_()
         memory.seen.zero_()
-        self._surely_empty, self._memory_left = True, None
+        self._surely_empty, self._memory_left, self._unfilled = True, None, False
 
     def reset_parameters(self) -> None:
         """As in modules with weights, after `to_empty`: an empty memory, if there is one.
@@ -279,6 +294,7 @@ class VarConLoss(nn.Module):
         ``weight`` has no initial value to go back to: load or set it.
         """
         if self.centroid_momentum is not None:
+            self._unfilled = False
             self.reset_memory()
 
     def _options(self) -> Options:
@@ -290,6 +306,13 @@ class VarConLoss(nn.Module):
     def _memory(self, *, update: bool) -> CentroidMemory | None:
         if self.centroid_momentum is None:
             return None
+        if self._unfilled:
+            raise RuntimeError(
+                "the centroid memory was never filled, and holds what no training leaves there: "
+                "it was made on the meta device or by `empty`. Call reset_parameters() once the "
+                "model has its device (with transformers in _init_weights), or load a checkpoint "
+                "that has the memory"
+            )
         self._keep_memory_wide()
         assert self.centroid_memory is not None
         assert self.centroid_seen is not None
@@ -305,7 +328,7 @@ class VarConLoss(nn.Module):
         for name in ("centroid_memory", "centroid_seen"):
             buffer = getattr(self, name)
             if buffer is not None and buffer.dtype != torch.float32:
-                setattr(self, name, buffer.float())
+                self._buffers[name] = buffer.float()
 
     def _learns(self) -> bool:
         """Does a call now move the memory, and take part in the exchange between ranks?"""
@@ -389,12 +412,50 @@ class VarConLoss(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("temperature", "epsilon"):  # a schedule may count with numpy
             value = checks.real_number(name, value)
+        elif name in ("normalize", "leave_one_out"):
+            value = checks.switch(name, value)
+        if name in ("leave_one_out", "centroid_momentum") and "centroid_momentum" in self.__dict__:
+            changed = {"leave_one_out": self.leave_one_out, "momentum": self.centroid_momentum}
+            changed["momentum" if name == "centroid_momentum" else name] = value
+            if changed["momentum"] is not None and self.centroid_memory is None:
+                raise AttributeError(_NO_MEMORY)
+            checks.check_memory_options(
+                self.num_classes, self.feature_dim, changed["momentum"], changed["leave_one_out"]
+            )
         super().__setattr__(name, value)
+        if name in _MEMORY and isinstance(value, Tensor):  # some loaders assign
+            self._look_at_memory()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         self._keep_memory_wide()  # with assign=True it is what was saved
+        if self.centroid_memory is None or any(prefix + name not in state_dict for name in _MEMORY):
+            return
+        self._look_at_memory()
+        if self._unfilled:
+            return
+        unit = lengthened(self.centroid_memory)  # an average of copies is shorter than 1
+        if local_metadata.get("assign_to_params_buffers", False):
+            self._buffers["centroid_memory"] = unit  # what was assigned is the caller's
+        else:
+            with torch.no_grad():
+                self.centroid_memory.copy_(unit)
+
+    def _look_at_memory(self) -> None:
+        """Has somebody else filled it, or nobody? Looks where that synchronises nothing."""
         self._surely_empty, self._memory_left = False, None
+        unit, seen = self.centroid_memory, self.centroid_seen
+        assert unit is not None
+        assert seen is not None
+        readable = values_may_be_read(unit) and values_may_be_read(seen)
+        self._unfilled = readable and not can_be_remembered(unit, seen)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None and not isinstance(self.process_group, str):
@@ -415,13 +476,18 @@ class VarConLoss(nn.Module):
         return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VarConLoss":
-        """As in `torch.nn.Module`, but the memory stays float32, with what it had."""
-        kept = {name: getattr(self, name) for name in ("centroid_memory", "centroid_seen")}
+        """As in `torch.nn.Module`, but the memory stays float32, and weights lose no digits."""
+        kept = {name: getattr(self, name) for name in (*_MEMORY, "weight")}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             after = getattr(self, name)
-            if before is not None and after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
+            if before is None:
+                continue
+            narrower = after.dtype.itemsize < before.dtype.itemsize
+            if narrower or (name in _MEMORY and after.dtype != before.dtype):
+                self._buffers[name] = before.to(after.device)
+            if name in _MEMORY and before.is_meta and not after.is_meta:
+                self._unfilled = True  # by `to_empty`
         return self
 
     def extra_repr(self) -> str:
@@ -440,4 +506,5 @@ CLASSES_WATCHED = 16
 _NO_MEMORY = (
     "this loss remembers no centroids: make it with num_classes, feature_dim and centroid_momentum"
 )
+_MEMORY = ("centroid_memory", "centroid_seen")
 _OF_MEMORY = {"feature_dim": None, "centroid_momentum": None}  # arguments of the module alone

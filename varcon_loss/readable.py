@@ -1,4 +1,6 @@
-"""May Python look at a tensor's values, and may autograd keep them?"""
+"""May Python look at a tensor's values, may autograd keep them, and in which precision?"""
+
+import contextlib
 
 import torch
 from torch import Tensor
@@ -18,3 +20,11 @@ def keepable(tensor: Tensor) -> Tensor:
     ):
         return tensor.clone()
     return tensor
+
+
+def without_autocast(features: object) -> contextlib.AbstractContextManager[object]:
+    """The dtypes as they are: what the loss computes in is its own choice."""
+    device_type = features.device.type if isinstance(features, Tensor) else "cpu"
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

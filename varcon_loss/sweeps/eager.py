@@ -134,7 +134,7 @@ def _sweep_chunk(
     row = row_objective(
         own_logit, lse_others, sum_others, shared.num_others, shared.temperature, shared.epsilon
     )
-    loss, others = row.loss.squeeze(1), None
+    loss, others = row.loss.squeeze_(1), None  # in place: no view, which callers may not change
     if shared.need_terms:
         others = torch.cat((row.kl, row.nll, row.confidence, row.tau2)).view(4, -1)
     if shared.to_gradient is None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varcon_loss.readable import without_autocast
 from varcon_loss.rows import TENSORS, Rows, Swept, rows_of
 from varcon_loss.shares import Shares
 from varcon_loss.sweeps.once import scale_rows, scale_rows_once
@@ -53,8 +54,9 @@ class _Differentiable(torch.autograd.Function):
         def gradient(features: Tensor, upstream: Tensor) -> Tensor:
             return torch.func.vjp(loss, features)[1](upstream)[0]
 
-        back = torch.func.vjp(gradient, features, upstream)[1]
-        return *back(*directions), *(None,) * (3 + len(parts))
+        with without_autocast(features):
+            back = torch.func.vjp(gradient, features, upstream)[1](*directions)
+        return *back, *(None,) * (3 + len(parts))
 
 
 # Where the saved tensors of `Sweep` are that may be changed in place before backward, which needs
