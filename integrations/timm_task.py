@@ -103,7 +103,10 @@ class VarConTask(ClassificationTask):
             has no image.
 
     The result of a step holds ``loss``, ``output`` (the probe's logits) and the detached 0-d
-    `METRICS`. Batches may hold several views of an image, as long as labels repeat with them.
+    `METRICS`; VarCon's are means over this rank's images that take part, and 0 where none does.
+    With ``global_centroids`` and ranks in which different numbers of images take part,
+    ``varcon_loss`` is this rank's share of what is trained: its mean over ranks is the loss of the
+    whole batch. Batches may hold several views of an image, as long as labels repeat with them.
     Whether a step learns (mixes, moves the memory, exchanges centroids) follows the trainable
     module's training mode, and gradients being enabled; other steps are local and count in no mean.
 
@@ -310,16 +313,18 @@ class VarConTask(ClassificationTask):
         terms = self.contrast.terms(projections, labels)
         branches = logits if isinstance(logits, (tuple, list)) else (logits,)
         probe_loss = torch.stack([self.criterion(x, target) for x in branches]).mean()
+        images = terms.valid.sum()
+        divisor = images.clamp_min(1)  # terms of images that take no part are 0
         metrics = {
             "varcon_loss": terms.reduced.detach(),
             "probe_loss": probe_loss.detach(),
-            "kl": terms.kl.mean(),
-            "nll": terms.nll.mean(),
-            "confidence": terms.confidence.mean(),
-            "tau2": terms.tau2.mean(),
+            "kl": terms.kl.sum() / divisor,
+            "nll": terms.nll.sum() / divisor,
+            "confidence": terms.confidence.sum() / divisor,
+            "tau2": terms.tau2.sum() / divisor,
         }
         if self.contrast.training and torch.is_grad_enabled():
-            self._log(metrics)
+            self._log(metrics, images > 0)
         loss = terms.reduced + self.probe_weight * probe_loss
         return {"loss": loss, "output": branches[0], **metrics}
 
@@ -356,9 +361,9 @@ class VarConTask(ClassificationTask):
             labels = rows * kept.unsqueeze(1)
         return labels * (1 - smoothing) + labels.mean(1, keepdim=True) * smoothing
 
-    def _log(self, metrics: dict[str, Tensor]) -> None:
-        self._since_line.add(metrics)
-        self._since_pop.add(metrics)
+    def _log(self, metrics: dict[str, Tensor], contrasted: Tensor) -> None:
+        self._since_line.add(metrics, contrasted)
+        self._since_pop.add(metrics, contrasted)
         if (
             self.verbose
             and self.log_interval
@@ -369,7 +374,10 @@ class VarConTask(ClassificationTask):
             _logger.info(f"VarCon: {shown}")
 
     def pop_means(self) -> dict[str, float]:
-        """Means of `METRICS` over the training steps since the last call."""
+        """Means of `METRICS` over the training steps since the last call.
+
+        Of VarCon's, over those in which any image took part; NaN if there was none.
+        """
         return self._since_pop.pop()
 
 
@@ -378,18 +386,28 @@ def _changes(pairs: dict[str, tuple[Any, Any]]) -> str:
 
 
 class _Means:
-    """Running means of 0-d tensors, which leave their device when they are asked for."""
+    """Running means of 0-d tensors, which leave their device when they are asked for.
+
+    A step in which no image took part says nothing about VarCon, and counts for the probe alone.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor | int] = {}
         self.steps = 0
+        self.contrasted: Tensor | int = 0  # steps in which any image took part
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
+    def add(self, metrics: dict[str, Tensor], contrasted: Tensor) -> None:
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.steps += 1
+        self.contrasted = self.contrasted + contrasted
 
     def pop(self) -> dict[str, float]:
-        means = {name: float(total) / self.steps for name, total in self.sums.items()}
-        self.sums, self.steps = {}, 0
+        contrasted = int(self.contrasted)
+        counts = dict.fromkeys(METRICS, contrasted) | {"probe_loss": self.steps}
+        means = {
+            name: float(total) / counts[name] if counts[name] else math.nan
+            for name, total in self.sums.items()
+        }
+        self.sums, self.steps, self.contrasted = {}, 0, 0
         return means

@@ -99,6 +99,17 @@ def test_collapse_is_noticed() -> None:
         assert not objective(torch.randn(40, 8), torch.arange(40) % 5).collapsed
 
 
+def test_samples_that_take_no_part_hide_no_collapse() -> None:
+    objective = make_objective("VarCon leave-one-out", 8, 20, dim=4, head="linear")
+    labels = torch.tensor([0, 0, 1, 1, *range(2, 18)])  # sixteen of twenty are alone
+    step = objective(torch.ones(20, 8), labels)
+    assert step.collapsed
+    assert step.log["kl"] + step.log["nll"] == pytest.approx(step.log["loss"], rel=1e-5)
+    assert step.tau2.shape == (4,)
+    step = objective(torch.ones(20, 8), torch.arange(20))
+    assert step == Step(step.loss, {"loss": 0.0}, collapsed=False)
+
+
 class TestMixup:
     def test_images_and_labels_are_mixed_alike(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """An encoder that passes images on, whose pixels say what classes are in them."""

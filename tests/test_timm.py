@@ -122,6 +122,40 @@ def test_a_step(task: VarConTask) -> None:
     torch.testing.assert_close(result["probe_loss"], expected.detach())
 
 
+def test_images_that_take_no_part_are_in_no_mean() -> None:
+    """Neither within a step nor between steps, where they are 0."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=20)
+    task = VarConTask(model, dim=8, leave_one_out=True, verbose=False)
+    x, _ = batch(12)
+    alone = torch.arange(12)
+    paired = torch.tensor([0, 0, 1, 1, *range(2, 10)])
+    ignored = torch.tensor([0, 0, 1, 1, *[-100] * 8])
+    steps = [{n: float(task(x, y)[n]) for n in METRICS} for y in (paired, alone, ignored)]
+    means = task.pop_means()
+    assert steps[1]["varcon_loss"] == 0
+    for said in (steps[0], steps[2], means):
+        assert said["kl"] + said["nll"] == pytest.approx(said["varcon_loss"], rel=1e-4)
+        assert 0.0799 < said["tau2"] < 0.1201
+    for name in METRICS:
+        counted = [steps[0], *([steps[1]] if name == "probe_loss" else []), steps[2]]
+        assert means[name] == pytest.approx(np.mean([step[name] for step in counted]), rel=1e-5)
+    task(x, alone)
+    means = task.pop_means()
+    assert np.isnan(means["tau2"])
+    assert means["probe_loss"] > 0
+
+
+def test_rows_of_no_class_are_in_no_mean(task: VarConTask) -> None:
+    x, _ = batch()
+    shares = torch.rand(8, 4).softmax(1)
+    shares[2:] = 0
+    for mode in (True, False):
+        task.trainable_module.train(mode)
+        result = task(x, shares)
+        torch.testing.assert_close(result["kl"] + result["nll"], result["varcon_loss"])
+
+
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 def test_each_view_is_mixed_by_itself(mode: str) -> None:
     def mixup(**options: object) -> Mixup:

@@ -135,15 +135,13 @@ class VarCon(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor) -> Step:
         terms = self.criterion.terms(self.head(features), labels)
-        log = {
-            "loss": float(terms.reduced.detach()),
-            "kl": float(terms.kl.mean()),
-            "nll": float(terms.nll.mean()),
-            "confidence": float(terms.confidence.mean()),
-            "tau2": float(terms.tau2.mean()),
-        }
+        log = {"loss": float(terms.reduced.detach())}
+        if not terms.valid.any():
+            return Step(terms.reduced, log, collapsed=False)
+        for name in ("kl", "nll", "confidence", "tau2"):
+            log[name] = float(getattr(terms, name)[terms.valid].mean())
         collapsed = math.isclose(log["nll"], math.log(int(terms.num_classes)), rel_tol=0.01)
-        return Step(terms.reduced, log, collapsed, terms.tau2)
+        return Step(terms.reduced, log, collapsed, terms.tau2[terms.valid])
 
 
 METHODS: dict[str, Callable[..., nn.Module]] = {

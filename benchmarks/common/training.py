@@ -1,6 +1,7 @@
 """One training run: the same encoder, augmentation, optimiser and schedule for every method."""
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -114,7 +115,7 @@ def train(
     for epoch in range(recipe.epochs):
         encoder.train()
         objective.train()
-        sums: dict[str, float] = {}
+        said: dict[str, list[float]] = {}
         collapsed_steps = 0
         last_tau2 = None
         for batch in torch.randperm(len(images))[: steps_per_epoch * batch_size].split(batch_size):
@@ -131,13 +132,14 @@ def train(
             collapsed_steps += step.collapsed
             last_tau2 = step.tau2
             for key, value in step.log.items():
-                sums[key] = sums.get(key, 0.0) + value / steps_per_epoch
-        history.append(sums)
+                said.setdefault(key, []).append(value)
+        means = {key: statistics.fmean(values) for key, values in said.items()}
+        history.append(means)
         collapsed_epochs = collapsed_epochs + 1 if 2 * collapsed_steps > steps_per_epoch else 0
         if last_tau2 is not None:
             tau2.append(last_tau2.cpu())
         if on_epoch is not None:
-            on_epoch(epoch, sums, encoder)
+            on_epoch(epoch, means, encoder)
     collapsed = collapsed_epochs >= min(COLLAPSE_EPOCHS, recipe.epochs)
     collapsed = collapsed or not math.isfinite(history[-1]["loss"])
     return Run(encoder, objective, history, tau2, collapsed)
