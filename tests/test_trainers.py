@@ -94,24 +94,47 @@ class Backbone(nn.Module):
         return SimpleNamespace(last_hidden_state=self.net(input_ids)[:, None])
 
 
-def transformers_on_rank(rank: int, world_size: int) -> torch.Tensor:
+def text_encoder() -> type[nn.Module]:
+    scope: dict = {"nn": nn, "VarConLoss": VarConLoss, "ProjectionHead": ProjectionHead}
+    exec(example("Hugging Face Trainer"), scope)
+    return scope["TextEncoder"]
+
+
+def train_by_transformers(
+    kind: type[nn.Module], rank: int, world_size: int, *, accumulate: int
+) -> torch.Tensor:
     launched(rank, world_size)
     import transformers
 
-    scope: dict = {"nn": nn, "VarConLoss": VarConLoss, "ProjectionHead": ProjectionHead}
-    exec(example("Hugging Face Trainer"), scope)
-    model = scope["TextEncoder"](Backbone(), num_classes=5)
+    model = kind(Backbone(), num_classes=5)
     model.head = nn.Identity()  # its BatchNorm sees the samples of a rank
     parts = [zip(*share(r), strict=True) for r in range(world_size)]
     args = transformers.TrainingArguments(
-        "out", use_cpu=True, ddp_backend="gloo", per_device_train_batch_size=8, max_steps=1,
-        optim="sgd", learning_rate=0.1, lr_scheduler_type="constant",
+        "out", use_cpu=True, ddp_backend="gloo", per_device_train_batch_size=8 // accumulate,
+        max_steps=1, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant",
         max_grad_norm=0.0, report_to="none", save_strategy="no", disable_tqdm=True,
+        gradient_accumulation_steps=accumulate,
     )  # fmt: skip
     assert args.world_size == 2
     data = [{"input_ids": x, "labels": y} for part in parts for x, y in part]
     transformers.Trainer(model=model, args=args, train_dataset=data).train()
     return model.backbone.net.weight.detach()
+
+
+def transformers_on_rank(rank: int, world_size: int) -> torch.Tensor:
+    return train_by_transformers(text_encoder(), rank, world_size, accumulate=1)
+
+
+def accumulate_on_rank(rank: int, world_size: int) -> tuple[torch.Tensor, list]:
+    """The page's model with ``**kwargs``; and the batches that it saw."""
+    seen = []
+
+    class WithKwargs(text_encoder()):
+        def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+            seen.append((input_ids, labels))
+            return super().forward(input_ids, attention_mask, labels)
+
+    return train_by_transformers(WithKwargs, rank, world_size, accumulate=2), seen
 
 
 @pytest.mark.parametrize(
@@ -126,3 +149,41 @@ def test_the_documented_example_takes_the_true_step(host: str, on_rank, tmp_path
     pytest.importorskip(host)
     for weight in run_ranks(on_rank, 2, tmp_path):
         torch.testing.assert_close(weight, after_one_step())
+
+
+def test_a_model_with_kwargs_takes_the_true_step_under_accumulation(tmp_path: Path) -> None:
+    """Trainer asks such a model whether it divides its loss by the accumulated batch itself."""
+    pytest.importorskip("transformers")
+    (weight, mine), (other_weight, others) = run_ranks(accumulate_on_rank, 2, tmp_path)
+    assert len(mine) == len(others) == 2
+    model = net()
+    for both in zip(mine, others, strict=True):
+        x, y = (torch.cat(part) for part in zip(*both, strict=True))
+        (varcon_terms(model(x), y).reduced / 2).backward()
+    expected = (model.weight - 0.1 * model.weight.grad).detach()
+    torch.testing.assert_close(weight, expected)
+    torch.testing.assert_close(other_weight, expected)
+
+
+def test_a_pretrained_model_starts_with_an_empty_memory(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    scope = {"nn": nn, "VarConLoss": VarConLoss, "ProjectionHead": ProjectionHead}
+    scope |= {"BertModel": transformers.BertModel}
+    exec(example("Hugging Face Trainer"), scope)
+    exec(example("Hugging Face Trainer", 2), scope)
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+    )
+    scope["BertModel"](config).save_pretrained(tmp_path / "backbone")
+    # Where a checkpoint lacks a buffer, Transformers 5 allocates one like this.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty_like", torch.ones_like)
+        model = scope["PretrainedTextEncoder"].from_pretrained(tmp_path / "backbone")
+    assert not model.criterion.centroid_memory.any()
+    assert not model.criterion.centroid_seen.any()
+
+    model.train()(torch.randint(50, (8, 3)), labels=torch.arange(8) % 5)["loss"].backward()
+    model.save_pretrained(tmp_path / "trained")
+    again = scope["PretrainedTextEncoder"].from_pretrained(tmp_path / "trained")
+    assert again.criterion.centroid_seen.all()
+    assert torch.equal(again.criterion.centroid_memory, model.criterion.centroid_memory)
