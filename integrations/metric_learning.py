@@ -113,7 +113,8 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
     Raises:
         TypeError: an option of `varcon_loss.VarConLoss` that PML has another place for; embeddings
             or labels of another dtype.
-        ValueError: another distance; ``leave_one_out`` with a reference set; no labels; other
+        ValueError: another distance, or one with other settings than
+            ``normalize_embeddings``; ``leave_one_out`` with a reference set; no labels; other
             shapes.
 
     Example:
@@ -146,6 +147,11 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
             raise ValueError(
                 "VarConLoss compares embeddings with centroids by cosine or dot product: distance "
                 f"must be CosineSimilarity() or DotProductSimilarity(), got {self.distance}"
+            )
+        if self.distance.normalize_embeddings and self.distance.p != 2:
+            raise ValueError(
+                "VarConLoss divides embeddings by their Euclidean length: distance must have p=2, "
+                f"or normalize_embeddings=False, got {self.distance} with p={self.distance.p}"
             )
         self.temperature = core.temperature
         self.epsilon = core.epsilon

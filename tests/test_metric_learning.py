@@ -304,6 +304,16 @@ def test_distances(make_batch: MakeBatch) -> None:
     ):
         with pytest.raises(ValueError, match="must be CosineSimilarity"):
             VarConLoss(distance=distance)
+    for kind in (distances.CosineSimilarity, distances.DotProductSimilarity):
+        with pytest.raises(ValueError, match=r"must have p=2, .* got .*Similarity.* with p=1"):
+            VarConLoss(distance=kind(p=1))
+    VarConLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False, p=1))
+
+
+def test_every_setting_of_a_distance_is_obeyed_or_refused() -> None:
+    """A new one of PML's needs a decision: `test_distances` and the statistics have these."""
+    settings = inspect.signature(distances.BaseDistance.__init__).parameters
+    assert set(settings) == {"self", "normalize_embeddings", "p", "power", "is_inverted", "kwargs"}
 
 
 def test_statistics_pickles_and_copies(make_batch: MakeBatch) -> None:
