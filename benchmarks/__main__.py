@@ -62,6 +62,17 @@ def main() -> None:
     """Measure varcon-loss against what it replaces."""
 
 
+def question(name: str) -> typer.Typer:
+    """The command line of one question.
+
+    Imported only now: what one question needs would make the help of all slow.
+    """
+    module = importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    alone.command()(module.command)
+    return alone
+
+
 def _register(name: str, line: str) -> None:
     @app.command(
         name,
@@ -70,12 +81,8 @@ def _register(name: str, line: str) -> None:
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     )
     def ask(context: typer.Context) -> None:
-        # Imported only now: what one question needs would make the help of all slow.
         try:
-            module = importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
-            question = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-            question.command()(module.command)
-            question(context.args, prog_name=f"python -m benchmarks {name}")
+            question(name)(context.args, prog_name=f"python -m benchmarks {name}")
         except ModuleNotFoundError as error:  # some packages are imported where they are used
             _stop_for_want_of(error)
 

@@ -1,6 +1,5 @@
 """The other questions of the benchmark harness, and what its user sees."""
 
-import importlib
 import multiprocessing
 import re
 import subprocess
@@ -15,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 pytest.importorskip("sklearn")
 from benchmarks import quickstart
-from benchmarks.__main__ import EXAMPLES, QUESTIONS, app
+from benchmarks.__main__ import EXAMPLES, QUESTIONS, app, question
 from benchmarks.common import data, terminal
 from benchmarks.common.training import Recipe
 
@@ -78,11 +77,8 @@ def test_the_examples_of_the_help_can_be_given() -> None:
     shown = [line for line in EXAMPLES.splitlines() if line.startswith("python -m benchmarks")]
     assert len(shown) >= 3
     for line in shown[:-1]:  # the last stands for any command
-        question, *given = line.split()[3:]
-        module = importlib.import_module(f"benchmarks.{question.replace('-', '_')}")
-        alone = typer.Typer()
-        alone.command()(module.command)
-        typer.main.get_command(alone).make_context(question, given)
+        name, *given = line.split()[3:]
+        typer.main.get_command(question(name)).make_context(name, given)
 
 
 @pytest.mark.parametrize("question", QUESTIONS)

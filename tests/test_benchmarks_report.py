@@ -12,6 +12,7 @@ pytest.importorskip("sklearn")
 from benchmarks import report
 from benchmarks.common import paired, results
 from benchmarks.report import gains, markdown
+from tests import shown
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,8 @@ def test_the_report_rebuilds_from_the_saved_results(rebuilt: Path) -> None:
         assert (rebuilt.parent / "results" / picture).stat().st_size > 10_000
     titles = {_anchor(line) for line in text.splitlines() if line.startswith("#")}
     assert set(re.findall(r"\]\(#(.+?)\)", text)) <= titles
+    for words in shown.inline(text):
+        shown.check_benchmarks(words)
 
 
 ENV = {"device": "d", "threads": 1, "versions": {"torch": "2"}, "date": "today", "commit": "c"}
@@ -114,6 +117,10 @@ def test_mixup_is_told_beside_the_same_without(tmp_path: Path) -> None:
     assert before.count("mixup") == 2  # it is not among the runs without
     assert "| VarCon, mixup 0.4 | 61.0 ± 2.5 (+10.0 ± 0.0) |" in page
     assert "| SupCon | 71.0 ± 2.5 |" in page
+    assert (
+        "`python -m benchmarks quality --mixup 0.4 --data digits --batch-sizes 8 --methods VarCon "
+        "--learning-rates 0.1 --epochs 2 --seeds 3`; learning rates: VarCon 0.1."
+    ) in page
 
 
 def test_a_folder_without_results_gives_a_page_that_says_little(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from benchmarks.__main__ import app
 from benchmarks.common import data, probes
 from benchmarks.common.cells import Cell, run_cell
 from benchmarks.common.data import ImageData, Split
+from tests import shown
 
 SMALL = ["--data", "digits", "--methods", "SupCon,VarCon", "--learning-rates", "0.2", "--epochs",
          "1", "--workers", "1"]  # fmt: skip
@@ -34,7 +35,10 @@ def reported(files: list[Path], tmp_path: Path) -> str:
     folder.mkdir()
     for file in files:
         shutil.copy(file, folder)
-    return report.write(folder).read_text()
+    text = report.write(folder).read_text()
+    for words in shown.inline(text):
+        shown.check_benchmarks(words)
+    return text
 
 
 def test_accuracy_over_a_setting(tmp_path: Path) -> None:

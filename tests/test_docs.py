@@ -24,6 +24,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 import varcon_loss
+from tests import shown
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -93,11 +94,6 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def test_the_commands_that_are_shown_exist() -> None:
-    from typer.main import get_command
-
-    from benchmarks.__main__ import app
-
-    benchmarks = get_command(app).commands  # type: ignore[attr-defined]
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     help_text = subprocess.run(
         [sys.executable, "-m", "varcon_loss.integrations.timm_train", "--help"],
@@ -109,13 +105,23 @@ def test_the_commands_that_are_shown_exist() -> None:
         where = f"{page}: {' '.join(words)}"
         assert {word for word in words if word.startswith("--varcon")} <= launcher, where
         if words[:3] == ["python", "-m", "benchmarks"]:
-            assert words[3] in benchmarks, where
-            flags = {flag for option in benchmarks[words[3]].params for flag in option.opts}
-            assert {word for word in words[4:] if word.startswith("--")} <= flags, where
+            shown.check_benchmarks(words)
         elif words[0] == "make":
             assert set(words[1:]) <= targets, where
         seen.add(words[0])
     assert {"python", "make", "varcon-timm"} <= seen
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RESULTS.md"],
+    ids=lambda page: page.name,
+)
+def test_the_commands_within_a_text_can_be_given(page: Path) -> None:
+    found = list(shown.inline(page.read_text()))
+    for words in found:
+        shown.check_benchmarks(words)
+    assert len(found) >= {"RESULTS.md": 10, "questions.md": 2}.get(page.name, 0)
 
 
 ADAPTERS = {

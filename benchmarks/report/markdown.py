@@ -81,6 +81,13 @@ def command_of(rows: list[dict[str, Any]], sizes: str = "--batch-size", but: str
     )
 
 
+def rates_in_words(runs: list[dict[str, Any]]) -> str:
+    return "; ".join(
+        f"{method} {', '.join(f'{rate:g}' for rate in sorted(set(mine)))}"
+        for method, mine in pd.DataFrame(runs).groupby("method", sort=False)["learning_rate"]
+    )
+
+
 def how_run(rows: list[dict[str, Any]]) -> str:
     """What the runs had in common, and how learning rates were found."""
     runs = paired.reported(rows)
@@ -89,10 +96,7 @@ def how_run(rows: list[dict[str, Any]]) -> str:
         for key in ("batch_size", "epochs")
     )
     seeds = seeds_in_words(pd.Series(pd.DataFrame(runs).groupby("method")["seed"].nunique()))
-    rates = "; ".join(
-        f"{method} {', '.join(f'{rate:g}' for rate in sorted(set(mine)))}"
-        for method, mine in pd.DataFrame(runs).groupby("method", sort=False)["learning_rate"]
-    )
+    rates = rates_in_words(runs)
     grid = _searched(rows)
     found = f"chosen from {', '.join(f'{rate:g}' for rate in grid)}" if grid else "not searched"
     edges = {grid[0], grid[-1]} if len(grid) > 1 else set()

@@ -8,7 +8,16 @@ import pandas as pd
 
 from benchmarks import several_labels
 from benchmarks.common import paired
-from benchmarks.report.markdown import folded, grid, how_run, origin, rows_of, seeds_in_words
+from benchmarks.report.markdown import (
+    command_of,
+    folded,
+    grid,
+    how_run,
+    origin,
+    rates_in_words,
+    rows_of,
+    seeds_in_words,
+)
 
 
 def mixup_section(mixed: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -18,8 +27,9 @@ def mixup_section(mixed: list[dict[str, Any]], rows: list[dict[str, Any]]) -> It
     yield "## Does mixup help?\n"
     searched = any(row.get("mixup") and row["split"] == "validation" for row in rows)
     rates = "chosen with it" if searched else "those chosen without it"
+    last = f"{mixed[-1]['mixup']:g}"
     yield (
-        f"{origin('quality --mixup', mixed[-1]['environment'])} Mixed images have class "
+        f"{origin(f'quality --mixup {last}', mixed[-1]['environment'])} Mixed images have class "
         "probabilities as labels; each view is mixed on its own. Learning rates with mixup are "
         f"{rates}. Runs with and without are paired by seed. An extension of the paper; SupCon "
         "does not take such labels.\n"
@@ -34,10 +44,28 @@ def mixup_section(mixed: list[dict[str, Any]], rows: list[dict[str, Any]]) -> It
                 found = [table[table["method"] == which] for table in tables]
                 lines.append([which, *map(paired.text, found)])
         yield f"{mixup_words(name, part, here)}\n"
+        yield f"{_repeated_by(here)}\n"
         yield from folded(
             f"{name}: accuracy, %: mean ± 95 % interval (difference from the same without mixup)",
             grid(["method", *(paired.TITLES[value] for value in shown)], lines),
         )
+
+
+def _repeated_by(here: list[dict[str, Any]]) -> str:
+    """The mixed runs' commands; their rates, where they need a command for each."""
+    said = []
+    for alpha in sorted({row["mixup"] for row in here if row.get("mixup")}):
+        runs = [
+            row | {"method": row["method"].partition(", mixup ")[0]}
+            for row in here
+            if row.get("mixup") == alpha
+        ]
+        command = command_of(runs, "--batch-sizes")
+        said.append(
+            f"`python -m benchmarks quality --mixup {alpha:g} {command}`; learning rates: "
+            f"{rates_in_words(paired.reported(runs))}."
+        )
+    return " ".join(said)
 
 
 def mixed_groups(
