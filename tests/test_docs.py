@@ -20,10 +20,12 @@ import torch
 import yaml
 
 pytest.importorskip("myst_nb")
+import torch._dynamo.testing
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 import varcon_loss
+from benchmarks.common.ranks import run_ranks
 from tests import shown
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +76,31 @@ def test_the_script_of_several_gpus_runs_by_its_command(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"loss \d", done.stdout)) == 2  # perhaps on one line
+
+
+def compile_on_rank(rank: int, world_size: int) -> list[str | int]:
+    """What a compiled training step is, before and after a plain one: graphs, or its error."""
+    features, labels = torch.randn(8, 4, requires_grad=True), torch.arange(8) % 3
+    criterion = varcon_loss.VarConLoss(num_classes=3, process_group="world")
+    found: list[str | int] = []
+    for fullgraph in (True, False, True):
+        torch.compiler.reset()
+        graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        try:
+            loss = torch.compile(criterion, fullgraph=fullgraph, backend=graphs)(features, labels)
+        except Exception as error:  # torch's, of many kinds
+            found.append(type(error).__name__)
+        else:
+            torch.testing.assert_close(loss, criterion(features, labels))
+            found.append(graphs.frame_count)
+    return found
+
+
+def test_a_compiled_step_over_ranks_is_one_graph_after_a_plain_one(tmp_path: Path) -> None:
+    for early, broken, whole in run_ranks(compile_on_rank, 2, tmp_path):
+        assert isinstance(early, str)
+        assert broken > 1
+        assert whole == 1
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
