@@ -1,5 +1,7 @@
 """torch.compile: the same values, without graph breaks once the number of classes is known."""
 
+import copy
+
 import pytest
 import torch
 import torch.fx.experimental.symbolic_shapes
@@ -52,10 +54,14 @@ def test_full_graph_reference_set(impl: str, make_batch: MakeBatch) -> None:
     )
 
 
-def test_inductor(make_batch: MakeBatch) -> None:
-    criterion = VarConLoss(num_classes=7)
-    compiled = torch.compile(criterion, fullgraph=True)
+@pytest.mark.parametrize("memory", [False, True], ids=["plain", "memory and probabilities"])
+def test_inductor(memory: bool, make_batch: MakeBatch) -> None:
     features, labels = make_batch(24, 5, dtype=torch.float32)
+    remembers = {"feature_dim": features.shape[1], "centroid_momentum": 0.5}
+    criterion = VarConLoss(num_classes=7, **(remembers if memory else {}))
+    compiled = torch.compile(copy.deepcopy(criterion), fullgraph=True)
+    if memory:
+        labels = torch.rand(24, 7)
     expected, got = criterion(features, labels), compiled(features, labels)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(

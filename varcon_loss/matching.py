@@ -92,7 +92,9 @@ def match_memory(
     own_labels, kept = anchors.labels, None
     if classes is not None:
         assert classes.counts is not None
-        labels = None if classes.lookup.present is not None else classes.slot_labels()
+        # Not in compiled graphs: Inductor's C++ for CPUs fails on the plain copy into the memory.
+        in_order = classes.lookup.present is not None and not torch.compiler.is_compiling()
+        labels = None if in_order else classes.slot_labels()
         broken = update_memory(memory, labels, classes.sums, classes.counts)
         seen = memory.seen if labels is None else memory.seen.index_select(0, labels)
         kept = (seen > 0) | broken
