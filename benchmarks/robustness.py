@@ -61,8 +61,8 @@ def command(
     )
     table.to_csv(store.path.with_suffix(".csv"), index=False)
     written(store.path, store.path.with_suffix(".csv"))
-    if kind == "corruption":
-        written(plots.draw_corruption(table, out / f"corruption-{data}.png"))
+    draw = plots.draw_corruption if kind == "corruption" else plots.draw_transfer
+    written(draw(table, out / f"{kind}-{data}.png"))
 
 
 def tabulate(rows: list[dict[str, Any]]) -> pd.DataFrame:

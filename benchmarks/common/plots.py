@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.cluster.hierarchy import dendrogram
 
 from benchmarks.common import style
@@ -386,6 +386,33 @@ def draw_corruption(table: pd.DataFrame, path: Path) -> Path:
         f"{table['seeds'].max()} seeds; severity 0 is clean"
     )
     style.legend(figure, axes.flat, 3)
+    return style.save(figure, path)
+
+
+def draw_transfer(table: pd.DataFrame, path: Path) -> Path:
+    """Accuracy on the set that was trained on, and on others: a panel a read-out."""
+    parts = list(dict.fromkeys(table["readout"]))
+    methods = list(dict.fromkeys(table["method"]))
+    figure, axes = style.panels(1, len(parts), 0.32 * len(methods) + 1.5, sharey=True)
+    for axis, part in zip(axes[0], parts, strict=True):
+        title = str(TITLES.get(part, part))
+        here = table[table["readout"] == part].set_index("method")
+        for index, method in enumerate(methods):
+            row = here.loc[method]
+            axis.errorbar(
+                100 * row["mean"], index, xerr=100 * np.nan_to_num(row["half_width"]), capsize=2,
+                **style.line(method) | {"ls": "none"},
+            )  # fmt: skip
+        axis.set(title=title.replace(" on ", "\non "), xlabel="%")
+        axis.xaxis.set_major_locator(MaxNLocator(2))
+        axis.xaxis.set_major_formatter(FuncFormatter(style.number))
+    axes[0, 0].set_yticks(range(len(methods)), methods)
+    axes[0, 0].invert_yaxis()
+    first = table.iloc[0]
+    figure.suptitle(
+        f"Trained on {first['data']}, batch {first['batch_size']}: mean and 95 % interval over "
+        f"{table['seeds'].max()} seeds"
+    )
     return style.save(figure, path)
 
 

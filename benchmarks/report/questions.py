@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from benchmarks import hierarchy, momentum, robustness, settings
 from benchmarks.common import paired, plots, results
 from benchmarks.common.data import class_names
@@ -57,6 +59,7 @@ def settings_section(folder: Path) -> Iterator[str]:
                 )
                 + ".\n"
             )
+            yield from _gains_over_values(table, vary)
             yield embedded(
                 plots.draw_settings(table, vary, path.with_suffix(".png")), f"accuracy over {vary}"
             )
@@ -70,6 +73,17 @@ def settings_section(folder: Path) -> Iterator[str]:
                     f"batch {size}: {paired.TITLES[readout]}, %",
                     grid(["method", *(f"{vary} {value}" for value in values)], lines),
                 )
+
+
+def _gains_over_values(table: pd.DataFrame, vary: str) -> Iterator[str]:
+    """VarCon's points from SupCon at each value, where SupCon was run."""
+    mine = table[(table["method"] == "VarCon")].dropna(subset=["gain"])
+    for (size, readout), part in mine.groupby(["batch_size", "readout"], sort=False):
+        if readout in ("linear", "linear, 5 a class"):
+            gains = ", ".join(
+                f"{paired.gain(line)} at {value}" for value, line in part.groupby(vary, sort=False)
+            )
+            yield f"- Batch {size}, {paired.TITLES[readout]}, VarCon's points from SupCon: {gains}."
 
 
 def robustness_section(folder: Path) -> Iterator[str]:
@@ -87,6 +101,10 @@ def robustness_section(folder: Path) -> Iterator[str]:
             if kind == "corruption":
                 picture = plots.draw_corruption(table, path.with_suffix(".png"))
                 yield embedded(picture, "accuracy over severity")
+            else:
+                yield from _transfer_words(table)
+                picture = plots.draw_transfer(table, path.with_suffix(".png"))
+                yield embedded(picture, "accuracy on other data")
             parts = list(dict.fromkeys(table["readout"]))
             lines = (
                 [part, *(paired.text(mine[mine["readout"] == part]) for _, mine in
@@ -98,6 +116,18 @@ def robustness_section(folder: Path) -> Iterator[str]:
                 "SupCon)",
                 grid(["images", *dict.fromkeys(table["method"])], lines),
             )
+
+
+def _transfer_words(table: pd.DataFrame) -> Iterator[str]:
+    """Points from SupCon on the other sets, by method."""
+    others = table[table["readout"].str.contains(" on ")].dropna(subset=["gain"])
+    for method in ("VarCon", "VarCon memory"):
+        mine = others[others["method"] == method]
+        if not mine.empty:
+            gains = ", ".join(
+                f"{part} {paired.gain(line)}" for part, line in mine.groupby("readout", sort=False)
+            )
+            yield f"- {method}, points from SupCon: {gains}."
 
 
 def hierarchy_section(folder: Path) -> Iterator[str]:
