@@ -1,6 +1,11 @@
 """What every test shares: the implementations under test, and data."""
 
 import os
+
+# One worker a core; the numbers do not depend on it. Before anything brings a BLAS along.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +14,7 @@ from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on CPU tensors
-torch.set_num_threads(1)  # one worker a core; the numbers do not depend on it
+torch.set_num_threads(1)
 
 IMPLEMENTATIONS = ("reference", "eager")
 
