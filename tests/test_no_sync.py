@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from varcon_loss import VarConLoss
+from varcon_loss import VarConLoss, classes
 from varcon_loss.implementations import IMPLEMENTATIONS
 from varcon_loss.rows import nothing_prevents
+from varcon_loss.sums import class_counts
 
 N, V, D, C = 16, 2, 8, 5
 
@@ -113,3 +114,14 @@ def test_launches_of_a_step(options: dict, most: int) -> None:
     with CountLaunches() as launches:
         torch.autograd.grad(criterion(features, labels), features)
     assert len(launches.sent) <= most, launches.sent
+
+
+def test_an_empty_slot_is_no_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where values cannot be read and any labels may come, what is left out keeps a slot."""
+    monkeypatch.setattr(classes, "values_may_be_read", lambda tensor: False)
+    labels, valid = torch.tensor([7, 0, 3, 7]), torch.tensor([True, False, True, True])
+    index, slots = classes.index_classes(labels, valid, None)
+    index = index.among(class_counts(slots, valid, index.size, torch.float32))
+    found, known = classes.find_slots(torch.tensor([0, 3, 7, 5]), index)
+    assert known.tolist() == [False, True, True, False]
+    assert found[1:3].tolist() == [slots[2], slots[0]]

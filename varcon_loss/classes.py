@@ -26,17 +26,20 @@ class ClassIndex(NamedTuple):
 
     size: int  # S, at least 1
     gaps: str  # which slots may be empty: "none", the "last" ones, or "anywhere"
-    # The way is one of these three:
+    # The way is one of these two; without either each class has the slot of its number.
     ascending: Tensor | None = None  # [S] labels in order; empty slots repeat the last
     table: Tensor | None = None  # [C] slot of every class, -1 where absent
-    present: Tensor | None = None  # [C] bool; each class has the slot of its number
+    present: Tensor | None = None  # [S] bool, the slots that are not empty, if "anywhere"
     num_present: Tensor | None = None  # 0-d int64, K; None: unknown
 
+    @property
+    def in_order(self) -> bool:
+        """Are the slots the classes?"""
+        return self.ascending is None and self.table is None
+
     def among(self, counts: Tensor) -> "ClassIndex":
-        """The same, where the rows of each slot ``[S]`` are what tells which classes are there."""
-        if self.ascending is None and self.table is None:
-            return changed(self, present=counts > 0)
-        return self
+        """The same, where the rows of each slot ``[S]`` are what tells which are empty."""
+        return changed(self, present=counts > 0) if self.gaps == "anywhere" else self
 
 
 class Centroids(NamedTuple):
@@ -66,10 +69,10 @@ class Classes(NamedTuple):
     centroids: Centroids | None = None  # where they are there already
 
     def slot_labels(self) -> Tensor:
-        """The label of each slot ``[S]``, 0 in empty slots."""
+        """The label of each slot ``[S]``; of an empty one some class, to which it adds zeros."""
         if self.labels is not None:
             return self.labels
-        if self.lookup.present is not None:
+        if self.lookup.in_order:
             return torch.arange(self.lookup.size, device=self.sums.device)
         members = self.members
         assert members is not None
@@ -163,7 +166,8 @@ def find_slots(labels: Tensor, index: ClassIndex) -> tuple[Tensor, Tensor]:
 
     Labels that are not valid, and those whose class is absent, get some slot in range.
     """
-    if index.present is not None:
+    if index.in_order:
+        assert index.present is not None
         return labels, index.present.index_select(0, labels)
     if index.table is not None:
         slots = index.table.index_select(0, labels)
@@ -173,6 +177,8 @@ def find_slots(labels: Tensor, index: ClassIndex) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(labels), torch.zeros_like(labels, dtype=torch.bool)
     slots = torch.searchsorted(index.ascending, labels).clamp_max(index.size - 1)
     found = index.ascending.index_select(0, slots) == labels
+    if index.present is not None:
+        found = found & index.present.index_select(0, slots)
     return slots, found if index.num_present is None else found & (slots < index.num_present)
 
 

@@ -93,7 +93,7 @@ def match_memory(
     if classes is not None:
         assert classes.counts is not None
         # Not in compiled graphs: Inductor's C++ for CPUs fails on the plain copy into the memory.
-        in_order = classes.lookup.present is not None and not torch.compiler.is_compiling()
+        in_order = classes.lookup.in_order and not torch.compiler.is_compiling()
         labels = None if in_order else classes.slot_labels()
         broken = update_memory(memory, labels, classes.sums, classes.counts)
         seen = memory.seen if labels is None else memory.seen.index_select(0, labels)
@@ -130,7 +130,7 @@ def _by_slot(shares: Shares, classes: Classes, options: Options) -> tuple[Shares
     labels, size = classes.slot_labels(), classes.lookup.size
     # Slots are classes where nobody has left any out.
     every = size == options.num_classes and values_may_be_read(labels)
-    in_order = every or classes.lookup.gaps == "anywhere"
+    in_order = every or classes.lookup.in_order
     return _select(shares, options.weight, None if in_order else labels, classes.sums.dtype)
 
 
@@ -147,7 +147,8 @@ def _select(
 def _known_classes(classes: Classes, options: Options) -> Tensor:
     """Which classes have a slot, ``[C]`` bool."""
     lookup = classes.lookup
-    if lookup.present is not None:
+    if lookup.in_order:
+        assert lookup.present is not None
         return lookup.present
     if lookup.table is not None:
         return lookup.table >= 0

@@ -283,10 +283,11 @@ class VarConLoss(nn.Module):
         Raises:
             RuntimeError: the loss was made without ``centroid_momentum``.
         """
+        self._unfilled = False
         memory = self._require_memory()
         memory.unit.zero_()
         memory.seen.zero_()
-        self._surely_empty, self._memory_left, self._unfilled = True, None, False
+        self._surely_empty, self._memory_left = True, None
 
     def reset_parameters(self) -> None:
         """As in modules with weights, after `to_empty`: an empty memory, if there is one.
@@ -294,7 +295,6 @@ class VarConLoss(nn.Module):
         ``weight`` has no initial value to go back to: load or set it.
         """
         if self.centroid_momentum is not None:
-            self._unfilled = False
             self.reset_memory()
 
     def _options(self) -> Options:
@@ -325,7 +325,7 @@ class VarConLoss(nn.Module):
 
     def _keep_memory_wide(self) -> None:
         """Back to float32, which it moves in by small steps, from whatever cast it was given."""
-        for name in ("centroid_memory", "centroid_seen"):
+        for name in _MEMORY:
             buffer = getattr(self, name)
             if buffer is not None and buffer.dtype != torch.float32:
                 self._buffers[name] = buffer.float()
@@ -415,13 +415,11 @@ class VarConLoss(nn.Module):
         elif name in ("normalize", "leave_one_out"):
             value = checks.switch(name, value)
         if name in ("leave_one_out", "centroid_momentum") and "centroid_momentum" in self.__dict__:
-            changed = {"leave_one_out": self.leave_one_out, "momentum": self.centroid_momentum}
-            changed["momentum" if name == "centroid_momentum" else name] = value
-            if changed["momentum"] is not None and self.centroid_memory is None:
+            now = {key: getattr(self, key) for key in ("leave_one_out", "centroid_momentum")}
+            now[name] = value
+            if now["centroid_momentum"] is not None and self.centroid_memory is None:
                 raise AttributeError(_NO_MEMORY)
-            checks.check_memory_options(
-                self.num_classes, self.feature_dim, changed["momentum"], changed["leave_one_out"]
-            )
+            checks.check_memory_options(self.num_classes, self.feature_dim, **now)
         super().__setattr__(name, value)
         if name in _MEMORY and isinstance(value, Tensor):  # some loaders assign
             self._look_at_memory()

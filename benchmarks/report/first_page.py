@@ -34,8 +34,8 @@ def first_page(
         gains = gains_over_supcon(rows)
         yield from verdicts_table(rows)
         yield (
-            "Read-outs (probe, kNN, nearest class mean, few-shot) of each data set and batch, "
-            "5 seeds: *ahead* and *behind* where the 95 % interval of the paired difference "
+            "Read-outs (probe, kNN, nearest class mean, few-shot) of each data set and batch: "
+            "*ahead* and *behind* where the 95 % interval of the paired difference over seeds "
             "excludes 0. A step sees *images of a class* in two views. "
             "[Evidence](#which-features-are-better).\n"
         )
