@@ -141,7 +141,8 @@ def test_what_a_device_lacks_is_no_break_in_a_compiled_graph(
     torch._dynamo.reset()
 
     def scaled(x: Tensor) -> Tensor:
-        capability, limit = fused._device_limits(torch.device("cuda", 0))
+        device = torch.device("cuda", 0)
+        capability, limit = fused._capability(device), fused._shared_bytes(device)
         tiles = fused.choose_tiles(64, dim, 4, capability)
         needed = tiles.shared_bytes(dim, 4, capability, fused.float32_precision())
         return x * capability[0] if needed <= limit else x

@@ -394,8 +394,8 @@ def test_second_derivatives_are_those_of_the_equations(
     monkeypatch.setattr(fused, "SORTED_FROM", 0 if in_order else 2**62)
     make_sums = fused.class_sums
 
-    def with_unset_norms(*arguments: Any) -> tuple[Tensor, ...]:
-        *others, norms = make_sums(*arguments)
+    def with_unset_norms(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+        *others, norms = make_sums(*arguments, **named)
         norms[::4] = 0.0
         return *others, norms
 

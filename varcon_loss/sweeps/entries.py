@@ -5,8 +5,6 @@ out on ``[n, M]``; without a background the classes beside them cost as little a
 labels. See `expectation` for the mathematics.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -18,6 +16,8 @@ from varcon_loss.sweeps.objective import row_objective, row_slope
 # A logarithm costs as much as several products, and the eighth power of so many classes is finite
 # in float32. Nobody has more than its fourth root.
 MOST_MULTIPLIED = 2**15
+# What a row without a background is divided by: far below what counts, and far from overflow.
+SMALLEST_BACKGROUND = 1e-25
 
 
 def evaluate_entries(
@@ -84,20 +84,20 @@ def evaluate_entries(
     if shared.weight is not None:
         values = values * shared.weight[slots]
     loss = (values * row.loss).sum(1)
-    total = total_others + own_weights.sum(1, keepdim=True)
-    rest = None
+    total = (total_others + own_weights.sum(1, keepdim=True)).clamp_min_(TINY)
     background = shares.background_of(start, stop)
+    by_class = None
+    slope_of_rest = sum_q_of_rest = 0.0
     if background is not None:
-        weights.mul_(total.clamp_min(TINY).reciprocal_())
-        lse = total.clamp_min(TINY).log_()
+        lse = total.log()
         if shift is not None:
             lse += shift
         by_weight = every_logit
         if shared.weighted_key_sum is not None:
             by_weight = torch.mv(z, shared.weighted_key_sum).unsqueeze(1)
-        rest = _evaluate_rest(
+        rest, slope_of_rest, sum_q_of_rest, by_class = _evaluate_rest(
             shared, background, slots, slot_logits, (every_logit, by_weight), lse, shift,
-            logits, weights, room[2:],
+            logits, weights.mul_(total.reciprocal()), room[2:],
         )  # fmt: skip
         loss += rest.loss
         if others is not None and rest.others is not None:
@@ -106,28 +106,28 @@ def evaluate_entries(
         return Swept(loss=loss, others=others)
 
     slopes = values * row_slope(row)
-    slope = slopes.sum(1, keepdim=True)
+    slope = slopes.sum(1, keepdim=True) + slope_of_rest
     q_others = values * row.q_other
-    sum_q_other = q_others.sum(1, keepdim=True)
-    slope_of_others = _sum_of_others(slopes)
-    if rest is not None:
-        slope += rest.slope
-        slope_of_others = slope_of_others + rest.slope
-        sum_q_other += rest.sum_q_other
+    sum_q_other = q_others.sum(1, keepdim=True) + sum_q_of_rest
+    slope_of_others = _sum_of_others(slopes) + slope_of_rest
     at_slots = torch.where(
         row.margin < 0,  # p > 1/2
         slope_of_others - torch.sigmoid(row.margin) * slope,
         row.confidence * slope - slopes,
     )
     at_slots += q_others + values * row.q_rest
-    if rest is None:
-        dl_du = weights.mul_(slope / total.clamp_min_(TINY))
+    if background is None or by_class is None:
+        dl_du = weights.mul_(slope.div_(total)).scatter_(1, slots, at_slots)
+        dz = shared.to_gradient(dl_du, gradient)
     else:
-        dl_du = weights.mul_(slope).addcmul_(rest.by_class, rest.by_row)
-        if rest.for_all is not None:
-            at_slots += rest.for_all
-            sum_q_other += rest.for_all
-    dz = shared.to_gradient(dl_du.scatter_(1, slots, at_slots), gradient)
+        if shared.scale is None:
+            at_slots += 2 * background
+            sum_q_other += 2 * background
+        # Divided by `by_row` until after the product: one pass less.
+        by_row = background.clamp_min(SMALLEST_BACKGROUND) * (shared.num_others + 1)
+        dl_du = torch.addcmul(by_class, weights, slope.div_(by_row), out=by_class)
+        dl_du.scatter_(1, slots, at_slots.div_(by_row))
+        dz = shared.to_gradient(dl_du, gradient).mul_(by_row)
     dz.addcmul_(sum_q_other, shared.key_sum, value=-1)
     return Swept(loss=loss, others=others, gradient=dz)
 
@@ -142,18 +142,6 @@ def _sum_of_others(entries: Tensor) -> Tensor:
     return entries @ (1 - torch.eye(width, dtype=entries.dtype, device=entries.device))
 
 
-class _Rest(NamedTuple):
-    """What the classes without an entry add, each with the row's background share."""
-
-    loss: Tensor  # [n]
-    others: Tensor | None  # [4, n]
-    slope: Tensor  # [n, 1], to A
-    sum_q_other: Tensor  # [n, 1], to B
-    by_class: Tensor  # [n, S], which times
-    by_row: Tensor  # [n, 1] comes to dL/du, beside A p - B
-    for_all: Tensor | None  # [n, 1] which comes off dL/du of every class
-
-
 def _evaluate_rest(
     shared: Shared,
     background: Tensor,
@@ -165,8 +153,10 @@ def _evaluate_rest(
     u: Tensor,
     p: Tensor,
     room: list[Tensor],
-) -> _Rest:
-    """Some fifteen passes over a chunk that stays in a CPU's caches; each counts.
+) -> tuple[Swept, Tensor | float, Tensor | float, Tensor | None]:
+    """What the classes without an entry add, each with the row's background share.
+
+    Some fifteen passes over a chunk that stays in a CPU's caches; each counts.
 
     Args:
         shared: as above.
@@ -179,6 +169,10 @@ def _evaluate_rest(
         u: ``[n, S]`` logits less ``shift``, -inf at the entries. Is written to.
         p: ``[n, S]``, 0 there.
         room: ``[n, S]``, three times.
+
+    Returns:
+        Loss and terms; and, where there is a gradient, what comes to ``A`` and to ``B``, ``[n, 1]``
+        each, and what, times background and K, comes to dL/du beside ``A p - B``, ``[n, S]``.
     """
     minus_a, q_other, divisor = room
     num_others, epsilon = shared.num_others, shared.epsilon
@@ -216,7 +210,9 @@ def _evaluate_rest(
         confidence = _sum_classes(p, shared.counted)
         tau2 = lowest_tau2 * count + 2 * epsilon * confidence
         terms = (count_nll - count_through, count_nll, confidence, tau2)
-    rise = through.mul_(p).mul_(minus_a).mul_(minus_a.div_(divisor))  # less a factor 2 epsilon
+    through_p = None
+    if shared.to_gradient is not None:  # tau2 follows p: a^2 p q_own, less a factor 2 epsilon
+        through_p = minus_a.square_().mul_(p).div_(divisor)
     divisor.scatter_(1, slots, 1.0)
     if terms is not None:
         terms[0].sub_(_sum_classes(divisor.log(), shared.counted))
@@ -224,25 +220,16 @@ def _evaluate_rest(
     others = None
     if terms is not None:
         others = torch.cat([background * term for term in terms], dim=1).T
+    swept = Swept(loss=loss.squeeze(1), others=others)
+    if through_p is None:
+        return swept, 0.0, 0.0, None
 
-    slope = background * (2 * number + 2 * epsilon * _sum_classes(rise, shared.scale))
-    sum_q_other = background * _sum_classes(q_other, shared.scale)
-    by_class = q_other.add_(rise, alpha=-2 * epsilon / num_classes)
-    for_all = None
-    if shared.scale is None:
-        for_all = 2 * background
-    else:
+    sum_q_other = _sum_classes(q_other, shared.scale)
+    by_class = q_other.addcmul_(through, through_p, value=-2 * epsilon / num_classes)
+    slope = 2 * number + num_classes * (sum_q_other - _sum_classes(by_class, shared.scale))
+    if shared.scale is not None:
         by_class.sub_(2 / num_classes).mul_(shared.scale)
-    by_row = background * num_classes
-    return _Rest(
-        loss=loss.squeeze(1),
-        others=others,
-        slope=slope,
-        sum_q_other=sum_q_other,
-        by_class=by_class,
-        by_row=by_row,
-        for_all=for_all,
-    )
+    return swept, background * slope, background * sum_q_other, by_class
 
 
 def _sum_classes(numbers: Tensor, scale: Tensor | None) -> Tensor:

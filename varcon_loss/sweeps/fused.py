@@ -40,8 +40,7 @@ def runs_by_default(features: Tensor, dtype: torch.dtype) -> bool:
     """Does ``impl="auto"`` run the kernels? Only where `varcon_loss.sweeps.proven` has an entry."""
     if features.device.type != "cuda" or torch.version.hip is not None:
         return False
-    capability = _device_limits(features.device).capability
-    if not is_proven(capability, features.dtype, features.shape[1]):
+    if not is_proven(_capability(features.device), features.dtype, features.shape[1]):
         return False
     return why_not(features, dtype) is None
 
@@ -63,7 +62,7 @@ def why_not(features: Tensor, dtype: torch.dtype) -> str | None:
         return f"features are on {device}, and the kernels run on CUDA devices"
     if torch.version.hip is not None:
         return f"{device} runs under ROCm {torch.version.hip}, and the kernels are for NVIDIA GPUs"
-    capability, shared_bytes = _device_limits(device)
+    capability, shared_bytes = _capability(device), _shared_bytes(device)
     if capability < OLDEST_CAPABILITY:
         return f"{device} has compute capability {capability[0]}.{capability[1]}, older than 8.0"
     needed = _largest_tiles(dim, features.itemsize, capability).shared_bytes(
@@ -78,19 +77,17 @@ def why_not(features: Tensor, dtype: torch.dtype) -> str | None:
     return None
 
 
-class DeviceLimits(NamedTuple):
-    """What kernels must fit into."""
-
-    capability: tuple[int, int]
-    shared_bytes: int  # of a block of threads
-
-
-def _device_limits(device: torch.device) -> DeviceLimits:
+def _capability(device: torch.device) -> tuple[int, int]:
     if device.type == "cpu":  # Triton's interpreter
-        return DeviceLimits((9, 0), 227 * 1024)
+        return 9, 0
     properties = torch.cuda.get_device_properties(device)
-    shared_bytes = getattr(properties, "shared_memory_per_block_optin", SMALLEST_SHARED)
-    return DeviceLimits((properties.major, properties.minor), shared_bytes)
+    return properties.major, properties.minor
+
+
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that a block of threads can have."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", SMALLEST_SHARED)
 
 
 def _interpreted() -> bool:
@@ -123,8 +120,8 @@ def _operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
         operator.register_fake(fake)
 
         @functools.wraps(function)
-        def call(*arguments: Any) -> Any:
-            return (operator if torch.compiler.is_compiling() else function)(*arguments)
+        def call(*arguments: Any, **named: Any) -> Any:
+            return (operator if torch.compiler.is_compiling() else function)(*arguments, **named)
 
         return call
 
@@ -297,7 +294,15 @@ def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool
     The sums themselves, as large as the centroids, are kept only where ``count``.
     """
     samples, lookup, groups = sort_labels(batch, options)
-    sums, counts, unit, norms = class_sums(batch.features, *groups, options.normalize, count)
+    sums, counts, unit, norms = class_sums(
+        batch.features,
+        order=groups.order,
+        runs=groups.runs,
+        starts=groups.starts,
+        ends=groups.ends,
+        normalize=options.normalize,
+        keep_sums=count,
+    )
     assert lookup.num_present is not None
     return Classes(
         lookup=lookup,
@@ -321,7 +326,16 @@ def group_slots(slots: Tensor, valid: Tensor | None, size: int) -> Groups:
 
 def sum_slots(rows: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> Tensor:
     """As `varcon_loss.sums.sum_slots`, with no float atomics: the same bits every time."""
-    return class_sums(rows, *group_slots(slots, valid, size), False, True)[0]
+    groups = group_slots(slots, valid, size)
+    return class_sums(
+        rows,
+        order=groups.order,
+        runs=groups.runs,
+        starts=groups.starts,
+        ends=groups.ends,
+        normalize=False,
+        keep_sums=True,
+    )[0]
 
 
 def _new_sums(
@@ -509,7 +523,7 @@ def sweep(
     if num_rows * num_slots * dim >= SORTED_FROM:
         # Rows in order of class: then few keys need a mask, which costs as much as all the rest.
         slots, order = slots.to(_smallest_integer(num_slots)).sort(stable=True)
-    tiles = choose_tiles(num_rows, dim, features.itemsize, _device_limits(features.device)[0])
+    tiles = choose_tiles(num_rows, dim, features.itemsize, _capability(features.device))
     _launch(
         kernels.sweep_kernel,
         -(-num_rows // tiles.rows),
