@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("sklearn")
 from benchmarks import report
 from benchmarks.common import paired, results
-from benchmarks.report import gains, markdown
+from benchmarks.report import gains, markdown, mixing, quality
 from tests import shown
 
 
@@ -121,6 +121,35 @@ def test_mixup_is_told_beside_the_same_without(tmp_path: Path) -> None:
         "`python -m benchmarks quality --mixup 0.4 --data digits --batch-sizes 8 --methods VarCon "
         "--learning-rates 0.1 --epochs 2 --seeds 3`; learning rates: VarCon 0.1."
     ) in page
+
+
+def test_rates_with_mixup_that_differ_from_those_without_are_told() -> None:
+    base = {"data": "digits", "noise": 0.0, "split": "test", "batch_size": 8}
+    plain = [
+        base | {"method": method, "learning_rate": 0.45, "mixup": None}
+        for method in ("VarCon", "cross-entropy")
+    ]
+    mixed = [
+        base | {"method": f"{method}, mixup 0.2", "learning_rate": rate, "mixup": 0.2}
+        for method, rate in (("VarCon", 0.45), ("cross-entropy", 0.15))
+    ]
+    assert mixing._other_rates(mixed, plain + mixed) == (
+        ", but for cross-entropy on digits (0.15 with mixup, 0.45 without)"
+    )
+    assert mixing._other_rates(mixed[:1], plain + mixed) == ""
+
+
+def test_the_chosen_rates_say_where_they_lie_on_the_edge() -> None:
+    base = {"data": "digits", "noise": 0.0, "batch_size": 8, "method": "VarCon"}
+    rows = [
+        base | {"split": "validation", "learning_rate": rate, "linear": score, "knn": score}
+        for rate, score in ((0.05, 0.5), (0.15, 0.7), (0.45, 0.6))
+    ]
+    test = {"split": "test", "learning_rate": 0.15}
+    assert list(quality._rates_table([*rows, base | test]))[-1] == "| VarCon | 0.15 |"
+    rows[0] |= {"linear": 0.9, "knn": 0.9}
+    test["learning_rate"] = 0.05
+    assert list(quality._rates_table([*rows, base | test]))[-1] == "| VarCon | 0.05, edge |"
 
 
 def test_a_folder_without_results_gives_a_page_that_says_little(tmp_path: Path) -> None:

@@ -380,6 +380,38 @@ def test_averaged_copies(make_batch: MakeBatch) -> None:
     assert torch.equal(again.centroid_memory, loaded.centroid_memory)
 
 
+def test_averages_written_in_place_have_unit_length_when_training_goes_on(
+    make_batch: MakeBatch,
+) -> None:
+    features, labels = make_batch(dtype=torch.float32)
+    criterion = VarConLoss(num_classes=5, feature_dim=16, centroid_momentum=0.9)
+    criterion(features, labels)
+    other = copy.deepcopy(criterion)
+    other(features.flip(0), labels)
+    with torch.no_grad():
+        for mine, theirs in zip(criterion.buffers(), other.buffers(), strict=True):
+            mine.lerp_(theirs, 0.5)
+    loaded = copy.deepcopy(criterion)
+    loaded.load_state_dict(criterion.state_dict())
+    assert criterion.centroid_memory is not None
+    assert (criterion.centroid_memory.norm(dim=1) < 0.9999).any()
+    assert torch.equal(criterion(features[:4], labels[:4]), loaded(features[:4], labels[:4]))
+    lengths = criterion.centroid_memory.norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones(5))
+
+
+def test_labels_may_be_reused_before_backward(impl: str, make_batch: MakeBatch) -> None:
+    features, labels = make_batch()
+    criterion = VarConLoss(num_classes=5, feature_dim=16, centroid_momentum=0.9, impl=impl)
+    criterion(features, labels)  # every class is seen from here on
+    loss = copy.deepcopy(criterion)(features, labels)
+    (expected,) = torch.autograd.grad(loss, features)
+    loss = criterion(features, labels)
+    labels.zero_()
+    (gradient,) = torch.autograd.grad(loss, features)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_gradient_accumulation(impl: str, make_batch: MakeBatch) -> None:
     """Two forwards before their backwards: the second must not disturb the first's gradient."""
     batches = [make_batch(24, 5, seed=seed) for seed in range(2)]

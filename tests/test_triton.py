@@ -4,7 +4,6 @@ The interpreter multiplies bfloat16 operands upcast to float32: true bfloat16 pr
 only on a GPU.
 """
 
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from tests import blind
 from varcon_loss import VarConLoss, VarConTerms, varcon_loss, varcon_terms
 from varcon_loss.classes import Centroids, index_classes
 from varcon_loss.options import Options
@@ -330,9 +330,8 @@ def test_a_reference_set_with_nothing_valid_has_no_class_0() -> None:
 @pytest.mark.parametrize("num_classes", [3, None])
 def test_as_on_a_gpu(num_classes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path that may not look at values: bad labels are NaN, and the rest as ever."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("varcon_loss") and hasattr(module, "values_may_be_read"):
-            monkeypatch.setattr(module, "values_may_be_read", lambda tensor: False)
+    for module in blind.lookers():
+        monkeypatch.setattr(module, blind.NAME, blind.never)
     features, labels = batch(20, 3, 8)
     labels[3] = -100
     compare(features, labels, num_classes=num_classes)
@@ -464,3 +463,36 @@ def test_float64_is_an_error_and_wide_rows_too() -> None:
     with pytest.raises(ValueError, match="width 1025"):
         varcon_loss(wide, labels, impl="triton")
     assert varcon_terms(wide, labels).impl == "eager"
+
+
+@pytest.mark.parametrize("layout", ["a column", "every other", "expanded"])
+def test_labels_of_any_layout(layout: str) -> None:
+    """The kernels read labels and slots by number: they must lie side by side."""
+    features, labels = batch(16, 4, 8)
+    wanted = labels if layout != "expanded" else labels[:1].repeat(16)
+    strided = {
+        "a column": torch.stack((labels, labels.flip(0)), dim=1)[:, 0],
+        "every other": labels.repeat_interleave(2)[::2],
+        "expanded": labels[:1].expand(16),
+    }[layout]
+    assert torch.equal(strided, wanted)
+    weight = torch.tensor([1.0, 5.0, 0.2, 3.0])
+    memory = {"num_classes": 4, "feature_dim": 8, "centroid_momentum": 0.9}
+    reference = {"ref_features": torch.randn(20, 8), "ref_labels": torch.arange(40)[::2] // 2 % 4}
+    for options, call in (
+        ({}, {}), ({"weight": weight}, {}), ({"ignore_index": 0}, {}), (memory, {}),
+        ({}, reference), ({"num_classes": 4, "leave_one_out": True}, {}),
+    ):  # fmt: skip
+        found = []
+        for given in (strided, wanted):
+            torch.manual_seed(0)
+            criterion = VarConLoss(impl="triton", **options)
+            leaf = features.clone().requires_grad_()
+            for _ in range(2):
+                terms = criterion.terms(leaf, given, **call)
+            (gradient,) = torch.autograd.grad(terms.reduced, leaf)
+            criterion.eval()
+            after = criterion.terms(features, given, **call)
+            found.append((terms.loss, terms.valid, gradient, after.loss))
+        for got, want in zip(*found, strict=True):
+            assert torch.equal(got, want), (layout, options)

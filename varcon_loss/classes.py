@@ -67,6 +67,13 @@ class Classes(NamedTuple):
     members: Samples | None = None  # the samples themselves, in their slots; None: of all ranks
     labels: Tensor | None = None  # [S] label of each slot, 0 where empty; None: ask `slot_labels`
     centroids: Centroids | None = None  # where they are there already
+    # 0-d bool: did another rank fail, where nobody may look? Then the sums are NaN
+    failed: Tensor | None = None
+
+    def spoil_all(self) -> Tensor | None:
+        """Is there what makes the loss of every anchor NaN, 0-d bool? None: nothing is."""
+        broken = None if self.members is None else self.members.broken
+        return self.failed if broken is None else broken.any()
 
     def slot_labels(self) -> Tensor:
         """The label of each slot ``[S]``; of an empty one some class, to which it adds zeros."""
@@ -127,6 +134,8 @@ def _summarise_shares(samples: Samples, shares: Shares, unit: Tensor, options: O
         gaps = "none" if len(present) > 0 else "last"
         index = ClassIndex(size=len(labels), gaps=gaps, ascending=present)
     sums = share_sums(shares, unit, index.size)
+    if samples.broken is not None:  # what cannot be is in every sum
+        sums = sums.masked_fill(samples.broken.any(), torch.nan)
     return Classes(lookup=index, sums=sums, counts=counts, members=samples, labels=labels)
 
 

@@ -29,6 +29,7 @@ from varcon_loss.classes import (
     labels_of_slots,
 )
 from varcon_loss.readable import values_may_be_read
+from varcon_loss.records import changed
 from varcon_loss.sums import SumSlots, sum_slots
 
 HANDSHAKE = 32  # numbers in it, so that one that fails need not know what it would have said
@@ -174,7 +175,7 @@ def make_plan(
     return plan
 
 
-def announce_failure(group: Any, plans: Plans, mine: Agreement) -> None:
+def announce_failure(group: Any, plans: Plans, mine: Agreement, *, has_reference: bool) -> None:
     """Take part in the step's collectives with nothing but the news that this rank failed.
 
     In those of the plan that the others follow: the one for such features, or, where the features
@@ -189,6 +190,9 @@ def announce_failure(group: Any, plans: Plans, mine: Agreement) -> None:
         mine = alike[-1]
     if mine in known:
         exchange_classes(known[mine], None, torch.zeros(()), failed=True)
+        failed = torch.ones((), dtype=torch.bool, device=known[mine].agreed.device)
+        if has_reference and not values_may_be_read(failed):  # elsewhere the others have raised
+            tell_of_failure(group, failed)
     else:
         _handshake(group, mine.device, [True], raises=False)
 
@@ -308,14 +312,10 @@ def exchange_classes(
     if values_may_be_read(statuses):
         _raise_for(statuses.tolist())
         return merged, total
-    poison = torch.where(statuses.sum() > 0, torch.nan, 0.0).to(agreed.dtype)
-    spoilt = Classes(
-        lookup=merged.lookup,
-        sums=merged.sums + poison,
-        counts=merged.counts,
-        labels=merged.labels,
-    )
-    return spoilt, total
+    anywhere = statuses.sum() > 0
+    return changed(
+        merged, sums=merged.sums.masked_fill(anywhere, torch.nan), failed=anywhere
+    ), total
 
 
 def _by_all_reduce(

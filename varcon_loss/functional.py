@@ -22,7 +22,7 @@ from varcon_loss.implementations import choose
 from varcon_loss.matching import match_batch, match_memory, match_reference
 from varcon_loss.memory import CentroidMemory
 from varcon_loss.options import Options, check_options
-from varcon_loss.readable import without_autocast
+from varcon_loss.readable import values_may_be_read, without_autocast
 from varcon_loss.records import changed
 from varcon_loss.reduction import (
     VarConTerms,
@@ -170,7 +170,8 @@ def evaluate(call: Call, *, need_terms: bool) -> tuple[Tensor, VarConTerms | Non
                 anchors, classes = _read(call, way, dtype, batch, reference)
         except Exception:
             if group is not None:  # the other ranks wait in this step's collective
-                announce_failure(group, call.plans, _agreement(call))
+                has_reference = call.ref_features is not None
+                announce_failure(group, call.plans, _agreement(call), has_reference=has_reference)
             raise
         with torch.no_grad():
             classes, total, world_size = _over_ranks(call, way, group, anchors, classes)
@@ -289,7 +290,10 @@ def _over_ranks(
     members = classes.members
     assert members is not None
     num_held = len(members.features)
-    if isinstance(members.labels, Shares) and num_held > 0:  # each row may be of any class
+    # Each row may be of any class; and where nobody may look each class has a slot.
+    if isinstance(members.labels, Shares) and (
+        num_held > 0 or not values_may_be_read(classes.sums)
+    ):
         assert call.options.num_classes is not None
         num_held = call.options.num_classes
     plan = make_plan(group, call.plans, _agreement(call), num_held, lambda: _settings(call))

@@ -13,7 +13,6 @@ from varcon_loss.distributed import tell_of_failure
 from varcon_loss.memory import CentroidMemory, remembered_centroids, update_memory
 from varcon_loss.options import Options
 from varcon_loss.readable import values_may_be_read
-from varcon_loss.records import changed
 from varcon_loss.rows import Rows
 from varcon_loss.samples import Samples
 from varcon_loss.shares import Shares, class_masses, in_slots, row_totals
@@ -52,12 +51,10 @@ def match_reference(anchors: Samples, classes: Classes, options: Options, group:
         slots, found = find_slots(labels, classes.lookup)
         missing = ~found if anchors.valid is None else ~found & anchors.valid
     anywhere = None if group is None else tell_of_failure(group, missing.any())
-    centroids = classes.find_centroids()
     if not values_may_be_read(missing):
-        if anywhere is not None:  # the loss is NaN on all ranks
-            centroids = changed(centroids, unit=centroids.unit.masked_fill(anywhere, torch.nan))
         broken = missing if anchors.broken is None else missing | anchors.broken
         anchors = anchors.narrowed(~missing, broken)
+        anchors = anchors.spoilt(classes.spoil_all()).spoilt(anywhere)
     elif bool(missing.any()):
         if isinstance(labels, Shares) and unknown is not None:
             mass = class_masses(labels, len(unknown), classes.sums.dtype)
@@ -72,6 +69,7 @@ def match_reference(anchors: Samples, classes: Classes, options: Options, group:
             f"ref_labels lack label {listed}, which labels contain: every anchor needs a "
             f"reference of its class ({way_out})"
         )
+    centroids = classes.find_centroids()
     return Rows(anchors=anchors, slots=slots, centroids=centroids, weight=weight)
 
 
@@ -91,6 +89,7 @@ def match_memory(
     """
     own_labels, kept = anchors.labels, None
     if classes is not None:
+        anchors = anchors.spoilt(classes.failed)
         assert classes.counts is not None
         # Not in compiled graphs: Inductor's C++ for CPUs fails on the plain copy into the memory.
         in_order = classes.lookup.in_order and not torch.compiler.is_compiling()
@@ -111,9 +110,10 @@ def match_memory(
         anchors = anchors.narrowed(memory.seen.index_select(0, own_labels) > 0)
     else:
         anchors = anchors.narrowed(kept.index_select(0, _slots(anchors, classes)))
-    slots = own_labels
     if remembered is not None:
-        slots = torch.searchsorted(remembered, slots).clamp_max(len(remembered) - 1)
+        slots = torch.searchsorted(remembered, own_labels).clamp_max(len(remembered) - 1)
+    else:  # a copy of the caller's labels: autograd keeps slots
+        slots = own_labels.clone() if values_may_be_read(own_labels) else own_labels
     return Rows(anchors=anchors, slots=slots, centroids=centroids, kept=kept)
 
 

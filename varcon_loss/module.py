@@ -37,9 +37,10 @@ class VarConLoss(nn.Module):
     Args:
         temperature: ``tau1 > 0``.
         epsilon: how far the confidence moves ``tau2``; ``0 <= epsilon < temperature``.
-        num_classes: labels are then ``0 ... num_classes - 1``. Needed by ``weight``; without it
-            any integers serve as labels, but a GPU is synchronised once a call and
-            ``torch.compile`` breaks the graph. The cost follows the classes present in the batch.
+        num_classes: labels are then ``0 ... num_classes - 1``. Needed by ``centroid_momentum``,
+            implied by ``weight``; without it any integers serve as labels, but a GPU is
+            synchronised once a call and ``torch.compile`` breaks the graph. The cost follows the
+            classes present in the batch.
         normalize: divide features by their length first. ``False`` takes them as they are;
             centroids have unit length either way.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -70,7 +71,7 @@ class VarConLoss(nn.Module):
             a device is in the repository, none yet; else ``"eager"``) or ``"reference"`` (the
             paper's equations line by line, ``[N, K]`` memory). Second derivatives go by these
             equations whichever is chosen.
-        feature_dim: width ``D`` of the embeddings; only ``centroid_momentum`` needs it.
+        feature_dim: width ``D`` of the embeddings; ``centroid_momentum`` needs it, nothing else.
         centroid_momentum: an extension of the paper, for many classes in small batches: remember
             one centroid a class (``centroid_memory``, a float32 buffer ``[num_classes, D]``).
             In training mode with gradients enabled each call first moves the centroids of the
@@ -174,6 +175,8 @@ class VarConLoss(nn.Module):
         self._surely_empty = True  # nothing can have filled the memory yet
         # A few classes and their centroids, as the last training step left them.
         self._memory_left: tuple[Tensor, Tensor] | None = None
+        # Of the memory's buffer, as made or as a training step left it.
+        self._version_left = _version(self.centroid_memory)
         self._memory_checked = self._warned_of_ranks = False
 
     def forward(
@@ -288,6 +291,7 @@ class VarConLoss(nn.Module):
         memory.unit.zero_()
         memory.seen.zero_()
         self._surely_empty, self._memory_left = True, None
+        self._version_left = _version(memory.unit)
 
     def reset_parameters(self) -> None:
         """As in modules with weights, after `to_empty`: an empty memory, if there is one.
@@ -339,15 +343,23 @@ class VarConLoss(nn.Module):
         if memory is not None and not torch.compiler.is_compiling():
             if not memory.update:
                 self._warn_if_empty(memory)
-            elif self.process_group is None and several_ranks():
-                self._check_nobody_wrote(memory)
+            else:
+                if self.process_group is None and several_ranks():
+                    self._check_nobody_wrote(memory)
+                if _version(memory.unit) != self._version_left:
+                    # Averages of copies, written in place, are shorter than 1.
+                    with torch.no_grad():
+                        memory.unit.copy_(lengthened(memory.unit))
         return memory
 
     def _remember_step(self, memory: CentroidMemory | None, labels: Tensor | None) -> None:
         if memory is None or not memory.update:
             return
         self._surely_empty = False
-        if not torch.compiler.is_compiling() and self.process_group is None and several_ranks():
+        if torch.compiler.is_compiling():
+            return
+        self._version_left = _version(memory.unit)
+        if self.process_group is None and several_ranks():
             assert labels is not None
             labels = labels[:CLASSES_WATCHED]
             labels = labels.argmax(1) if are_shares(labels) else labels
@@ -498,6 +510,11 @@ class VarConLoss(nn.Module):
             elif value != default or name in ("temperature", "epsilon"):
                 shown.append(f"{name}={value!r}")
         return ", ".join(shown)
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    """How often it was written to; None where torch does not count."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 CLASSES_WATCHED = 16

@@ -65,6 +65,14 @@ class Samples(NamedTuple):
         valid = kept if self.valid is None else self.valid & kept
         return changed(self, valid=valid, broken=broken, num_valid=None)
 
+    def spoilt(self, where: Tensor | None) -> "Samples":
+        """The same, all of them broken if ``where``, 0-d bool; None: as they are."""
+        if where is None:
+            return self
+        num_rows = self.features.shape[0]
+        broken = where.repeat(num_rows) if self.broken is None else self.broken | where
+        return changed(self, broken=broken)
+
 
 def are_shares(labels: Tensor) -> bool:
     """Are they class probabilities, and not integers?"""
@@ -102,7 +110,7 @@ def read_labels(batch: Batch, options: Options) -> tuple[Tensor, Tensor | None, 
             ``broken``.
     """
     num_classes, ignore_index = options.num_classes, options.ignore_index
-    values = keepable(batch.labels.to(torch.int64))
+    values = keepable(batch.labels.to(torch.int64).contiguous())
     readable = values_may_be_read(values)
     if not readable and num_classes is not None:
         return _mark_labels(values, ignore_index, num_classes)

@@ -22,6 +22,7 @@ HERO = {  # contenders, and what the picture calls them
 }
 SIZE_TICKS = (64, 1024, 16384)
 SPEED_PANELS = (("median", 1e3, "time, ms"), ("peak_bytes", 2**-20, "memory, MiB"))
+WHERE_LINES_END = "(a line ends where a step takes over 2 s or its process ran out of memory)"
 
 
 def draw_hero(frame: pd.DataFrame, path: Path, num_classes: int = 1000) -> Path:
@@ -51,8 +52,7 @@ def draw_hero(frame: pd.DataFrame, path: Path, num_classes: int = 1000) -> Path:
         axis.set_ylim(top=6 * axis.get_ylim()[1])
     figure.suptitle(
         f"One forward and backward, K = {num_classes:,} classes, D = {full['dim'].iloc[0]}, "
-        f"{full['dtype'].iloc[0]}, two CPU cores\n"
-        "(a line ends where a step takes over 2 s or its process ran out of memory)",
+        f"{full['dtype'].iloc[0]}, two CPU cores\n{WHERE_LINES_END}",
         fontsize=9,
     )
     return style.save(figure, path, ends, gap=25)
@@ -81,7 +81,7 @@ def draw_speed(frame: pd.DataFrame, out: Path, name: str) -> list[Path]:
                 style.log_ticks(axis, x=shown, y=True)
         for axis, (_, _, title) in zip(axes[:, 0], SPEED_PANELS, strict=True):
             axis.set_ylabel(title)
-        figure.suptitle(f"Forward + backward, D = {dim}, {dtype}")
+        figure.suptitle(f"Forward + backward, D = {dim}, {dtype}\n{WHERE_LINES_END}", fontsize=9)
         style.legend(figure, axes.flat, 3)
         paths.append(style.save(figure, out / f"{name}-{dtype}-{dim}.png"))
     return paths
@@ -187,6 +187,7 @@ def _draw_tau2(axis: Axes, rows: Sequence[dict[str, Any]]) -> style.Ends:
     axis.set(title=r"VarCon: $\tau_2$ in training, median and quartiles")
     if ends:
         _epochs(axis, max(end[0] for end in ends), 1.3)
+        axis.margins(y=0.12)  # for the highest name
     return ends
 
 

@@ -52,7 +52,8 @@ CLASSES = (
     "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
     "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
 )  # fmt: skip
-ORDERED = (SKY, BLUE, GREEN, ORANGE, RED, PURPLE)  # for what has an order: sizes, epochs
+# For what has an order, sizes and epochs: light to dark, so that no shade is taken for a method.
+ORDERED = ("#9ecae1", "#4a98c9", "#1764ab", "#08306b")
 
 plt.rcParams.update(
     {

@@ -30,6 +30,10 @@ def first_page(
         "cores: nothing here says what happens on ImageNet.\n"
     )
     yield "## When to choose VarCon\n"
+    yield (
+        "What to choose is said in [docs/results.md](../docs/results.md#when-to-choose-it). This "
+        "is what it rests on.\n"
+    )
     if rows:
         gains = gains_over_supcon(rows)
         yield from verdicts_table(rows)

@@ -88,7 +88,7 @@ def verdicts_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     if not names:
         return
     yield from grid(
-        ["images of a class in a step", "highest means, %", *compared],
+        ["images of a class in a step", "mean over these data sets and read-outs, %", *compared],
         (
             [name, best[name], *(_counts(g[name]) if name in g else "" for g in compared.values())]
             for name in names

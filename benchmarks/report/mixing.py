@@ -26,7 +26,7 @@ def mixup_section(mixed: list[dict[str, Any]], rows: list[dict[str, Any]]) -> It
         return
     yield "## Does mixup help?\n"
     searched = any(row.get("mixup") and row["split"] == "validation" for row in rows)
-    rates = "chosen with it" if searched else "those chosen without it"
+    rates = "chosen with it" if searched else f"those chosen without it{_other_rates(mixed, rows)}"
     last = f"{mixed[-1]['mixup']:g}"
     yield (
         f"{origin(f'quality --mixup {last}', mixed[-1]['environment'])} Mixed images have class "
@@ -49,6 +49,23 @@ def mixup_section(mixed: list[dict[str, Any]], rows: list[dict[str, Any]]) -> It
             f"{name}: accuracy, %: mean ± 95 % interval (difference from the same without mixup)",
             grid(["method", *(paired.TITLES[value] for value in shown)], lines),
         )
+
+
+def _other_rates(mixed: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
+    """Which methods were mixed at another rate than the one that is reported without."""
+    without = {
+        (row["data"], row["batch_size"], row["method"]): row["learning_rate"]
+        for row in paired.reported(rows)
+        if not row.get("mixup") and not row["noise"]
+    }
+    told = {}
+    for row in mixed:
+        method = row["method"].partition(", mixup ")[0]
+        rate = without.get((row["data"], row["batch_size"], method))
+        if rate is not None and rate != row["learning_rate"]:
+            name = f"{method} on {row['data']}"
+            told[name] = f"{name} ({row['learning_rate']:g} with mixup, {rate:g} without)"
+    return f", but for {', '.join(told.values())}" if told else ""
 
 
 def _repeated_by(here: list[dict[str, Any]]) -> str:

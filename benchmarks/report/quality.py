@@ -64,7 +64,30 @@ def _epochs_and_origin(rows: list[dict[str, Any]]) -> Iterator[str]:
         )
 
 
+def _rates_table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The learning rate chosen for each method and batch size, with right labels."""
+    clean = [row for row in rows if row["noise"] == 0.0]
+    tried = [row["learning_rate"] for row in clean if row["split"] == "validation"]
+    chosen = {(r["method"], r["batch_size"]): r["learning_rate"] for r in paired.reported(clean)}
+    sizes = sorted({size for _, size in chosen})
+    yield "\nlearning rate chosen by one run on validation images (edge: of what was tried)\n"
+    yield from grid(
+        ["method", *(f"batch {size}" for size in sizes)],
+        (
+            [method, *(_rate(chosen.get((method, size)), tried) for size in sizes)]
+            for method in dict.fromkeys(method for method, _ in chosen)
+        ),
+    )
+
+
+def _rate(rate: float | None, tried: list[float]) -> str:
+    if rate is None:
+        return ""
+    return f"{rate:g}" + (", edge" if tried and rate in (min(tried), max(tried)) else "")
+
+
 def _tables(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield from _rates_table(rows)
     for value, title in paired.TITLES.items():
         if not any(row.get(value) is not None for row in rows):
             continue

@@ -272,7 +272,7 @@ def sort_labels(batch: Batch, options: Options) -> tuple[Samples, ClassIndex, Gr
     if values_may_be_read(batch.labels):
         read_labels(batch, options)  # raises
     labels, valid, broken, slots, order, runs, starts, ends, ascending, num_present, num_valid = (
-        _sort_labels(batch.labels.to(torch.int64), ignore_index, num_classes)
+        _sort_labels(batch.labels.to(torch.int64).contiguous(), ignore_index, num_classes)
     )
     samples = Samples(
         features=batch.features,
@@ -517,7 +517,7 @@ def sweep(
     others = w.new_empty(4, num_rows)
     gradient = features.new_empty((num_rows, dim) if need_grad else 0)
     scale = w.new_empty(num_rows if need_grad else 0)
-    w = w.contiguous()
+    w, slots = w.contiguous(), slots.contiguous()
     own = None if own is None else own.contiguous()
     order = None
     if num_rows * num_slots * dim >= SORTED_FROM:
