@@ -47,6 +47,10 @@ class VarConTrainableModule(nn.Module):
         super().__init__()
         self.model = model
         self.projection = projection
+        layers = classifier_layers(unwrap_model(model))
+        plain = len(layers) == 1 and isinstance(layers[0], nn.Linear)
+        # In a tuple, so that it is the model's alone.
+        self._classifier = tuple(layers) if plain else ()
 
     def no_weight_decay(self) -> set[str]:
         """The model's own choice, under the names that the optimizer sees."""
@@ -68,6 +72,9 @@ class VarConTrainableModule(nn.Module):
         embeddings = self.model.forward_head(features, pre_logits=True)  # type: ignore[operator]
         if embeddings.ndim > 2:
             embeddings = embeddings.flatten(1)
+        if self._classifier:
+            # Not the whole head again: its norms would count each batch twice, its dropout differ.
+            return self.projection(embeddings), self._classifier[0](embeddings)
         return self.projection(embeddings), self.model.forward_head(features)  # type: ignore[operator]
 
 

@@ -91,6 +91,24 @@ def test_probe_and_encoder_keep_apart(name: str) -> None:
     assert not by_probe & by_varcon
 
 
+def test_the_head_sees_each_batch_once() -> None:
+    """Its norms count it once, and its dropout is the same for VarCon and for the probe."""
+    torch.manual_seed(0)
+    name = "mobilenetv4_conv_small_035"
+    if name not in timm.list_models():
+        pytest.skip(f"not in timm {timm.__version__}")
+    model = timm.create_model(name, num_classes=4, drop_rate=0.5)
+    task = VarConTask(model, dim=16, head="linear", verbose=False)
+    seen: list[torch.Tensor] = []
+    for layer in (model.get_classifier(), task.trainable_module.projection):
+        layer.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    task(torch.randn(8, 3, 64, 64), torch.arange(8) % 4)["loss"].backward()
+    counts = [b for n, b in model.named_buffers() if n.endswith("num_batches_tracked")]
+    assert len(counts) > 10
+    assert all(int(count) == 1 for count in counts)
+    assert torch.equal(*seen)
+
+
 @pytest.fixture
 def task() -> VarConTask:
     torch.manual_seed(0)
