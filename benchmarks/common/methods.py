@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.common.supcon import sincere_loss
 from varcon_loss import ProjectionHead, VarConLoss
 
-QUEUE = 2048  # embeddings that "SupCon memory" keeps
+QUEUE = 2048  # embeddings that "SupCon queue" keeps
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "VarCon leave-one-out": lambda *a, **k: VarCon(*a, **k, leave_one_out=True),
     "VarCon epsilon=0": lambda *a, **k: VarCon(*a, **k | {"epsilon": 0.0}),
     "VarCon memory": lambda *a, **k: VarCon(*a, **{"centroid_momentum": 0.99} | k),
-    "SupCon memory": SupConMemory,
+    "SupCon queue": SupConMemory,
     "NormFace": NormFace,
     "SINCERE": Sincere,
 }

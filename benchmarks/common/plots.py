@@ -187,7 +187,8 @@ def _draw_tau2(axis: Axes, rows: Sequence[dict[str, Any]]) -> style.Ends:
     axis.set(title=r"VarCon: $\tau_2$ in training, median and quartiles")
     if ends:
         _epochs(axis, max(end[0] for end in ends), 1.3)
-        axis.margins(y=0.12)  # for the highest name
+        low, high = axis.get_ylim()
+        axis.set_ylim(top=high + 0.25 * (high - low))  # room for the names, one above another
     return ends
 
 

@@ -25,7 +25,7 @@ LINES: dict[str, tuple[str, str, str]] = {
     "cross-entropy": ("cross-entropy", GREY, "-"),
     "NormFace": ("NormFace", GREEN, "-"),
     "SupCon": ("SupCon", ORANGE, "-"),
-    "SupCon memory": ("SupCon, queue of 2048", ORANGE, "--"),
+    "SupCon queue": ("SupCon, queue of 2048", ORANGE, "--"),
     "SINCERE": ("SINCERE", PURPLE, "-"),
     "VarCon": ("VarCon", BLUE, "-"),
     "VarCon memory": ("VarCon, centroid memory", BLUE, "--"),

@@ -10,7 +10,7 @@ from benchmarks.report.markdown import folded, grid, seeds_in_words
 
 FEW, MANY = 4, 20  # images of a class that a step sees: fewer than, and at least
 
-RIVALS = ("SupCon", "SupCon memory", "cross-entropy", "NormFace", "SINCERE")
+RIVALS = ("SupCon", "SupCon queue", "cross-entropy", "NormFace", "SINCERE")
 COMPARED = (
     ("VarCon", "SupCon"),
     ("VarCon memory", "SupCon"),
