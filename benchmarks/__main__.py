@@ -24,7 +24,7 @@ QUESTIONS = {
     "speed": "Time and memory beside the plain equations, SupCon and NT-Xent.",
     "quality": "Linear probe, kNN and few-shot accuracy over batch sizes, with intervals.",
     "settings": "Accuracy over temperature, epsilon, epochs or augmentation.",
-    "robustness": "Corrupted images, and other data than trained on.",
+    "robustness": "Corrupted images, other data than trained on, few labels.",
     "hierarchy": "Do similar classes lie near one another? The tree of class means.",
     "several-labels": "Two labels an image, against binary cross-entropy.",
     "momentum": "Which momentum of the centroid memory?",

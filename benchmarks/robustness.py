@@ -1,4 +1,4 @@
-"""Do the features survive corrupted images, and other data than they were trained on?"""
+"""Do the features survive corrupted images, other data than they were trained on, few labels?"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +13,12 @@ from benchmarks.common.paired import summary, text
 from benchmarks.common.probes import CORRUPTIONS, SEVERITIES
 from benchmarks.common.terminal import print_table, written
 
+KINDS = ("corruption", "transfer", "few-shot")
 METHODS = "cross-entropy,SupCon,SINCERE,NormFace,VarCon,VarCon memory"
 
 
 def command(
-    kind: Annotated[str, typer.Argument(help="corruption or transfer")],
+    kind: Annotated[str, typer.Argument(help=", ".join(KINDS))],
     data: options.Data = "mnist5k",
     methods: options.Methods = METHODS,
     batch_size: Annotated[int, typer.Option(min=2, help="images a step")] = 256,
@@ -30,14 +31,15 @@ def command(
     device: options.Device = "cpu",
     out: options.Out = Path("runs/robustness"),
 ) -> None:
-    """A linear probe on clean images, tried on corrupted ones; or probes on other data sets.
+    """A linear probe on clean images, tried on corrupted ones; or further probes.
 
     Corruption: noise, blur, contrast, brightness, shift and occlusion at five severities. Transfer:
-    the encoder, frozen, is read out on the other data sets at hand.
+    the encoder, frozen, is read out on the other data sets at hand. Few-shot: it is read out by
+    one and by five labelled images of each class, drawn twenty times.
     """
     options.require(device)
-    if kind not in ("corruption", "transfer"):
-        raise typer.BadParameter(f"corruption or transfer, got {kind!r}")
+    if kind not in KINDS:
+        raise typer.BadParameter(f"one of {', '.join(KINDS)}, got {kind!r}")
     options.loaded(data, root)
     base = Cell(data, "", batch_size, 0.0, 0, "test", epochs, extra=kind)
     bases = [replace(base, method=method) for method in options.chosen_methods(methods)]
@@ -51,7 +53,7 @@ def command(
     if kind == "corruption":
         parts = ["linear", *(f"{name}, mean" for name in CORRUPTIONS)]
     print_table(
-        f"{data}, batch {batch_size}: linear probe, %, mean ± 95 % interval (difference from "
+        f"{data}, batch {batch_size}: read-outs, %, mean ± 95 % interval (difference from "
         "SupCon)" + (f"; means over {len(SEVERITIES)} severities" if kind == "corruption" else ""),
         ["method", *parts],
         [

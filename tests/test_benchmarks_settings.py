@@ -131,6 +131,32 @@ def test_transfer_reads_out_on_the_other_sets() -> None:
     assert scores["linear on mnist5k"] > 0.5
 
 
+class TestFewShot:
+    def test_what_few_images_tell(self) -> None:
+        """All where classes are far apart; by chance where features say nothing."""
+        labels = torch.arange(10).repeat(30)
+        clear = torch.nn.functional.one_hot(labels, 10)[:, None, None].float()
+        noise = torch.randn(300, 1, 1, 10, generator=torch.Generator().manual_seed(0))
+        for images, low, high in ((clear, 1.0, 1.0), (noise, 0.02, 0.2)):
+            split = Split(images, labels)
+            known = ImageData("digits", split, split, split, 10)
+            scores = probes.few_shot_scores(nn.Flatten(), known, "cpu")
+            assert scores == probes.few_shot_scores(nn.Flatten(), known, "cpu")
+            names = ("linear on 1", "linear on 5", "class mean on 1", "class mean on 5")
+            assert list(scores) == [f"{name} a class" for name in names]
+            assert low - 1e-9 <= scores["linear on 1 a class"] <= high + 1e-9
+            assert low - 1e-9 <= scores["class mean on 1 a class"] <= high + 1e-9
+
+    def test_the_command(self, tmp_path: Path) -> None:
+        outcome = ask("robustness", "few-shot", "--batch-size", "256", "--seeds", "1", "--out",
+                      str(tmp_path), *SMALL)  # fmt: skip
+        assert outcome.exit_code == 0, outcome.output
+        page = reported([tmp_path / "few-shot-digits.jsonl"], tmp_path)
+        assert "## Do features serve few labels? digits" in page
+        assert "means over 20 draws" in page
+        assert re.search(r"\| class mean on 5 a class \| \d+\.\d \| \d+\.\d \(", page)
+
+
 class TestHierarchy:
     def test_known_groups_are_found(self) -> None:
         """Pairs whose left digit decides where a class lies, and whose right digit hardly does."""

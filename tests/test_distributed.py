@@ -340,6 +340,22 @@ def test_an_anchor_without_reference_is_an_error_on_all(tmp_path: Path) -> None:
     assert math.isnan(second[1])
 
 
+def reference_on_one_rank(rank: int, world_size: int) -> str:
+    reference = {"ref_features": torch.randn(4, DIM), "ref_labels": torch.arange(4)}
+    criterion = VarConLoss(num_classes=10, process_group="world")
+    features = torch.randn(4, DIM, requires_grad=True)
+    try:
+        criterion(features, torch.arange(4), **(reference if rank == 0 else {}))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_reference_set_on_one_rank_alone_is_noticed(tmp_path: Path) -> None:
+    for message in run_ranks(reference_on_one_rank, 2, tmp_path):
+        assert message.startswith("ranks disagree on ref_features, given or not (rank 1 from rank")
+
+
 def unreadable_labels_on_rank(rank: int, world_size: int) -> list[float]:
     """In compiled graphs, as on a GPU, labels out of range cannot be an error."""
     features, labels = torch.randn(4, DIM, requires_grad=True), torch.arange(4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import IMPLEMENTATIONS, MakeBatch
-from varcon_loss import varcon_loss, varcon_terms
+from varcon_loss import shares, sums, varcon_loss, varcon_terms
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
@@ -186,6 +186,23 @@ def test_float32_sums_of_very_many_rows() -> None:
     exact = varcon_terms(features.double(), labels, epsilon=0.05)
     torch.testing.assert_close(terms.reduced, exact.reduced.float(), rtol=2e-5, atol=0)
     torch.testing.assert_close(terms.confidence, exact.confidence.float(), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["integers", "shares"])
+def test_very_many_rows_where_there_is_no_float64(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Apple's GPUs: sums of pieces go on in float32, and lose little."""
+    assert sums.widest(torch.device("mps")) == torch.float32
+    for module in (sums, shares):
+        monkeypatch.setattr(module, "widest", lambda _: torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 4, generator=generator)[torch.arange(100_000) % 2]
+    labels = torch.arange(100_000) % 2
+    given = labels if kind == "integers" else torch.eye(2)[labels] * 0.9 + 0.05
+    terms = varcon_terms(rows, given, epsilon=0.05)
+    exact = varcon_terms(rows.double(), given, epsilon=0.05)
+    torch.testing.assert_close(terms.reduced, exact.reduced.float(), rtol=1e-4, atol=0)
 
 
 def test_counts_beyond_what_float32_counts() -> None:

@@ -75,6 +75,11 @@ class Classes(NamedTuple):
         broken = None if self.members is None else self.members.broken
         return self.failed if broken is None else broken.any()
 
+    def known_counts(self) -> Tensor:
+        """`counts`, where somebody asked for them or some slot may be empty."""
+        assert self.counts is not None
+        return self.counts
+
     def slot_labels(self) -> Tensor:
         """The label of each slot ``[S]``; of an empty one some class, to which it adds zeros."""
         if self.labels is not None:
@@ -93,8 +98,7 @@ class Classes(NamedTuple):
             return self.centroids
         present = self.lookup.present
         if present is None and self.lookup.gaps != "none":
-            assert self.counts is not None
-            present = self.counts > 0
+            present = self.known_counts() > 0
         return unit_centroids(self.sums, present, packed=self.lookup.gaps != "anywhere")
 
 
@@ -104,16 +108,16 @@ def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool
     ``count`` where the number of samples matters, not only that there are some.
     """
     samples = read(batch, options, dtype)
-    assert samples.unit is not None
+    unit = samples.unit_rows(dtype)
     if isinstance(samples.labels, Shares):
-        return _summarise_shares(samples, samples.labels, samples.unit, options)
+        return _summarise_shares(samples, samples.labels, unit, options)
     index, slots = index_classes(samples.labels, samples.valid, options.num_classes)
     counts = None
     if count or index.gaps != "none":
         counts = class_counts(slots, samples.valid, index.size, dtype)
     if counts is not None:
         index = index.among(counts)
-    sums = sum_slots(samples.unit, slots, samples.valid, index.size)
+    sums = sum_slots(unit, slots, samples.valid, index.size)
     return Classes(lookup=index, sums=sums, counts=counts, members=samples.placed(slots))
 
 

@@ -276,8 +276,7 @@ def exchange_classes(
     empty = torch.zeros(1, agreed.dim, dtype=agreed.dtype, device=agreed.device)
     sums, counts, labels = empty, empty[:, 0], torch.zeros_like(empty[:, 0], dtype=torch.int64)
     if classes is not None:
-        assert classes.counts is not None
-        sums, counts, labels = classes.sums, classes.counts, classes.slot_labels()
+        sums, counts, labels = classes.sums, classes.known_counts(), classes.slot_labels()
     local = torch.cat([sums, counts.unsqueeze(1)], dim=1)  # [S_local, D + 1]
     weight = weight.to(agreed.device, agreed.dtype)
     status = failed if broken is None else broken

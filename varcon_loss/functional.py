@@ -250,6 +250,7 @@ def _settings(call: Call) -> dict[str, Any]:
         "reduction": options.reduction,
         "ignore_index": options.ignore_index,
         "leave_one_out": options.leave_one_out,
+        "ref_features, given or not": call.ref_features is not None,
         "weight": options.weight,
         "centroid_momentum": None if memory is None else memory.momentum,
         "centroid memory": None if memory is None else memory.unit,

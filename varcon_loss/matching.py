@@ -27,8 +27,7 @@ def match_batch(anchors: Samples, classes: Classes, options: Options) -> Rows:
     slots = _slots(anchors, classes)
     if not options.leave_one_out:
         return Rows(anchors=anchors, slots=slots, centroids=centroids)
-    assert classes.counts is not None
-    kept = classes.counts > 1
+    kept = classes.known_counts() > 1
     own = centroids_without_self(anchors.unit_rows(classes.sums.dtype), classes.sums, slots)
     anchors = anchors.narrowed(kept.index_select(0, slots))
     return Rows(anchors=anchors, slots=slots, centroids=centroids, own=own, kept=kept)
@@ -90,11 +89,10 @@ def match_memory(
     own_labels, kept = anchors.labels, None
     if classes is not None:
         anchors = anchors.spoilt(classes.failed)
-        assert classes.counts is not None
         # Not in compiled graphs: Inductor's C++ for CPUs fails on the plain copy into the memory.
         in_order = classes.lookup.in_order and not torch.compiler.is_compiling()
         labels = None if in_order else classes.slot_labels()
-        broken = update_memory(memory, labels, classes.sums, classes.counts)
+        broken = update_memory(memory, labels, classes.sums, classes.known_counts())
         seen = memory.seen if labels is None else memory.seen.index_select(0, labels)
         kept = (seen > 0) | broken
     centroids, remembered = remembered_centroids(memory, dtype, copy=copy)

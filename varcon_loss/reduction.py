@@ -122,8 +122,7 @@ def denominator_of_kept(classes: Classes, kept: Tensor, weight: Tensor | None) -
     A class of one does so under ``leave_one_out``. It follows from what every rank knows of all
     classes by now; ``kept`` ``[S]``.
     """
-    assert classes.counts is not None
-    counts = classes.counts * kept
+    counts = classes.known_counts() * kept
     if weight is not None:
         counts = counts * weight.to(counts.dtype).index_select(0, classes.slot_labels())
     return counts.sum()

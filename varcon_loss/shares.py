@@ -13,7 +13,7 @@ from torch import Tensor
 
 from varcon_loss.readable import keepable, values_may_be_read
 from varcon_loss.records import changed
-from varcon_loss.sums import ROWS_A_SUM
+from varcon_loss.sums import ROWS_A_SUM, widest
 from varcon_loss.sweeps.products import make_linear
 
 # Entries a row up to which they are kept one by one: each costs as much as a small fraction of a
@@ -244,7 +244,8 @@ def class_masses(shares: Shares, size: int, dtype: torch.dtype) -> Tensor:
         masses.index_add_(0, shares.slots.reshape(-1), above.reshape(-1))
         return masses.mul_(shares.views).to(dtype)
     if not values_may_be_read(shares.values):
-        masses = shares.values.sum(0, dtype=torch.float64).mul_(shares.views).to(dtype)
+        wide = widest(shares.values.device)
+        masses = shares.values.sum(0, dtype=wide).mul_(shares.views).to(dtype)
         return masses if shares.columns is None else masses.index_select(0, shares.columns)
     masses = shares.values.new_zeros(size, dtype=torch.promote_types(dtype, torch.float32))
     total = masses.to(torch.float64) if len(shares.values) > ROWS_A_SUM else masses
@@ -267,7 +268,7 @@ def share_sums(shares: Shares, unit: Tensor, size: int) -> Tensor:
         return torch.mm(shares.whole(unit.dtype).T, unit)
     total = unit.new_zeros(size, unit.shape[1])
     if unit.shape[0] > ROWS_A_SUM:
-        total = total.to(torch.float64)
+        total = total.to(widest(unit.device))
     step = ROWS_A_SUM
     if shares.slots is None and (shares.columns is not None or shares.values.dtype != unit.dtype):
         step = min(step, max(128, PIECE // max(1, size)))  # pieces of the table are copied

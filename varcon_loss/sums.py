@@ -9,6 +9,11 @@ from torch import Tensor
 ROWS_A_SUM = 8192
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """What long sums go on in: float64, which Apple's GPUs do not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 # Sums ``[S, D]`` of rows ``[N, D]`` by their slots ``[N]``; those not valid ``[N]`` are zeros.
 SumSlots = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
 
@@ -22,7 +27,7 @@ def sum_slots(rows: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> T
     sums = rows.new_zeros(size, rows.shape[1])
     if rows.dtype == torch.float64 or rows.shape[0] <= ROWS_A_SUM:
         return sums.index_add_(0, slots, rows)
-    total = sums.to(torch.float64)
+    total = torch.zeros_like(sums, dtype=widest(rows.device))
     for part, their_slots in zip(rows.split(ROWS_A_SUM), slots.split(ROWS_A_SUM), strict=True):
         total += sums.zero_().index_add_(0, their_slots, part)
     return total.to(rows.dtype)

@@ -55,6 +55,11 @@ class ImageData:
         return {"left digit": 10, "right digit": 1} if self.name.endswith("-pairs") else {}
 
 
+def has_hundred_classes(data: str) -> bool:
+    """Or ten, as every other set here."""
+    return data.endswith("-pairs") or data == "cifar100"
+
+
 def class_names(data: str, num_classes: int) -> list[str]:
     """What a picture calls each class."""
     if data == "fashion":

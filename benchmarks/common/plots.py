@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.cluster.hierarchy import dendrogram
 
 from benchmarks.common import style
+from benchmarks.common.data import has_hundred_classes
 from benchmarks.common.paired import TITLES, reported, summary
 from benchmarks.common.probes import CORRUPTIONS, SEVERITIES
 
@@ -119,6 +120,7 @@ def draw_quality(rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
         style.log_ticks(axis, x=sizes)
         axis.set_xlim(min(sizes) / 1.4, max(sizes) * 1.4)
         axis.set(title=title, ylabel="accuracy, %", xlabel="batch size")
+        axis.set_ylim(top=min(100.0, axis.get_ylim()[1]))
     tau2 = _draw_tau2(axes[1, 1], rows)
     if not tau2:
         axes[1, 1].remove()
@@ -137,7 +139,7 @@ def draw_gains(gains: Mapping[str, pd.DataFrame], path: Path) -> Path:
         path: of the picture.
     """
     shown = {"linear": "linear probe", "linear, 5 a class": "on 5 images a class"}
-    sets = dict.fromkeys(data for frame in gains.values() for data in frame["data"])
+    sets = sorted({d for frame in gains.values() for d in frame["data"]}, key=has_hundred_classes)
     figure, axes = style.panels(len(shown), len(sets), 6.4, sharex="col")
     for column, data in zip(axes.T, sets, strict=True):
         for axis, (value, title) in zip(column, shown.items(), strict=True):
@@ -150,10 +152,11 @@ def draw_gains(gains: Mapping[str, pd.DataFrame], path: Path) -> Path:
                     100 * mine["gain_half_width"], capsize=2, **style.line(method),
                 )  # fmt: skip
             axis.yaxis.set_major_formatter(lambda v, _: f"{v:+g}" if v else "0")
-            axis.set_title(f"{data},\n{title}")
+            named = f"{data}, 100 classes" if has_hundred_classes(data) else data
+            axis.set_title(f"{named},\n{title}")
             style.log_ticks(axis, x=(0.3, 1, 3, 10, 30, 100))
             axis.margins(x=0.1)
-        column[-1].set_xlabel("images of a class\nin a step")
+        column[-1].set_xlabel("samples of a class in\na step, views counted")
     for axis in axes[:, 0]:
         axis.set_ylabel("points ahead of SupCon")
     figure.suptitle("Difference from SupCon, 95 % interval; each panel has its own scale")

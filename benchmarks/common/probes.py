@@ -14,10 +14,17 @@ from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
 from benchmarks.common.data import ImageData, Split, load
-from benchmarks.common.readouts import accuracy, knn_predictions, linear_model, linear_predictions
+from benchmarks.common.readouts import (
+    accuracy,
+    class_mean_predictions,
+    knn_predictions,
+    linear_model,
+    linear_predictions,
+)
 from benchmarks.common.training import encode
 
 SEVERITIES = (1, 2, 3, 4, 5)
+SHOTS, DRAWS = (1, 5), 20  # labelled images of a class, and how often they are drawn
 ELSEWHERE = ("digits", "mnist5k", "fashion")
 
 
@@ -99,6 +106,30 @@ def transfer_scores(
     return scores
 
 
+def few_shot_scores(encoder: nn.Module, data: ImageData, device: str) -> dict[str, float]:
+    """Read-outs learned on few labelled images of each class, means over draws of them.
+
+    The same draws for every encoder. With few images the choice of them decides as much as the
+    features do, so one draw tells little.
+    """
+    features, test = (encode(encoder, part, device) for part in (data.train, data.test))
+    labels = data.train.labels
+    generator = torch.Generator().manual_seed(0)
+    scores = {f"{name} on {n} a class": 0.0 for name in _FROM_FEW for n in SHOTS}
+    for _ in range(DRAWS):
+        order = torch.randperm(len(labels), generator=generator)
+        for n in SHOTS:
+            few = torch.cat([order[labels[order] == k][:n] for k in range(data.num_classes)])
+            for name, predictions in _FROM_FEW.items():
+                predicted = predictions(features[few], labels[few], test)
+                key = f"{name} on {n} a class"
+                scores[key] += accuracy(predicted, data.test.labels) / DRAWS
+    return scores
+
+
+_FROM_FEW = {"linear": linear_predictions, "class mean": class_mean_predictions}
+
+
 def hierarchy_scores(encoder: nn.Module, data: ImageData, device: str) -> dict[str, Any]:
     """The tree of class means of test features, and how well it keeps distances and groups."""
     features = F.normalize(encode(encoder, data.test, device), dim=1)
@@ -122,4 +153,6 @@ def further_scores(
         return transfer_scores(encoder, data, device, root)
     if extra == "hierarchy":
         return hierarchy_scores(encoder, data, device)
-    raise ValueError(f"extra must be corruption, transfer or hierarchy, got {extra!r}")
+    if extra == "few-shot":
+        return few_shot_scores(encoder, data, device)
+    raise ValueError(f"extra must be corruption, transfer, few-shot or hierarchy, got {extra!r}")

@@ -110,8 +110,12 @@ Ends = list[tuple[float, float, str, str]]  # (x, y, name, colour) of the last p
 def _label_ends(axis: Axes, ends: Ends, gap: float) -> None:
     """Names beside the ends of lines, ``gap`` points apart where they would meet."""
     scale = 72 / axis.figure.dpi
-    ends = sorted(ends, key=lambda end: end[1])
-    at = [axis.transData.transform((x, y))[1] * scale for x, y, _, _ in ends]
+
+    def height(end: tuple[float, float, str, str]) -> float:
+        return axis.transData.transform(end[:2])[1] * scale
+
+    ends = sorted(ends, key=lambda end: round(height(end) / gap))  # as given, where they meet
+    at = [height(end) for end in ends]
     placed = list(at)
     for i in range(1, len(placed)):
         placed[i] = max(placed[i], placed[i - 1] + gap)

@@ -40,7 +40,7 @@ def first_page(
         yield (
             "Read-outs (probe, kNN, nearest class mean, few-shot) of each data set and batch: "
             "*ahead* and *behind* where the 95 % interval of the paired difference over seeds "
-            "excludes 0. A step sees *images of a class* in two views. "
+            "excludes 0. A step sees *samples of a class*, two views of each image counted. "
             "[Evidence](#which-features-are-better).\n"
         )
         if "VarCon" in gains:
@@ -55,7 +55,7 @@ def first_page(
         if gains:
             yield embedded(
                 plots.draw_gains(gains, folder / "gains.png"),
-                "difference from SupCon over the images of a class that a step sees",
+                "difference from SupCon over the samples of a class that a step sees",
             )
             yield from gains_table(rows, gains)
     if (folder / "speed-cpu.json").exists():

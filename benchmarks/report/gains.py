@@ -1,4 +1,4 @@
-"""How far ahead or behind, over how many images of a class a step sees."""
+"""How far ahead or behind, over how many samples of a class a step sees."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.common import methods, paired
+from benchmarks.common.data import has_hundred_classes
 from benchmarks.report.markdown import folded, grid, seeds_in_words
 
-FEW, MANY = 4, 20  # images of a class that a step sees: fewer than, and at least
+FEW, MANY = 4, 20  # samples of a class that a step sees: fewer than, and at least
 
 RIVALS = ("SupCon", "SupCon queue", "cross-entropy", "NormFace", "SINCERE")
 COMPARED = (
@@ -50,9 +51,9 @@ def gains_over_supcon(rows: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
 
 
 def _images(frame: pd.DataFrame) -> list[float]:
-    """Images of a class that a step sees, in two views; sets of pairs have a hundred classes."""
+    """Samples of a class that a step sees: two views of each image."""
     return [
-        2 * size / (100 if data.endswith("-pairs") or data == "cifar100" else 10)
+        2 * size / (100 if has_hundred_classes(data) else 10)
         for data, size in zip(frame["data"], frame["batch_size"], strict=True)
     ]
 
@@ -65,7 +66,7 @@ def _counts(part: pd.DataFrame) -> str:
 
 
 def _groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Few, some and many images of a class in a step."""
+    """Few, some and many samples of a class in a step."""
     images = frame["images"]
     for name, mask in (
         (f"few (under {FEW})", images < FEW),
@@ -77,7 +78,7 @@ def _groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def verdicts_table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """A line for few, some and many images a class: who is highest, and who ahead of whom."""
+    """A line for few, some and many samples a class: who is highest, and who ahead of whom."""
     compared = {
         f"{method} against {baseline}": dict(_groups(frame))
         for method, baseline in COMPARED
@@ -88,7 +89,11 @@ def verdicts_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     if not names:
         return
     yield from grid(
-        ["images of a class in a step", "mean over these data sets and read-outs, %", *compared],
+        [
+            "samples of a class in a step, views counted",
+            "mean over these data sets and read-outs, %",
+            *compared,
+        ],
         (
             [name, best[name], *(_counts(g[name]) if name in g else "" for g in compared.values())]
             for name in names
@@ -98,7 +103,7 @@ def verdicts_table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def ranking(rows: list[dict[str, Any]], shown: int = 4) -> dict[str, str]:
-    """For few, some and many images a class: the best methods by their mean over read-outs."""
+    """For few, some and many samples a class: the best methods by their mean over read-outs."""
     clean = [
         row
         for row in rows
@@ -134,7 +139,7 @@ def by_readout(gains: pd.DataFrame) -> str:
 def gains_table(rows: list[dict[str, Any]], gains: dict[str, pd.DataFrame]) -> Iterator[str]:
     shown = ("linear", "knn", "linear, 5 a class", "linear, 1 a class")
     columns = [
-        "data, batch", "images a class",
+        "data, batch", "samples a class",
         *(f"VarCon: {paired.TITLES[value]}" for value in shown),
         *(f"VarCon memory: {paired.TITLES[value]}" for value in (shown[0], shown[2])),
         "best linear probe",

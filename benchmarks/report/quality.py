@@ -28,7 +28,9 @@ def quality_section(rows: list[dict[str, Any]], folder: Path) -> Iterator[str]:
         "brackets the paired difference from SupCon in points. The learning rate of each method, "
         "batch size and share of wrong labels is chosen on a validation split, from one grid for "
         "all; each set of images below names the methods whose choice lies on its edge (SupCon at "
-        "batch 512 of mnist-pairs: lower rates were tried too, and are worse).\n"
+        "batch 512 of mnist-pairs: lower rates were tried too, and are worse). Probes on few "
+        "images learn from the first ones of each class, the same in every run: "
+        "`robustness few-shot` draws them many times.\n"
     )
     yield from _epochs_and_origin(rows)
     for data in dict.fromkeys(row["data"] for row in rows):

@@ -9,6 +9,7 @@ import pandas as pd
 from benchmarks import hierarchy, momentum, robustness, settings
 from benchmarks.common import paired, plots, results
 from benchmarks.common.data import class_names
+from benchmarks.common.probes import DRAWS
 from benchmarks.report.markdown import command_of, embedded, folded, grid, how_run, origin, rows_of
 
 QUESTIONS = {
@@ -17,6 +18,12 @@ QUESTIONS = {
     "epochs": "How many epochs?",
     "augmentation": "How strong an augmentation?",
 }
+
+
+FEW_SHOT_WORDS = (
+    "Linear probe and nearest class mean learned on one and on five labelled images of each "
+    f"class: means over {DRAWS} draws of them, the same for all.\n"
+)
 
 
 def epochs_words(folder: Path) -> Iterator[str]:
@@ -91,6 +98,7 @@ def robustness_section(folder: Path) -> Iterator[str]:
     for kind, title in (
         ("corruption", "Do features survive corrupted images?"),
         ("transfer", "Do features serve other data?"),
+        ("few-shot", "Do features serve few labels?"),
     ):
         for path in sorted(folder.glob(f"{kind}-*.jsonl")):
             rows = rows_of(path)
@@ -102,9 +110,11 @@ def robustness_section(folder: Path) -> Iterator[str]:
                 picture = plots.draw_corruption(table, path.with_suffix(".png"))
                 yield embedded(picture, "accuracy over severity")
             else:
+                if kind == "few-shot":
+                    yield FEW_SHOT_WORDS
                 yield from _transfer_words(table)
                 picture = plots.draw_transfer(table, path.with_suffix(".png"))
-                yield embedded(picture, "accuracy on other data")
+                yield embedded(picture, f"accuracy, {kind}")
             parts = list(dict.fromkeys(table["readout"]))
             lines = (
                 [part, *(paired.text(mine[mine["readout"] == part]) for _, mine in

@@ -34,9 +34,8 @@ def sweep(
     if isinstance(rows.slots, Shares):
         return sweep_shares(rows, rows.slots, temperature, epsilon, need_grad, need_terms)
     anchors, centroids = rows.anchors, rows.centroids
-    z, norms, own = anchors.unit, anchors.norms, rows.own
-    w = centroids.unit
-    assert z is not None
+    w, norms, own = centroids.unit, anchors.norms, rows.own
+    z = anchors.unit_rows(w.dtype)
     num_rows, num_slots = z.shape[0], w.shape[0]
     chunk = rows_a_chunk(z, num_slots)
     keys = w / temperature  # [S, D]

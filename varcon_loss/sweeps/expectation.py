@@ -128,9 +128,8 @@ def sweep_shares(
 ) -> Swept:
     """`expected_loss` as a sweep: see `operators`."""
     anchors, centroids = rows.anchors, rows.centroids
-    assert anchors.unit is not None
     expected = expected_loss(
-        anchors.unit,
+        anchors.unit_rows(centroids.unit.dtype),
         shares,
         centroids.unit,
         centroids.present,
