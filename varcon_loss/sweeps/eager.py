@@ -20,7 +20,13 @@ from varcon_loss.rows import Implementation, Rows, Swept
 from varcon_loss.samples import read
 from varcon_loss.shares import Shares
 from varcon_loss.sums import sum_slots
-from varcon_loss.sweeps.chunks import TINY, Shared, count_others, rows_a_chunk
+from varcon_loss.sweeps.chunks import (
+    TINY,
+    Shared,
+    count_others,
+    keep_what_is_freed,
+    rows_a_chunk,
+)
 from varcon_loss.sweeps.expectation import sweep_shares
 from varcon_loss.sweeps.objective import row_objective, row_slopes
 from varcon_loss.sweeps.operators import gradient_scale, make_operator
@@ -58,11 +64,7 @@ def sweep(
         swept = Swept(loss=loss, others=others, gradient=gradient, scale=scale)
         return swept.masked_(anchors)
 
-    if z.device.type == "cpu":
-        # Freed at once, never written: glibc then keeps what a chunk frees for the next one, and
-        # no longer hands it back to the system. Otherwise up to 150,000 page faults, and half of
-        # the time, at N = 65,536, K = 1000.
-        z.new_empty(3, chunk, num_slots)
+    keep_what_is_freed(z, 3 * chunk * num_slots)
     buffer = z.new_empty(chunk, num_slots)
     gradient = torch.empty_like(z) if need_grad else None
     losses, others = [], []

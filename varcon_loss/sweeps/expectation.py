@@ -19,7 +19,7 @@ from torch import Tensor
 from varcon_loss.records import changed
 from varcon_loss.rows import Rows, Swept
 from varcon_loss.shares import Shares
-from varcon_loss.sweeps.chunks import Shared, count_others, rows_a_chunk
+from varcon_loss.sweeps.chunks import Shared, count_others, keep_what_is_freed, rows_a_chunk
 from varcon_loss.sweeps.entries import evaluate_entries
 from varcon_loss.sweeps.operators import gradient_scale
 from varcon_loss.sweeps.products import make_linear
@@ -85,6 +85,7 @@ def expected_loss(
     )
     evaluate = evaluate_table if dense else evaluate_entries
     num_buffers = 7 if dense else 1 if shares.background is None else 5
+    keep_what_is_freed(z, (num_buffers + 2) * chunk * num_slots)
     # Each by itself, and hence aligned as a product wants it.
     room = [z.new_empty(chunk, num_slots) for _ in range(num_buffers)]
     gradient = torch.empty_like(z) if need_grad else None
