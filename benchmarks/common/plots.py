@@ -139,7 +139,10 @@ def draw_gains(gains: Mapping[str, pd.DataFrame], path: Path) -> Path:
         path: of the picture.
     """
     shown = {"linear": "linear probe", "linear, 5 a class": "on 5 images a class"}
-    sets = sorted({d for frame in gains.values() for d in frame["data"]}, key=has_hundred_classes)
+    sets = sorted(
+        {data for frame in gains.values() for data in frame["data"]},
+        key=lambda data: (has_hundred_classes(data), data),
+    )
     figure, axes = style.panels(len(shown), len(sets), 6.4, sharex="col")
     for column, data in zip(axes.T, sets, strict=True):
         for axis, (value, title) in zip(column, shown.items(), strict=True):
@@ -152,10 +155,11 @@ def draw_gains(gains: Mapping[str, pd.DataFrame], path: Path) -> Path:
                     100 * mine["gain_half_width"], capsize=2, **style.line(method),
                 )  # fmt: skip
             axis.yaxis.set_major_formatter(lambda v, _: f"{v:+g}" if v else "0")
-            named = f"{data}, 100 classes" if has_hundred_classes(data) else data
-            axis.set_title(f"{named},\n{title}")
+            axis.set_title(title)
             style.log_ticks(axis, x=(0.3, 1, 3, 10, 30, 100))
             axis.margins(x=0.1)
+        number = 100 if has_hundred_classes(data) else 10
+        column[0].set_title(f"{data},\n{number} classes\n{shown['linear']}")
         column[-1].set_xlabel("samples of a class in\na step, views counted")
     for axis in axes[:, 0]:
         axis.set_ylabel("points ahead of SupCon")
