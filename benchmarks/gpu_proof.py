@@ -74,6 +74,7 @@ NEEDS = {
 # What shows nothing about a GPU, or is a stage of its own.
 NOT_IN_SUITE = (
     *("test_timm.py", "test_package.py", "test_docs.py", "test_benchmarks*.py"),
+    "test_accelerator.py",  # on CPU tensors
     *("test_triton.py", "test_cuda.py"),
 )
 
