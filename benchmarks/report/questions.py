@@ -131,7 +131,9 @@ def robustness_section(folder: Path) -> Iterator[str]:
 def _transfer_words(table: pd.DataFrame) -> Iterator[str]:
     """Points from SupCon on the other sets, by method."""
     others = table[table["readout"].str.contains(" on ")].dropna(subset=["gain"])
-    for method in ("VarCon", "VarCon memory"):
+    for method in others["method"].unique():
+        if not method.startswith("VarCon"):
+            continue
         mine = others[others["method"] == method]
         if not mine.empty:
             gains = ", ".join(
