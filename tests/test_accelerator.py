@@ -20,8 +20,7 @@ DIM, NUM_CLASSES = 6, 5
 
 @pytest.fixture
 def blinded(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in blind.lookers():
-        monkeypatch.setattr(module, blind.NAME, blind.never)
+    blind.look_at_nothing(monkeypatch.setattr)
 
 
 def everything(features: Tensor, labels: Tensor, options: dict, remembers: bool) -> list[Tensor]:
@@ -64,8 +63,7 @@ def test_the_answers_are_those_of_a_cpu(data: st.DataObject) -> None:
         labels[torch.rand(num_rows, generator=generator) < 0.2] = 0.0
     expected = everything(features, labels, options, remembers)
     with pytest.MonkeyPatch.context() as patch:
-        for module in blind.lookers():
-            patch.setattr(module, blind.NAME, blind.never)
+        blind.look_at_nothing(patch.setattr)
         found = everything(features, labels, options, remembers)
     exact = {"rtol": 1e-9, "atol": 1e-11}
     for got, want in zip(found, expected, strict=True):  # a memory is float32

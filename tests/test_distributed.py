@@ -340,15 +340,19 @@ def test_an_anchor_without_reference_is_an_error_on_all(tmp_path: Path) -> None:
     assert math.isnan(second[1])
 
 
-def reference_on_one_rank(rank: int, world_size: int) -> str:
-    reference = {"ref_features": torch.randn(4, DIM), "ref_labels": torch.arange(4)}
-    criterion = VarConLoss(num_classes=10, process_group="world")
-    features = torch.randn(4, DIM, requires_grad=True)
+def refusal(criterion: VarConLoss, labels: Tensor, **reference: Tensor) -> str:
+    """What a loss answers that should not be computed."""
     try:
-        criterion(features, torch.arange(4), **(reference if rank == 0 else {}))
+        criterion(torch.randn(len(labels), DIM, requires_grad=True), labels, **reference)
     except ValueError as error:
         return str(error)
     return "nothing"
+
+
+def reference_on_one_rank(rank: int, world_size: int) -> str:
+    reference = {"ref_features": torch.randn(4, DIM), "ref_labels": torch.arange(4)}
+    criterion = VarConLoss(num_classes=10, process_group="world")
+    return refusal(criterion, torch.arange(4), **(reference if rank == 0 else {}))
 
 
 def test_a_reference_set_on_one_rank_alone_is_noticed(tmp_path: Path) -> None:
@@ -381,11 +385,7 @@ def unequal_memory_on_rank(rank: int, world_size: int) -> str:
         seen, unit = torch.zeros(5), torch.zeros(5, DIM)
         seen[2] = unit[2, 1] = 1.0
         criterion.load_state_dict({"centroid_memory": unit, "centroid_seen": seen})
-    try:
-        criterion(torch.randn(4, DIM, requires_grad=True), torch.arange(4))
-    except ValueError as error:
-        return str(error)
-    return "nothing"
+    return refusal(criterion, torch.arange(4))
 
 
 def test_memories_that_differ_are_noticed(tmp_path: Path) -> None:

@@ -330,8 +330,7 @@ def test_a_reference_set_with_nothing_valid_has_no_class_0() -> None:
 @pytest.mark.parametrize("num_classes", [3, None])
 def test_as_on_a_gpu(num_classes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path that may not look at values: bad labels are NaN, and the rest as ever."""
-    for module in blind.lookers():
-        monkeypatch.setattr(module, blind.NAME, blind.never)
+    blind.look_at_nothing(monkeypatch.setattr)
     features, labels = batch(20, 3, 8)
     labels[3] = -100
     compare(features, labels, num_classes=num_classes)

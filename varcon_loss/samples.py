@@ -16,7 +16,8 @@ class Batch(NamedTuple):
     """What the caller gave, without views."""
 
     features: Tensor  # [N, D]
-    labels: Tensor  # [N]; or class probabilities [R, C], a row for each `views` samples
+    # [N] int64, side by side; or class probabilities [R, C], a row for each `views` samples
+    labels: Tensor
     name: str  # of the labels, in messages
     views: int = 1
     columns_of: str | None = None  # the other labels, if they say how many classes there are
@@ -97,6 +98,7 @@ def flatten(features: Tensor, labels: Tensor, name: str, columns_of: str | None 
     if are_shares(labels):
         return Batch(features=rows, labels=labels, name=name, views=views)
     labels = labels if features.ndim == 2 else labels.repeat_interleave(views)
+    labels = labels.to(torch.int64).contiguous()
     return Batch(features=rows, labels=labels, name=name, columns_of=columns_of)
 
 
@@ -110,7 +112,7 @@ def read_labels(batch: Batch, options: Options) -> tuple[Tensor, Tensor | None, 
             ``broken``.
     """
     num_classes, ignore_index = options.num_classes, options.ignore_index
-    values = keepable(batch.labels.to(torch.int64).contiguous())
+    values = keepable(batch.labels)
     readable = values_may_be_read(values)
     if not readable and num_classes is not None:
         return _mark_labels(values, ignore_index, num_classes)

@@ -27,6 +27,7 @@ from benchmarks.common.readouts import (
     accuracy,
     centroid_predictions,
     class_mean_predictions,
+    few_of_each,
     knn_predictions,
     linear_predictions,
 )
@@ -111,9 +112,7 @@ def read_out(
     for part, divisor in data.parts_of_label.items():
         scores[part] = accuracy(linear // divisor % 10, held_out.labels // divisor % 10)
     for shots in FEW_SHOTS:
-        few = torch.cat(
-            [(labels == k).nonzero().flatten()[:shots] for k in range(data.num_classes)]
-        )
+        few = few_of_each(labels, torch.arange(len(labels)), shots, data.num_classes)
         predictions = linear_predictions(features[few], labels[few], test)
         scores[f"linear, {shots} a class"] = accuracy(predictions, held_out.labels)
     run.objective.cpu()

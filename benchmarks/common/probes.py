@@ -17,6 +17,7 @@ from benchmarks.common.data import ImageData, Split, load
 from benchmarks.common.readouts import (
     accuracy,
     class_mean_predictions,
+    few_of_each,
     knn_predictions,
     linear_model,
     linear_predictions,
@@ -25,6 +26,7 @@ from benchmarks.common.training import encode
 
 SEVERITIES = (1, 2, 3, 4, 5)
 SHOTS, DRAWS = (1, 5), 20  # labelled images of a class, and how often they are drawn
+FROM_FEW = {"linear": linear_predictions, "class mean": class_mean_predictions}
 ELSEWHERE = ("digits", "mnist5k", "fashion")
 
 
@@ -115,19 +117,16 @@ def few_shot_scores(encoder: nn.Module, data: ImageData, device: str) -> dict[st
     features, test = (encode(encoder, part, device) for part in (data.train, data.test))
     labels = data.train.labels
     generator = torch.Generator().manual_seed(0)
-    scores = {f"{name} on {n} a class": 0.0 for name in _FROM_FEW for n in SHOTS}
+    scores = {f"{name} on {n} a class": 0.0 for name in FROM_FEW for n in SHOTS}
     for _ in range(DRAWS):
         order = torch.randperm(len(labels), generator=generator)
         for n in SHOTS:
-            few = torch.cat([order[labels[order] == k][:n] for k in range(data.num_classes)])
-            for name, predictions in _FROM_FEW.items():
+            few = few_of_each(labels, order, n, data.num_classes)
+            for name, predictions in FROM_FEW.items():
                 predicted = predictions(features[few], labels[few], test)
                 key = f"{name} on {n} a class"
                 scores[key] += accuracy(predicted, data.test.labels) / DRAWS
     return scores
-
-
-_FROM_FEW = {"linear": linear_predictions, "class mean": class_mean_predictions}
 
 
 def hierarchy_scores(encoder: nn.Module, data: ImageData, device: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """How good are frozen features? Read out by nearest neighbours and by a linear classifier."""
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
@@ -55,6 +56,12 @@ def flat_map(features: Tensor) -> np.ndarray:
     """``[N, 2]`` by t-SNE, whose axes mean nothing."""
     few = min(30.0, (len(features) - 1) / 3)
     return TSNE(init="pca", random_state=0, perplexity=few).fit_transform(features.numpy())
+
+
+def few_of_each(labels: Tensor, order: Tensor, shots: int, num_classes: int) -> Tensor:
+    """Which samples are the first ``shots`` of each class in this ``order`` ``[N]``."""
+    ordered = labels[order]
+    return torch.cat([order[ordered == k][:shots] for k in range(num_classes)])
 
 
 def accuracy(predictions: np.ndarray, labels: Tensor) -> float:

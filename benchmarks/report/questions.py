@@ -131,11 +131,8 @@ def robustness_section(folder: Path) -> Iterator[str]:
 def _transfer_words(table: pd.DataFrame) -> Iterator[str]:
     """Points from SupCon on the other sets, by method."""
     others = table[table["readout"].str.contains(" on ")].dropna(subset=["gain"])
-    for method in others["method"].unique():
-        if not method.startswith("VarCon"):
-            continue
-        mine = others[others["method"] == method]
-        if not mine.empty:
+    for method, mine in others.groupby("method", sort=False):
+        if str(method).startswith("VarCon"):
             gains = ", ".join(
                 f"{part} {paired.gain(line)}" for part, line in mine.groupby("readout", sort=False)
             )

@@ -272,7 +272,7 @@ def sort_labels(batch: Batch, options: Options) -> tuple[Samples, ClassIndex, Gr
     if values_may_be_read(batch.labels):
         read_labels(batch, options)  # raises
     labels, valid, broken, slots, order, runs, starts, ends, ascending, num_present, num_valid = (
-        _sort_labels(batch.labels.to(torch.int64).contiguous(), ignore_index, num_classes)
+        _sort_labels(batch.labels, ignore_index, num_classes)
     )
     samples = Samples(
         features=batch.features,
