@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from varcon_loss.readable import values_may_be_read
+
 # Elements of one chunk's logits and rows. 4 MiB of float32 stay in a CPU's caches (2^18 and 2^22
 # were both slower at N = 8192, K = 1000); an accelerator wants fewer, larger launches.
 CHUNK_CPU = 2**20
@@ -55,7 +57,7 @@ def keep_what_is_freed(z: Tensor, numbers: int) -> None:
 
 def count_others(num_present: Tensor, z: Tensor) -> Tensor | int:
     """``K - 1``, at least 0: a number where it may be read, else as the rows ``z`` are."""
-    if z.device.type == "cpu":
+    if values_may_be_read(num_present):
         return max(0, int(num_present) - 1)
     # K = 0: no row is valid, but log(-1) would turn the zeros into NaN.
     return num_present.to(z.dtype).sub_(1).clamp_min_(0)

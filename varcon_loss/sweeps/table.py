@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from varcon_loss.readable import values_may_be_read
 from varcon_loss.rows import Swept
 from varcon_loss.shares import Shares
 from varcon_loss.sweeps.chunks import TINY, Shared
@@ -50,7 +51,7 @@ def evaluate_table(
 
     # Which class has more than half? On a CPU a comparison and a product find it faster than
     # argmax. Where none has, any class will do.
-    if z.device.type == "cpu":
+    if values_may_be_read(z):
         torch.gt(p, total / 2, out=through)
         m = torch.mv(through, torch.arange(p.shape[1], dtype=z.dtype))
         m = m.long().clamp_max_(p.shape[1] - 1).unsqueeze(1)  # products may be rounded to bfloat16
