@@ -204,18 +204,17 @@ def test_sorted_labels(num_rows: int, num_classes: int | None, ignore_index: int
 
     options = Options(num_classes=num_classes, ignore_index=ignore_index)
     rows = Batch(torch.zeros(num_rows, 1, device=DEVICE), labels, "labels")
-    got, lookup, groups = fused.sort_labels(rows, options)
+    got, lookup, found_slots, groups = fused.sort_labels(rows, options)
     expected = EAGER.read(rows, options, torch.float32)
     assert isinstance(expected.labels, Tensor)
     _, slots = index_classes(expected.labels, expected.valid, num_classes)
     valid = torch.ones_like(labels, dtype=torch.bool) if expected.valid is None else expected.valid
     present = torch.unique(labels[valid])
     assert got.valid is not None
-    assert got.slots is not None
     assert lookup.ascending is not None
     assert torch.equal(got.valid, valid)
     assert torch.equal(got.labels[valid], labels[valid])
-    assert torch.equal(got.slots[valid], slots[valid])
+    assert torch.equal(found_slots[valid], slots[valid])
     assert int(lookup.num_present) == len(present)
     assert float(got.num_valid) == max(1, int(valid.sum()))
     assert torch.equal(lookup.ascending[: len(present)], present)
@@ -223,9 +222,9 @@ def test_sorted_labels(num_rows: int, num_classes: int | None, ignore_index: int
     assert len(lookup.ascending) == max(1, min(num_rows, num_classes or num_rows))
     order, runs, starts, ends = groups
     for slot, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
-        members = (valid & (got.slots == slot)).nonzero().flatten()
+        members = (valid & (found_slots == slot)).nonzero().flatten()
         assert torch.equal(order[start:end], members)
-    assert torch.equal(runs, torch.where(valid, got.slots, -1)[order].int())
+    assert torch.equal(runs, torch.where(valid, found_slots, -1)[order].int())
 
 
 def test_narrow_keys_sort_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,10 +243,10 @@ def test_narrow_keys_sort_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         for at_once in (4096, 0):
             monkeypatch.setattr(fused, "SORTED_AT_ONCE", at_once)
             rows = Batch(torch.zeros(len(labels), 1), labels.to(DEVICE), "labels")
-            found, lookup, groups = fused.sort_labels(rows, Options(num_classes=300))
+            found, lookup, slots, groups = fused.sort_labels(rows, Options(num_classes=300))
             order, runs, starts, ends = groups
             kept = runs >= 0  # the others may come in any order
-            read = (found.labels, found.valid, found.broken, found.num_valid, found.slots)
+            read = (found.labels, found.valid, found.broken, found.num_valid, slots)
             results.append((*read, lookup.ascending, order[kept]))
             assert torch.equal((ends - starts).sum(), kept.sum())
         for narrow, wide in zip(*results, strict=True):
@@ -268,8 +267,7 @@ def test_sums_of_large_classes(
         labels[3] = -100
     features, _ = batch(len(labels), 2, 5)
     rows = Batch(features, labels.to(DEVICE), "labels")
-    found, _, groups = fused.sort_labels(rows, Options(num_classes=len(sizes)))
-    assert found.slots is not None
+    _, _, slots, groups = fused.sort_labels(rows, Options(num_classes=len(sizes)))
     sums, counts, unit, norms = fused.class_sums(features, *groups, normalize, True)
     none_kept, *others = fused.class_sums(features, *groups, normalize, False)
     assert none_kept.shape == (0, 5)
@@ -278,9 +276,9 @@ def test_sums_of_large_classes(
     rows = features / lengths[:, None] if normalize else features
     valid = labels.to(DEVICE) >= 0
     expected = torch.zeros(len(sums), 5, device=DEVICE)
-    expected.index_add_(0, found.slots[valid], rows[valid])
+    expected.index_add_(0, slots[valid], rows[valid])
     torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-3)
-    assert torch.equal(counts, torch.bincount(found.slots[valid], minlength=len(sums)).float())
+    assert torch.equal(counts, torch.bincount(slots[valid], minlength=len(sums)).float())
     torch.testing.assert_close(
         unit, torch.nn.functional.normalize(expected, dim=1), rtol=1e-4, atol=1e-4
     )
@@ -431,7 +429,7 @@ def test_operators_follow_the_rules(dtype: torch.dtype) -> None:
     valid = labels != 2
     norms = fused.row_norms(features, valid)
     rows = Batch(features, labels, "labels")
-    found, lookup, groups = fused.sort_labels(rows, Options(num_classes=4, ignore_index=2))
+    _, lookup, slots, groups = fused.sort_labels(rows, Options(num_classes=4, ignore_index=2))
     operators = torch.ops.varcon_loss
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for operator, arguments in (
@@ -446,7 +444,7 @@ def test_operators_follow_the_rules(dtype: torch.dtype) -> None:
     features.requires_grad_()
     given = {
         "features": features, "norms": norms, "w": w, "need_grad": True, "need_terms": True,
-        "unit": None, "slots": found.slots, "shares": None, "entries": None, "columns": None,
+        "unit": None, "slots": slots, "shares": None, "entries": None, "columns": None,
         "background": None, "class_weight": None, "present": present, "num_present": count,
         "packed": False, "own": None, "valid": valid, "broken": None,
         "temperature": 0.1, "epsilon": 0.02, "temperatures": None,

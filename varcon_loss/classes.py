@@ -64,16 +64,10 @@ class Classes(NamedTuple):
     sums: Tensor  # [S, D] sums of the unit rows; [0, D] from kernels that were not asked to count
     # [S] how many valid rows that is, in shares where labels are; None: at least one in each slot
     counts: Tensor | None
-    members: Samples | None = None  # the samples themselves, in their slots; None: of all ranks
-    labels: Tensor | None = None  # [S] label of each slot, 0 where empty; None: ask `slot_labels`
+    slots: Tensor | None = None  # [N] int64, of those rows; None: of all ranks, or labels in shares
     centroids: Centroids | None = None  # where they are there already
     # 0-d bool: did another rank fail, where nobody may look? Then the sums are NaN
     failed: Tensor | None = None
-
-    def spoil_all(self) -> Tensor | None:
-        """Is there what makes the loss of every anchor NaN, 0-d bool? None: nothing is."""
-        broken = None if self.members is None else self.members.broken
-        return self.failed if broken is None else broken.any()
 
     def known_counts(self) -> Tensor:
         """`counts`, where somebody asked for them or some slot may be empty."""
@@ -82,15 +76,15 @@ class Classes(NamedTuple):
 
     def slot_labels(self) -> Tensor:
         """The label of each slot ``[S]``; of an empty one some class, to which it adds zeros."""
-        if self.labels is not None:
-            return self.labels
-        if self.lookup.in_order:
+        table = self.lookup.table
+        if self.lookup.ascending is not None:
+            return self.lookup.ascending
+        if table is None:
             return torch.arange(self.lookup.size, device=self.sums.device)
-        members = self.members
-        assert members is not None
-        assert members.slots is not None
-        assert isinstance(members.labels, Tensor)
-        return labels_of_slots(members.labels, members.slots, members.valid, self.lookup.size)
+        places = torch.where(table < 0, self.lookup.size, table)
+        labels = places.new_zeros(self.lookup.size + 1)
+        numbers = torch.arange(len(places), device=places.device)
+        return labels.scatter_(0, places, numbers)[:-1]
 
     def find_centroids(self) -> Centroids:
         """Directions of the sums, unless they were found along with them."""
@@ -102,7 +96,9 @@ class Classes(NamedTuple):
         return unit_centroids(self.sums, present, packed=self.lookup.gaps != "anywhere")
 
 
-def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool) -> Classes:
+def summarise(
+    batch: Batch, options: Options, dtype: torch.dtype, *, count: bool
+) -> tuple[Samples, Classes]:
     """Read a batch, index its classes and sum each of them.
 
     ``count`` where the number of samples matters, not only that there are some.
@@ -110,7 +106,7 @@ def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool
     samples = read(batch, options, dtype)
     unit = samples.unit_rows(dtype)
     if isinstance(samples.labels, Shares):
-        return _summarise_shares(samples, samples.labels, unit, options)
+        return samples, _summarise_shares(samples, samples.labels, unit, options)
     index, slots = index_classes(samples.labels, samples.valid, options.num_classes)
     counts = None
     if count or index.gaps != "none":
@@ -118,29 +114,35 @@ def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool
     if counts is not None:
         index = index.among(counts)
     sums = sum_slots(unit, slots, samples.valid, index.size)
-    return Classes(lookup=index, sums=sums, counts=counts, members=samples.placed(slots))
+    return samples, Classes(lookup=index, sums=sums, counts=counts, slots=slots)
 
 
 def _summarise_shares(samples: Samples, shares: Shares, unit: Tensor, options: Options) -> Classes:
     """Classes with any share; their counts are sums of shares."""
     assert options.num_classes is not None
     counts = class_masses(shares, options.num_classes, unit.dtype)
-    labels = torch.arange(options.num_classes, device=unit.device)
     if not values_may_be_read(counts):
         index = ClassIndex(size=options.num_classes, gaps="anywhere", present=counts > 0)
+    elif bool((counts > 0).all()):
+        index, _ = list_classes(torch.arange(options.num_classes))
     else:
-        present = labels
-        if not bool((counts > 0).all()):
-            present = counts.nonzero().squeeze(1)
-            # Where nobody is present class 0 has the one slot, which is empty.
-            labels = present if len(present) > 0 else torch.zeros(1, dtype=torch.int64)
-            shares, counts = in_slots(shares, labels), counts.index_select(0, labels)
-        gaps = "none" if len(present) > 0 else "last"
-        index = ClassIndex(size=len(labels), gaps=gaps, ascending=present)
+        index, labels = list_classes(counts.nonzero().squeeze(1))
+        shares, counts = in_slots(shares, labels), counts.index_select(0, labels)
     sums = share_sums(shares, unit, index.size)
     if samples.broken is not None:  # what cannot be is in every sum
         sums = sums.masked_fill(samples.broken.any(), torch.nan)
-    return Classes(lookup=index, sums=sums, counts=counts, members=samples, labels=labels)
+    return Classes(lookup=index, sums=sums, counts=counts)
+
+
+def list_classes(present: Tensor) -> tuple[ClassIndex, Tensor]:
+    """Of the labels present, whose number may be read, and the label of each slot.
+
+    Where there is none class 0 has the one slot, which is empty.
+    """
+    if len(present) > 0:
+        return ClassIndex(size=len(present), gaps="none", ascending=present), present
+    none = present.new_zeros(1)
+    return ClassIndex(size=1, gaps="last", ascending=none, num_present=none[0]), none
 
 
 def index_classes(
@@ -157,9 +159,7 @@ def index_classes(
             ascending, slots = torch.unique(labels, return_inverse=True)
             gaps = "none" if valid is None else "anywhere"
             return ClassIndex(size=ascending.numel(), gaps=gaps, ascending=ascending), slots
-        ascending = torch.unique(labels if valid is None else labels[valid])
-        gaps = "last" if ascending.numel() == 0 else "none"
-        index = ClassIndex(size=max(1, ascending.numel()), gaps=gaps, ascending=ascending)
+        index, _ = list_classes(torch.unique(labels if valid is None else labels[valid]))
         return index, find_slots(labels, index)[0]
     # As many rows as classes: nothing is gained by leaving out those that are absent. A compiled
     # graph for any number of rows must not ask.
@@ -186,19 +186,11 @@ def find_slots(labels: Tensor, index: ClassIndex) -> tuple[Tensor, Tensor]:
         slots = index.table.index_select(0, labels)
         return slots.clamp_min(0), slots >= 0
     assert index.ascending is not None
-    if len(index.ascending) == 0:
-        return torch.zeros_like(labels), torch.zeros_like(labels, dtype=torch.bool)
     slots = torch.searchsorted(index.ascending, labels).clamp_max(index.size - 1)
     found = index.ascending.index_select(0, slots) == labels
     if index.present is not None:
         found = found & index.present.index_select(0, slots)
     return slots, found if index.num_present is None else found & (slots < index.num_present)
-
-
-def labels_of_slots(labels: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> Tensor:
-    """The label in each slot, ``[S]``, 0 in empty slots: from labels ``[N]`` and their slots."""
-    marks = slots if valid is None else torch.where(valid, slots, size)
-    return marks.new_zeros(size + 1).scatter_(0, marks, labels)[:size]
 
 
 def unit_centroids(sums: Tensor, present: Tensor | None, *, packed: bool = True) -> Centroids:

@@ -26,7 +26,6 @@ from varcon_loss.classes import (
     Classes,
     ClassIndex,
     index_classes,
-    labels_of_slots,
 )
 from varcon_loss.readable import values_may_be_read
 from varcon_loss.records import changed
@@ -38,40 +37,33 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FIELDS = ("num_classes", "feature width", "dtype", "exchange")
 
 
-class Agreement(NamedTuple):
-    """What must be the same on all ranks, since the collectives depend on it."""
+class Plan(NamedTuple):
+    """How the ranks exchange their classes: as one of them wants it, or as all have settled it.
+
+    All but the device must be the same on all ranks, since the collectives depend on it.
+    """
 
     num_classes: int | None
-    exchange: str
+    exchange: str  # settled: not "auto"
     dim: int
     dtype: torch.dtype  # in which everything is computed
     device: torch.device
-
-
-class Plan(NamedTuple):
-    """How the ranks exchange their classes, as settled in their first step."""
-
-    agreed: Agreement
-    group: Any
-    rank: int
-    world_size: int
-    all_reduce: bool
-    capacity: int  # classes a rank may send by all-gather; with num_classes
+    capacity: int = 0  # settled: classes a rank may send by all-gather; with num_classes
 
 
 class Plans:
-    """What the ranks agreed on, by group, then by what the first step was called with.
+    """What the ranks have settled, by group, then by what the first step wanted.
 
     Each loss module has its own: where one rank fails, it must join the others in the collective
     of the same loss. Copies start with none.
     """
 
     def __init__(self) -> None:
-        self._by_group: weakref.WeakKeyDictionary[Any, dict[Agreement, Plan]] = (
+        self._by_group: weakref.WeakKeyDictionary[Any, dict[Plan, Plan]] = (
             weakref.WeakKeyDictionary()
         )
 
-    def of(self, group: Any) -> "dict[Agreement, Plan]":
+    def of(self, group: Any) -> dict[Plan, Plan]:
         """The plans made with ``group``, the latest used last."""
         return self._by_group.setdefault(group, {})
 
@@ -106,76 +98,74 @@ def resolve_group(process_group: Any) -> Any | None:
     return process_group
 
 
+def world_size(group: Any) -> int:
+    """How many ranks it has."""
+    return dist.get_world_size(group)
+
+
 def make_plan(
     group: Any,
     plans: Plans,
-    mine: Agreement,
+    wanted: Plan,
     num_held: int,
     settings: Callable[[], Mapping[str, Any]] = dict,
 ) -> Plan:
-    """The plan for this call: made together with all ranks the first time, then remembered.
+    """The plan for this call: settled with all ranks the first time, then remembered.
 
     Args:
         group: of ranks.
         plans: the loss's.
-        mine: what this call needs the others to have too.
+        wanted: by this call.
         num_held: how many classes this rank's batch can hold, 0 where there is no sample.
-        settings: what else ranks should have alike, asked when a plan is made: numbers, strings
+        settings: what else ranks should have alike, asked when a plan is settled: numbers, strings
             and tensors.
 
     Raises:
         ValueError: on every rank, if ranks disagree.
     """
     known = plans.of(group)
-    if mine in known:
-        known[mine] = plan = known.pop(mine)  # the latest is last
+    if wanted in known:
+        known[wanted] = plan = known.pop(wanted)  # the latest is last
         return plan
-    numbers = [
-        0,
-        mine.num_classes or -1,
-        mine.dim,
-        _DTYPES.index(mine.dtype),
-        EXCHANGES.index(mine.exchange),
-        num_held,
-    ]
-    alike = settings()
-    everyone = _handshake(
-        group, mine.device, numbers + [_as_number(value) for value in alike.values()]
-    )
-    for field, values in zip(_FIELDS, list(zip(*everyone, strict=True))[1:5], strict=True):
+    needed = {
+        "num_classes": wanted.num_classes or -1,
+        "feature width": wanted.dim,
+        "dtype": _DTYPES.index(wanted.dtype),
+        "exchange": EXCHANGES.index(wanted.exchange),
+    }
+    told = {name: _as_number(value) for name, value in settings().items()}
+    mine = [num_held, *needed.values(), *told.values()]
+    held, *columns = zip(*_handshake(group, wanted.device, mine), strict=True)
+    for field, values in zip([*needed, *told], columns, strict=False):
         if len(set(values)) > 1:
-            names = {"dtype": _DTYPES, "exchange": EXCHANGES}.get(field)
-            listed = ", ".join(
-                f"rank {rank}: {names[v] if names else (None if v == -1 else v)}"
-                for rank, v in enumerate(values)
-            )
-            raise ValueError(f"ranks disagree on {field} ({listed}): it must be the same on all")
-    told = list(zip(*everyone, strict=True))[len(numbers) :]
-    for field, values in zip(alike, told, strict=False):
-        if len(set(values)) > 1:
-            others = [str(rank) for rank, value in enumerate(values) if value != values[0]]
-            raise ValueError(
-                f"ranks disagree on {field} (rank {', '.join(others)} from rank 0): it must be the "
-                "same on all; a checkpoint must be loaded by every rank"
-            )
-    held = [values[5] for values in everyone]
-    all_reduce = mine.exchange == "all-reduce"
-    if mine.exchange == "auto":
-        all_reduce = mine.num_classes is not None and mine.num_classes <= sum(held)
-    plan = Plan(
-        agreed=mine,
-        group=group,
-        rank=dist.get_rank(group),
-        world_size=len(everyone),
-        all_reduce=all_reduce,
-        capacity=max(1, min(mine.num_classes or 1, max(held))),
-    )
+            raise ValueError(f"ranks disagree on {field} ({_disagreement(field, values)}")
+    exchange = wanted.exchange
+    if exchange == "auto":
+        fits = wanted.num_classes is not None and wanted.num_classes <= sum(held)
+        exchange = "all-reduce" if fits else "all-gather"
+    capacity = max(1, min(wanted.num_classes or 1, max(held)))
+    plan = changed(wanted, exchange=exchange, capacity=capacity)
     if any(held):  # a step without samples tells nothing of the next
-        known[mine] = plan
+        known[wanted] = plan
     return plan
 
 
-def announce_failure(group: Any, plans: Plans, mine: Agreement, *, has_reference: bool) -> None:
+def _disagreement(field: str, values: tuple[int, ...]) -> str:
+    if field not in _FIELDS:
+        others = [str(rank) for rank, value in enumerate(values) if value != values[0]]
+        return (
+            f"rank {', '.join(others)} from rank 0): it must be the same on all; a checkpoint must "
+            "be loaded by every rank"
+        )
+    names = {"dtype": _DTYPES, "exchange": EXCHANGES}.get(field)
+    listed = ", ".join(
+        f"rank {rank}: {names[v] if names else (None if v == -1 else v)}"
+        for rank, v in enumerate(values)
+    )
+    return f"{listed}): it must be the same on all"
+
+
+def announce_failure(group: Any, plans: Plans, wanted: Plan, *, has_reference: bool) -> None:
     """Take part in the step's collectives with nothing but the news that this rank failed.
 
     In those of the plan that the others follow: the one for such features, or, where the features
@@ -183,18 +173,18 @@ def announce_failure(group: Any, plans: Plans, mine: Agreement, *, has_reference
     latest of this loss.
     """
     known = plans.of(group)
-    alike = [agreed for agreed in known if agreed.exchange == mine.exchange]
-    if mine.num_classes is not None:
-        alike = [agreed for agreed in alike if agreed.num_classes == mine.num_classes]
-    if mine not in known and alike:
-        mine = alike[-1]
-    if mine in known:
-        exchange_classes(known[mine], None, torch.zeros(()), failed=True)
-        failed = torch.ones((), dtype=torch.bool, device=known[mine].agreed.device)
+    alike = [other for other in known if other.exchange == wanted.exchange]
+    if wanted.num_classes is not None:
+        alike = [other for other in alike if other.num_classes == wanted.num_classes]
+    if wanted not in known and alike:
+        wanted = alike[-1]
+    if wanted in known:
+        exchange_classes(group, known[wanted], None, torch.zeros(()), failed=True)
+        failed = torch.ones((), dtype=torch.bool, device=wanted.device)
         if has_reference and not values_may_be_read(failed):  # elsewhere the others have raised
             tell_of_failure(group, failed)
     else:
-        _handshake(group, mine.device, [True], raises=False)
+        _handshake(group, wanted.device, None)
 
 
 def _as_number(value: Any) -> int:
@@ -212,15 +202,18 @@ def _as_number(value: Any) -> int:
     return -1 if value is None else int(value)
 
 
-def _handshake(group: Any, device: torch.device, mine: list[int], raises: bool = True) -> list:
-    mine = mine + [0] * (HANDSHAKE - len(mine))
-    sent = torch.tensor(mine, dtype=torch.int64, device=device)
-    received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+def _handshake(group: Any, device: torch.device, mine: list[int] | None) -> list[list[int]]:
+    """Every rank's numbers; None where this one fails, and only tells so."""
+    numbers = [int(mine is None), *(mine or [])]
+    assert len(numbers) <= HANDSHAKE
+    numbers += [0] * (HANDSHAKE - len(numbers))
+    sent = torch.tensor(numbers, dtype=torch.int64, device=device)
+    received = [torch.empty_like(sent) for _ in range(world_size(group))]
     dist.all_gather(received, sent, group=group)
     everyone = [values.tolist() for values in received]
-    if raises:
-        _raise_for([values[0] for values in everyone])
-    return everyone
+    if mine is not None:
+        _raise_for([failed for failed, *_ in everyone])
+    return [told for _, *told in everyone]
 
 
 def _raise_for(failed: list[Any]) -> None:
@@ -237,7 +230,7 @@ def tell_of_failure(group: Any, failed: Tensor) -> Tensor:
     Raises:
         RuntimeError: another rank did and this one did not, on a CPU in eager mode.
     """
-    statuses = torch.zeros(dist.get_world_size(group), device=failed.device)
+    statuses = torch.zeros(world_size(group), device=failed.device)
     statuses[dist.get_rank(group)] = failed
     dist.all_reduce(statuses, group=group)
     if values_may_be_read(failed) and not failed:
@@ -246,6 +239,7 @@ def tell_of_failure(group: Any, failed: Tensor) -> Tensor:
 
 
 def exchange_classes(
+    group: Any,
     plan: Plan,
     classes: Classes | None,
     weight: Tensor,
@@ -257,6 +251,7 @@ def exchange_classes(
     """Sum over ranks what each says about its classes.
 
     Args:
+        group: of ranks.
         plan: from `make_plan`.
         classes: this rank's; None where it adds nothing.
         weight: 0-d, this rank's share of the denominator of the mean.
@@ -272,38 +267,37 @@ def exchange_classes(
             becomes NaN, since looking would synchronise.
         ValueError: this rank holds more classes than the first step made room for.
     """
-    agreed = plan.agreed
-    empty = torch.zeros(1, agreed.dim, dtype=agreed.dtype, device=agreed.device)
+    empty = torch.zeros(1, plan.dim, dtype=plan.dtype, device=plan.device)
     sums, counts, labels = empty, empty[:, 0], torch.zeros_like(empty[:, 0], dtype=torch.int64)
     if classes is not None:
         sums, counts, labels = classes.sums, classes.known_counts(), classes.slot_labels()
     local = torch.cat([sums, counts.unsqueeze(1)], dim=1)  # [S_local, D + 1]
-    weight = weight.to(agreed.device, agreed.dtype)
+    weight = weight.to(plan.device, plan.dtype)
     status = failed if broken is None else broken
-    if plan.all_reduce:
-        merged, total, statuses = _by_all_reduce(plan, local, labels, weight, status)
+    if plan.exchange == "all-reduce":
+        merged, total, statuses = _by_all_reduce(group, plan, local, labels, weight, status)
     else:
         capacity = plan.capacity
-        if agreed.num_classes is None:
-            largest = torch.tensor(len(local), device=agreed.device)
+        if plan.num_classes is None:
+            largest = torch.tensor(len(local), device=plan.device)
             if classes is not None and classes.lookup.num_present is not None:
                 largest = classes.lookup.num_present.clone()  # the slots after them are empty
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=plan.group)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
             capacity = max(1, int(largest))
-        crowded = agreed.num_classes is not None and len(local) > capacity
+        crowded = plan.num_classes is not None and len(local) > capacity
         # Row 0 carries the status and the weight.
-        values = local.new_zeros(capacity + 1, agreed.dim + 1)
+        values = local.new_zeros(capacity + 1, plan.dim + 1)
         values[1 : len(local) + 1] = local[:capacity]
         values[0, 0] = weight
         names = labels.new_zeros(capacity + 1)
         names[1 : len(labels) + 1] = labels[:capacity]
         names[0] = True if crowded else status
-        merged, total, statuses = _by_all_gather(plan, values, names, sum_slots)
+        merged, total, statuses = _by_all_gather(group, plan, values, names, sum_slots)
         if crowded:
             raise ValueError(
-                f"rank {plan.rank} holds up to {len(local)} classes, but the first step made room "
-                f"for {capacity} a rank, all that its largest batch could hold: start with a full "
-                "batch, or, where class probabilities follow on integer labels, choose "
+                f"rank {dist.get_rank(group)} holds up to {len(local)} classes, but the first step "
+                f"made room for {capacity} a rank, all that its largest batch could hold: start "
+                "with a full batch, or, where class probabilities follow on integer labels, choose "
                 "exchange='all-reduce'"
             )
     if failed:
@@ -318,62 +312,60 @@ def exchange_classes(
 
 
 def _by_all_reduce(
-    plan: Plan, local: Tensor, labels: Tensor, weight: Tensor, status: Tensor | bool
+    group: Any, plan: Plan, local: Tensor, labels: Tensor, weight: Tensor, status: Tensor | bool
 ) -> tuple[Classes, Tensor, Tensor]:
     """Classes and weight of all ranks, and which of them failed ``[W]``."""
-    agreed = plan.agreed
-    assert agreed.num_classes is not None
-    width, num_classes = agreed.dim + 1, agreed.num_classes
-    tail_rows = -(-(plan.world_size + 1) // width)  # a status for each rank, and the weight
-    table = torch.zeros(num_classes + tail_rows, width, dtype=agreed.dtype, device=agreed.device)
+    assert plan.num_classes is not None
+    num_ranks, width, num_classes = world_size(group), plan.dim + 1, plan.num_classes
+    tail_rows = -(-(num_ranks + 1) // width)  # a status for each rank, and the weight
+    table = torch.zeros(num_classes + tail_rows, width, dtype=plan.dtype, device=plan.device)
     table.index_add_(0, labels, local)  # empty slots add zeros to class 0
     tail = table[num_classes:].view(-1)
-    tail[plan.rank] = status
-    tail[plan.world_size] = weight
-    dist.all_reduce(table, group=plan.group)
+    tail[dist.get_rank(group)] = status
+    tail[num_ranks] = weight
+    dist.all_reduce(table, group=group)
     sums, counts = table[:num_classes, :-1], table[:num_classes, -1]
     merged = Classes(
         lookup=ClassIndex(size=num_classes, gaps="anywhere", present=counts > 0),
         sums=sums.contiguous(),
         counts=counts.contiguous(),
-        labels=torch.arange(num_classes, device=agreed.device),
     )
-    return merged, tail[plan.world_size], tail[: plan.world_size]
+    return merged, tail[num_ranks], tail[:num_ranks]
 
 
 def _by_all_gather(
-    plan: Plan, values: Tensor, names: Tensor, sum_slots: SumSlots
+    group: Any, plan: Plan, values: Tensor, names: Tensor, sum_slots: SumSlots
 ) -> tuple[Classes, Tensor, Tensor]:
     """Classes and weight of all ranks, and which of them failed ``[W]``.
 
     Args:
+        group: of ranks.
         plan: from `make_plan`.
         values: ``[P + 1, D + 1]`` of this rank: a row for the weight, then sums and counts.
         names: ``[P + 1]`` int64: whether it failed, then the labels of those rows.
         sum_slots: as above.
     """
-    agreed = plan.agreed
     # Labels travel as bytes: float32 would round them.
     packed = torch.cat([_bytes(names.unsqueeze(1)), _bytes(values)], dim=1)
-    gathered = packed.new_empty(plan.world_size * len(packed), packed.shape[1])
+    num_ranks = world_size(group)
+    gathered = packed.new_empty(num_ranks * len(packed), packed.shape[1])
     # The name since torch 2.14, and the one before it, which warns since then.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    all_gather(gathered, packed, group=plan.group)
+    all_gather(gathered, packed, group=group)
 
-    gathered = gathered.view(plan.world_size, len(packed), -1)
+    gathered = gathered.view(num_ranks, len(packed), -1)
     names = gathered[:, :, :8].contiguous().view(torch.int64).squeeze(2)  # [W, P + 1]
-    values = gathered[:, :, 8:].contiguous().view(agreed.dtype)  # [W, P + 1, D + 1]
-    rows = values[:, 1:].reshape(-1, agreed.dim + 1)
+    values = gathered[:, :, 8:].contiguous().view(plan.dtype)  # [W, P + 1, D + 1]
+    rows = values[:, 1:].reshape(-1, plan.dim + 1)
     valid = rows[:, -1] > 0
     labels = names[:, 1:].reshape(-1).masked_fill(~valid, 0)
-    index, slots = index_classes(labels, valid, agreed.num_classes)
+    index, slots = index_classes(labels, valid, plan.num_classes)
     totals = sum_slots(rows, slots, valid, index.size)
     counts = totals[:, -1].contiguous()
     merged = Classes(
         lookup=index.among(counts),
         sums=totals[:, :-1].contiguous(),
         counts=counts,
-        labels=labels_of_slots(labels, slots, valid, index.size),
     )
     return merged, values[:, 0, 0].sum(), names[:, 0]
 

@@ -11,12 +11,13 @@ from varcon_loss import checks
 from varcon_loss.classes import Classes
 from varcon_loss.distributed import (
     PLANS_OF_FUNCTIONS,
-    Agreement,
+    Plan,
     Plans,
     announce_failure,
     exchange_classes,
     make_plan,
     resolve_group,
+    world_size,
 )
 from varcon_loss.implementations import choose
 from varcon_loss.matching import match_batch, match_memory, match_reference
@@ -167,20 +168,23 @@ def evaluate(call: Call, *, need_terms: bool) -> tuple[Tensor, VarConTerms | Non
             shares = any(are_shares(x.labels) for x in (batch, reference) if x is not None)
             way = choose(options.impl, batch.features, dtype, shares=shares)
             with torch.no_grad():
-                anchors, classes = _read(call, way, dtype, batch, reference)
+                anchors, members, classes = _read(call, way, dtype, batch, reference)
         except Exception:
             if group is not None:  # the other ranks wait in this step's collective
                 has_reference = call.ref_features is not None
-                announce_failure(group, call.plans, _agreement(call), has_reference=has_reference)
+                announce_failure(group, call.plans, _wanted(call), has_reference=has_reference)
             raise
         with torch.no_grad():
-            classes, total, world_size = _over_ranks(call, way, group, anchors, classes)
-            rows = _match(call, way, dtype, anchors, classes, group)
+            total = None
+            if group is not None and members is not None and classes is not None:
+                classes, total = _over_ranks(call, way, group, anchors, members, classes)
+            rows = _match(call, way, dtype, anchors, members, classes, group)
             row_weights = weigh_rows(rows.anchors, options.weight, dtype)
             if total is not None and classes is not None and rows.kept is not None:
                 total = denominator_of_kept(classes, rows.kept, options.weight)
         swept, loss = _sweep(call, way, rows, row_weights, need_terms=need_terms)
-        reduced = reduce_loss(loss, rows.anchors, row_weights, options.reduction, total, world_size)
+        num_ranks = 1 if total is None else world_size(group)
+        reduced = reduce_loss(loss, rows.anchors, row_weights, options.reduction, total, num_ranks)
         if options.reduction == "none":
             reduced = reduced.view(shape_of_samples(call.features))
         return reduced, _terms(call, way, rows, swept, reduced) if need_terms else None
@@ -227,11 +231,11 @@ def _computing_dtype(call: Call) -> torch.dtype:
     return dtype
 
 
-def _agreement(call: Call) -> Agreement:
+def _wanted(call: Call) -> Plan:
     """What the other ranks must have too; of features that are wrong, whatever can be said."""
     given = [x for x in (call.features, call.ref_features) if isinstance(x, Tensor)]
     first = given[0] if given else torch.empty(0, 0)
-    return Agreement(
+    return Plan(
         num_classes=_num_classes(call),
         exchange=call.options.exchange,
         dim=first.shape[1 if first.ndim == 2 else 2 :].numel(),
@@ -264,18 +268,20 @@ def _read(
     dtype: torch.dtype,
     batch: Batch,
     reference: Batch | None,
-) -> tuple[Samples, Classes | None]:
-    """The anchors, and the classes that they or the reference set make; None: a memory is read."""
+) -> tuple[Samples, Samples | None, Classes | None]:
+    """The anchors, and the samples that make classes, with those: themselves or a reference set.
+
+    None: nobody makes any, a memory is read.
+    """
     options, memory = call.options, call.memory
     count = options.leave_one_out or memory is not None or options.process_group is not None
     if reference is None and (memory is None or memory.update):
-        classes = way.summarise(batch, options, dtype, count=count)
-        assert classes.members is not None
-        return classes.members, classes
+        anchors, classes = way.summarise(batch, options, dtype, count=count)
+        return anchors, anchors, classes
     anchors = way.read(batch, options, dtype)
     if reference is None:
-        return anchors, None
-    return anchors, way.summarise(reference, options, dtype, count=count)
+        return anchors, None, None
+    return anchors, *way.summarise(reference, options, dtype, count=count)
 
 
 def _over_ranks(
@@ -283,13 +289,10 @@ def _over_ranks(
     way: Implementation,
     group: Any,
     anchors: Samples,
-    classes: Classes | None,
-) -> tuple[Classes | None, Tensor | None, int]:
-    """The classes of all ranks, the denominator of their mean, and how many ranks there are."""
-    if group is None or classes is None:
-        return classes, None, 1
-    members = classes.members
-    assert members is not None
+    members: Samples,
+    classes: Classes,
+) -> tuple[Classes, Tensor]:
+    """The classes of all ranks, and the denominator of their mean."""
     num_held = len(members.features)
     # Each row may be of any class; and where nobody may look each class has a slot.
     if isinstance(members.labels, Shares) and (
@@ -297,15 +300,14 @@ def _over_ranks(
     ):
         assert call.options.num_classes is not None
         num_held = call.options.num_classes
-    plan = make_plan(group, call.plans, _agreement(call), num_held, lambda: _settings(call))
+    plan = make_plan(group, call.plans, _wanted(call), num_held, lambda: _settings(call))
     row_weights = weigh_rows(anchors, call.options.weight, classes.sums.dtype)
     share = denominator(anchors, row_weights)
     broken = None if anchors.broken is None else anchors.broken.any()
     if members is not anchors and members.broken is not None:
         here = members.broken.any()
         broken = here if broken is None else broken | here
-    exchanged = exchange_classes(plan, classes, share, sum_slots=way.sum_slots, broken=broken)
-    return *exchanged, plan.world_size
+    return exchange_classes(group, plan, classes, share, sum_slots=way.sum_slots, broken=broken)
 
 
 def _match(
@@ -313,15 +315,17 @@ def _match(
     way: Implementation,
     dtype: torch.dtype,
     anchors: Samples,
+    members: Samples | None,
     classes: Classes | None,
     group: Any,
 ) -> Rows:
     if call.memory is not None:
         copy = way.rereads_centroids
         return match_memory(anchors, classes, call.memory, call.options, dtype, copy=copy)
+    assert members is not None
     assert classes is not None
-    if call.ref_features is not None:
-        return match_reference(anchors, classes, call.options, group)
+    if members is not anchors:
+        return match_reference(anchors, members, classes, call.options, group)
     return match_batch(anchors, classes, call.options)
 
 

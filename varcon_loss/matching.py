@@ -33,8 +33,10 @@ def match_batch(anchors: Samples, classes: Classes, options: Options) -> Rows:
     return Rows(anchors=anchors, slots=slots, centroids=centroids, own=own, kept=kept)
 
 
-def match_reference(anchors: Samples, classes: Classes, options: Options, group: Any) -> Rows:
-    """``classes`` are of the reference set; every anchor must find its class there.
+def match_reference(
+    anchors: Samples, members: Samples, classes: Classes, options: Options, group: Any
+) -> Rows:
+    """The ``members`` of ``classes`` are a reference set, where every anchor must find its class.
 
     Raises:
         ValueError: one does not, on a CPU in eager mode. Elsewhere it is marked as broken.
@@ -53,7 +55,9 @@ def match_reference(anchors: Samples, classes: Classes, options: Options, group:
     if not values_may_be_read(missing):
         broken = missing if anchors.broken is None else missing | anchors.broken
         anchors = anchors.narrowed(~missing, broken)
-        anchors = anchors.spoilt(classes.spoil_all()).spoilt(anywhere)
+        # A reference that cannot be is in every loss; where there are ranks `failed` tells.
+        spoils = members.broken.any() if members.broken is not None and group is None else None
+        anchors = anchors.spoilt(spoils).spoilt(classes.failed).spoilt(anywhere)
     elif bool(missing.any()):
         if isinstance(labels, Shares) and unknown is not None:
             mass = class_masses(labels, len(unknown), classes.sums.dtype)
@@ -116,9 +120,9 @@ def match_memory(
 
 
 def _slots(anchors: Samples, classes: Classes) -> Tensor:
-    """Where the anchors' classes are: known, unless the classes are those of all ranks."""
-    if anchors.slots is not None and classes.members is not None:
-        return anchors.slots
+    """Where the classes are that the anchors are members of; if of all ranks, to be looked up."""
+    if classes.slots is not None:
+        return classes.slots
     assert isinstance(anchors.labels, Tensor)
     return find_slots(anchors.labels, classes.lookup)[0]
 

@@ -122,11 +122,11 @@ class Swept(NamedTuple):
 
 
 class Summarise(Protocol):
-    """Batch ``[N]`` to classes, its own samples among them; ``count``: see `classes.summarise`."""
+    """Batch ``[N]`` to samples and their classes; ``count``: see `classes.summarise`."""
 
     def __call__(
         self, batch: Batch, options: Options, dtype: torch.dtype, *, count: bool
-    ) -> Classes: ...
+    ) -> tuple[Samples, Classes]: ...
 
 
 def nothing_prevents(features: Tensor, dtype: torch.dtype) -> str | None:

@@ -36,7 +36,6 @@ class Samples(NamedTuple):
     valid: Tensor | None = None  # [N] bool, False where ignored or unusable; None: all are valid
     broken: Tensor | None = None  # [N] bool, labels that cannot be: their loss is NaN; None: none
     num_valid: Tensor | None = None  # 0-d float32, at least 1; None: not counted
-    slots: Tensor | None = None  # [N] int64, where their classes are; None: they made no classes
     unit: Tensor | None = None  # [N, D] z: the features divided by `norms`, in float32 or wider
     norms: Tensor | None = None  # [N] lengths; None: z is the features as they are
 
@@ -48,14 +47,6 @@ class Samples(NamedTuple):
         if self.norms is not None:
             unit = unit / self.norms.unsqueeze(1)
         return unit if self.valid is None else unit.masked_fill(~self.valid.unsqueeze(1), 0.0)
-
-    def placed(self, slots: Tensor) -> "Samples":
-        """The same in these slots ``[N]``."""
-        return changed(self, slots=slots)
-
-    def measured(self, norms: Tensor) -> "Samples":
-        """The same with their lengths ``[N]``."""
-        return changed(self, norms=norms)
 
     def narrowed(self, kept: Tensor, broken: Tensor | None = None) -> "Samples":
         """The same, valid only where ``kept`` ``[N]``; ``broken`` ``[N]`` where more are."""

@@ -263,10 +263,10 @@ def read(batch: Batch, options: Options, dtype: torch.dtype) -> Samples:
     return Samples(features=batch.features, labels=labels, valid=valid, broken=broken, norms=norms)
 
 
-def sort_labels(batch: Batch, options: Options) -> tuple[Samples, ClassIndex, Groups]:
-    """The labels read, their classes indexed and grouped in one sort; nothing waits for ``K``.
+def sort_labels(batch: Batch, options: Options) -> tuple[Samples, ClassIndex, Tensor, Groups]:
+    """The labels read, their classes indexed, slots ``[N]``, and members grouped, in one sort.
 
-    Lengths are not measured yet.
+    Nothing waits for ``K``, and lengths are not measured yet.
     """
     num_classes, ignore_index = options.num_classes, options.ignore_index
     if values_may_be_read(batch.labels):
@@ -280,20 +280,21 @@ def sort_labels(batch: Batch, options: Options) -> tuple[Samples, ClassIndex, Gr
         valid=valid,
         broken=None if num_classes is None else broken,
         num_valid=num_valid,
-        slots=slots,
     )
     lookup = ClassIndex(
         size=len(ascending), gaps="last", ascending=ascending, num_present=num_present
     )
-    return samples, lookup, Groups(order=order, runs=runs, starts=starts, ends=ends)
+    return samples, lookup, slots, Groups(order=order, runs=runs, starts=starts, ends=ends)
 
 
-def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool) -> Classes:
+def summarise(
+    batch: Batch, options: Options, dtype: torch.dtype, *, count: bool
+) -> tuple[Samples, Classes]:
     """As `varcon_loss.classes.summarise`; lengths, counts and centroids fall out of the sums.
 
     The sums themselves, as large as the centroids, are kept only where ``count``.
     """
-    samples, lookup, groups = sort_labels(batch, options)
+    samples, lookup, slots, groups = sort_labels(batch, options)
     sums, counts, unit, norms = class_sums(
         batch.features,
         order=groups.order,
@@ -304,13 +305,14 @@ def summarise(batch: Batch, options: Options, dtype: torch.dtype, *, count: bool
         keep_sums=count,
     )
     assert lookup.num_present is not None
-    return Classes(
+    classes = Classes(
         lookup=lookup,
         sums=sums,
         counts=counts,
-        members=samples.measured(norms) if options.normalize else samples,
+        slots=slots,
         centroids=Centroids(unit=unit, present=None, num_present=lookup.num_present, packed=True),
     )
+    return (changed(samples, norms=norms) if options.normalize else samples), classes
 
 
 def group_slots(slots: Tensor, valid: Tensor | None, size: int) -> Groups:
