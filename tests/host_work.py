@@ -26,6 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from tests import blind
+from tests.counting import Operators
 from varcon_loss import VarConLoss
 from varcon_loss.implementations import IMPLEMENTATIONS
 from varcon_loss.rows import nothing_prevents
@@ -73,18 +74,6 @@ def compile_nothing(self: Any, key: str, *_: object) -> Kernel:
     return kernel
 
 
-class CountOperators(TorchDispatchMode):
-    """Names of the operators that run, those of backward too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func).removeprefix("aten."))
-        return func(*args, **(kwargs or {}))
-
-
 def stand_in() -> None:
     driver.set_active(Driver())
     JITFunction._do_compile = compile_nothing
@@ -108,7 +97,7 @@ def count(run: Any) -> dict[str, int]:
     for _ in range(3):
         run()
     LAUNCHED.clear()
-    with CountOperators() as operators:
+    with Operators() as operators:
         run()
     launched = sum(LAUNCHED.values())
     allocations = [name for name in operators.names if "empty" in name]

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common.ranks import run_ranks
+from tests.counting import Operators
 from varcon_loss import VarConLoss, varcon_loss, varcon_terms
 
 NUM_CLASSES, DIM, WIDTH = 7, 6, 9
@@ -25,7 +25,7 @@ NUM_CLASSES, DIM, WIDTH = 7, 6, 9
 SHARES = {
     "equal": lambda rank, g: torch.randint(NUM_CLASSES, (8,), generator=g),
     "unequal": lambda rank, g: torch.randint(NUM_CLASSES, (5 - rank,), generator=g),
-    "disjoint classes": lambda rank, g: torch.full((6,), rank) + torch.tensor([0, 4] * 3) % 7 * 0,
+    "disjoint classes": lambda rank, g: torch.full((6,), rank),
     "one rank ignores all": lambda rank, g: (
         torch.full((4,), -100) if rank == 0 else torch.randint(NUM_CLASSES, (6,), generator=g)
     ),
@@ -170,17 +170,6 @@ def test_a_step_without_samples_makes_no_room_for_the_next(tmp_path: Path) -> No
         assert found == [7, 7]
 
 
-class CountCollectives(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
-            self.calls.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 def collectives_on_rank(rank: int, world_size: int) -> dict:
     features = torch.randn(8, DIM, requires_grad=True)
     labels = torch.arange(8) % NUM_CLASSES
@@ -194,11 +183,11 @@ def collectives_on_rank(rank: int, world_size: int) -> dict:
     ):
         criterion = VarConLoss(process_group="world", **options)
         criterion(features, labels)  # the handshake
-        with CountCollectives() as forward:
+        with Operators() as forward:
             loss = criterion(features, labels)
-        with CountCollectives() as backward:
+        with Operators() as backward:
             loss.backward()
-        counts[title] = (forward.calls, backward.calls)
+        counts[title] = (forward.collectives(), backward.collectives())
     return counts
 
 
@@ -663,13 +652,13 @@ def evaluation_on_rank(rank: int, world_size: int) -> list:
     for _ in range(2):
         criterion(net(inputs), labels).backward()
         if rank == 0:
-            with CountCollectives() as count, torch.no_grad():
+            with Operators() as count, torch.no_grad():
                 in_training_mode = criterion(net(inputs[:5]), labels[:5])
             criterion.eval()
             terms = criterion.terms(net(inputs[:5]), labels[:5])
             criterion.train()
             alone = varcon_terms(net(inputs[:5]), labels[:5], num_classes=50)
-            assert count.calls == []
+            assert count.collectives() == []
             torch.testing.assert_close(terms.reduced, alone.reduced)
             torch.testing.assert_close(in_training_mode, alone.reduced)
             assert terms.num_classes == alone.num_classes

@@ -1,5 +1,8 @@
 """The loss expected under shares: values, gradients, forms and the ends of the range."""
 
+import contextlib
+from collections.abc import Iterator
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -9,14 +12,14 @@ from torch import Tensor
 
 from tests import oracle_shares
 from tests.conftest import MakeBatch
-from tests.test_shares import LargestWritten
+from tests.counting import LargestWritten
 from varcon_loss import varcon_terms
 from varcon_loss.classes import Centroids, unit_centroids
-from varcon_loss.rows import Swept
+from varcon_loss.rows import Rows, Swept
 from varcon_loss.samples import Samples, to_unit
 from varcon_loss.shares import Shares, class_masses, in_slots, share_sums
 from varcon_loss.sweeps import chunks, products
-from varcon_loss.sweeps.expectation import expected_loss
+from varcon_loss.sweeps.expectation import sweep_shares
 from varcon_loss.sweeps.expectation_reference import expected_loss_by_equations
 
 F64 = torch.float64
@@ -45,14 +48,19 @@ def evaluate(
     weight: Tensor | None = None,
     valid: Tensor | None = None,
     *,
-    normalize: bool = False,
+    norms: Tensor | None = None,
 ) -> Swept:
-    swept = expected_loss(
-        z, shares, centroids.unit, centroids.present, centroids.num_present, weight,
-        temperature, epsilon, small_logits=normalize and 1 / temperature <= 40, project=normalize,
-        need_grad=True, need_terms=True,
-    )  # fmt: skip
-    return swept.masked_(Samples(features=z, labels=shares, valid=valid))
+    anchors = Samples(features=z, labels=shares, valid=valid, unit=z, norms=norms)
+    rows = Rows(anchors=anchors, slots=shares, centroids=centroids, weight=weight)
+    return sweep_shares(rows, shares, temperature, epsilon, True, True)
+
+
+@contextlib.contextmanager
+def plain_logits(small: bool) -> Iterator[None]:
+    """Whether ``exp`` takes the logits as they are, whatever the rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rows, "have_small_logits", lambda rows, temperature: small)
+        yield
 
 
 def from_features(
@@ -81,10 +89,15 @@ def from_features(
         centroids = unit_centroids(share_sums(shares, z, len(classes)), None)
     result = evaluate(
         z, shares, centroids, temperature, epsilon,
-        None if weight is None else weight[classes], valid, normalize=normalize,
+        None if weight is None else weight[classes], valid, norms=norms,
     )  # fmt: skip
-    assert result.gradient is not None
-    return result, result.gradient if norms is None else result.gradient / norms[:, None]
+    return result, gradient_of(result)
+
+
+def gradient_of(swept: Swept) -> Tensor:
+    """Of the features."""
+    assert swept.gradient is not None
+    return swept.gradient if swept.scale is None else swept.gradient * swept.scale[:, None]
 
 
 def random_table(num_rows: int, num_classes: int, share: float, generator: torch.Generator):
@@ -169,11 +182,10 @@ def test_gradient_is_that_of_the_equations(
     table = random_table(num_rows, num_classes, density, generator) + floor
     weight = torch.rand(num_classes, generator=generator, dtype=F64) if weighted else None
     shares, epsilon = shares_of(table, form), share * temperature
-    loss, others, gradient, _ = expected_loss(
-        z, shares, w, present, count, weight, temperature, epsilon,
-        small_logits=not shifted and 1 / temperature <= 40, project=False, need_grad=True,
-        need_terms=True,
-    )  # fmt: skip
+    centroids = Centroids(unit=w, present=present, num_present=count, packed=False)
+    with plain_logits(not shifted and 1 / temperature <= 40):
+        swept = evaluate(z, shares, centroids, temperature, epsilon, weight)
+    loss, others, gradient, _ = swept
     x = z.clone().requires_grad_()
     want, want_others = expected_loss_by_equations(
         x, Shares(table), w, empty, weight, temperature, epsilon
@@ -261,11 +273,10 @@ def test_confident_gradients_keep_their_digits(kind: str, form: str, small_logit
     """What float32 logits cost (they are 10 +- 1e-6) is all that is lost."""
     z, w, table = confident_batch(kind)
     temperature = 0.05
-    loss, _, gradient, _ = expected_loss(
-        z, shares_of(table, form, torch.float32), w, None, torch.tensor(len(w)), None,
-        temperature, 0.01, small_logits=small_logits, project=False, need_grad=True,
-        need_terms=False,
-    )  # fmt: skip
+    centroids = Centroids(unit=w, present=None, num_present=torch.tensor(len(w)), packed=True)
+    with plain_logits(small_logits):
+        swept = evaluate(z, shares_of(table, form, torch.float32), centroids, temperature, 0.01)
+    loss, _, gradient, _ = swept
     want, others, exact = by_equations(z.double(), w, table, temperature)
     assert gradient is not None
     if "mixed" not in kind:
@@ -321,11 +332,8 @@ def test_gradient_matches_finite_differences(form: str, normalize: bool) -> None
         @staticmethod
         def forward(ctx, x):
             z, norms = to_unit(x, F64, normalize=normalize)
-            result = evaluate(z, shares, centroids, 0.3, 0.2, weight, normalize=normalize)
-            assert result.gradient is not None
-            ctx.save_for_backward(
-                result.gradient if norms is None else result.gradient / norms[:, None]
-            )
+            result = evaluate(z, shares, centroids, 0.3, 0.2, weight, norms=norms)
+            ctx.save_for_backward(gradient_of(result))
             return result.loss
 
         @staticmethod
@@ -466,7 +474,8 @@ def test_chunks_do_not_show(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for budget in (1, 2**30):
         monkeypatch.setattr(chunks, "CHUNK_CPU", budget)
-        results.append(tuple(evaluate(z, shares_of(table, form), centroids, normalize=True)))
+        norms = torch.ones(1000, dtype=F64)
+        results.append(tuple(evaluate(z, shares_of(table, form), centroids, norms=norms)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-13)
 
 
@@ -481,7 +490,7 @@ def test_no_matrix_of_samples_by_classes_is_made(form: str, num_rows: int) -> No
     centroids = unit_centroids(torch.randn(1000, 16), None)
     with LargestWritten() as largest:
         share_sums(shares, z, 1000)
-        evaluate(z, shares, centroids, normalize=True)
+        evaluate(z, shares, centroids, norms=torch.ones(num_rows))
     assert largest.elements <= 2**20
 
 
@@ -493,12 +502,11 @@ def test_nothing_waits_for_a_device() -> None:
         torch.empty(5, dtype=torch.bool, device="meta"),
         torch.empty((), dtype=torch.int64, device="meta"),
     )
-    for small_logits in (True, False):
-        result = expected_loss(
-            z, shares, w, present, count, w[:, 0], 0.1, 0.02,
-            small_logits=small_logits, project=True, need_grad=True, need_terms=True,
-        )  # fmt: skip
-        assert [part.shape for part in result if part is not None] == [(12,), (4, 12), (12, 4)]
+    centroids = Centroids(unit=w, present=present, num_present=count, packed=False)
+    for temperature in (0.1, 0.02):
+        result = evaluate(z, shares, centroids, temperature, 0.01, w[:, 0], norms=z[:, 0])
+        shapes = [part.shape for part in result if part is not None]
+        assert shapes == [(12,), (4, 12), (12, 4), (12,)]
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")

@@ -3,26 +3,12 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.counting import LargestWritten
 from varcon_loss import shares as module
 from varcon_loss.shares import Shares, class_masses, in_slots, read_shares, share_sums
 
 F64 = torch.float64
-
-
-class LargestWritten(TorchDispatchMode):
-    """Elements of the largest tensor that an operator wrote."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        unwritten = func.is_view or func.overloadpacket is torch.ops.aten.new_empty
-        for part in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(part, Tensor) and not unwritten:
-                self.elements = max(self.elements, part.numel())
-        return result
 
 
 def mixed(num_rows: int, num_classes: int, background: float = 0.0, seed: int = 0) -> Tensor:

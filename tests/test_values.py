@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import oracle
 from tests.conftest import IMPLEMENTATIONS, MakeBatch
+from tests.counting import LargestWritten
 from varcon_loss import VarConLoss, varcon_loss, varcon_terms
 
 TERMS = ("loss", "kl", "nll", "confidence", "tau2")
@@ -234,18 +234,6 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, make_batch: MakeBat
         assert features.grad is not None
         results.append((terms.loss.detach(), terms.tau2, features.grad.clone()))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-15)
-
-
-class LargestWritten(TorchDispatchMode):
-    """Elements of the largest tensor that an operator wrote."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and func.overloadpacket is not torch.ops.aten.new_empty:
-            self.elements = max(self.elements, result.numel())
-        return result
 
 
 @pytest.mark.parametrize("num_rows", [1400, 5000])

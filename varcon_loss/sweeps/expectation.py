@@ -16,7 +16,6 @@ is ``(A - Y_k s_k) - (1 - p_k) A``, of sums without class ``k``: for classes wit
 import torch
 from torch import Tensor
 
-from varcon_loss.records import changed
 from varcon_loss.rows import Rows, Swept
 from varcon_loss.shares import Shares
 from varcon_loss.sweeps.chunks import Shared, count_others, keep_what_is_freed, rows_a_chunk
@@ -26,59 +25,38 @@ from varcon_loss.sweeps.products import make_linear
 from varcon_loss.sweeps.table import evaluate_table
 
 
-def expected_loss(
-    z: Tensor,
+def sweep_shares(
+    rows: Rows,
     shares: Shares,
-    w: Tensor,
-    present: Tensor | None,
-    num_classes: Tensor,
-    weight: Tensor | None,
     temperature: float,
     epsilon: float,
-    *,
-    small_logits: bool,
-    project: bool,
     need_grad: bool,
     need_terms: bool,
 ) -> Swept:
-    """Rows, still to be masked, and their gradient to be divided by their lengths.
-
-    Args:
-        z: ``[N, D]``, zero rows where not valid.
-        shares: of the rows, by slot. Those of empty slots count for nothing.
-        w: ``[S, D]`` centroids, zero rows in empty slots.
-        present: ``[S]`` bool; None: no slot is empty.
-        num_classes: 0-d int64, K.
-        weight: ``[S]`` class weights, in the dtype of ``z``; None: all 1.
-        temperature: ``tau1``.
-        epsilon: ``epsilon`` of Eq. 13.
-        small_logits: is ``exp(u)`` safe with no maximum subtracted?
-        project: are the rows normalised features, of whose gradient only what is at right angles
-            to them counts?
-        need_grad: otherwise there is no gradient.
-        need_terms: otherwise there are no ``others``.
-    """
+    """The sweep where labels are ``shares`` by slot: see `operators`. Empty slots have none."""
+    anchors, centroids, weight = rows.anchors, rows.centroids, rows.weight
+    w, present = centroids.unit, centroids.present
+    z = anchors.unit_rows(w.dtype)
     num_rows, num_slots = z.shape[0], w.shape[0]
-    if shares.background is not None and int(num_classes) == 1:
+    if shares.background is not None and int(centroids.num_present) == 1:
         # The class must come out as 0 exactly, and stand alone for that.
         shares = Shares(values=shares.table(num_slots, z.dtype))
     dense = shares.slots is None
     chunk = rows_a_chunk(z, num_slots, shares.views)
     counted = None if present is None else present.to(z.dtype)
     keys = w / temperature
-    key_sum = keys.sum(0)
     shared = Shared(
+        key_sum=keys.sum(0),
         to_logits=make_linear(keys, chunk),
         to_gradient=make_linear(keys.T, chunk) if need_grad else None,
-        key_sum=key_sum,
         weighted_key_sum=None if weight is None else torch.mv(keys.T, weight),
         present=present,
         counted=counted,
         scale=weight if counted is None else counted if weight is None else counted * weight,
-        num_others=count_others(num_classes, z),
+        num_others=count_others(centroids.num_present, z),
         weight=weight,
-        shifted=not small_logits,
-        project=project,
+        shifted=not rows.have_small_logits(temperature),
+        project=anchors.norms is not None,
         temperature=temperature,
         epsilon=epsilon,
         need_terms=need_terms,
@@ -108,7 +86,8 @@ def expected_loss(
     terms = None
     if need_terms:
         terms = torch.cat(others, dim=1) if others else z.new_zeros(4, 0)
-    return Swept(loss=loss, others=terms, gradient=gradient)
+    scale = gradient_scale(rows, need_grad)
+    return Swept(loss=loss, others=terms, gradient=gradient, scale=scale).masked_(anchors)
 
 
 def _finish(shared: Shared, z: Tensor, dz: Tensor, gradient: Tensor) -> None:
@@ -117,30 +96,3 @@ def _finish(shared: Shared, z: Tensor, dz: Tensor, gradient: Tensor) -> None:
         dz.addcmul_(z, (dz * z).sum(1, keepdim=True), value=-1)
     if dz is not gradient:
         gradient.copy_(dz)
-
-
-def sweep_shares(
-    rows: Rows,
-    shares: Shares,
-    temperature: float,
-    epsilon: float,
-    need_grad: bool,
-    need_terms: bool,
-) -> Swept:
-    """`expected_loss` as a sweep: see `operators`."""
-    anchors, centroids = rows.anchors, rows.centroids
-    expected = expected_loss(
-        anchors.unit_rows(centroids.unit.dtype),
-        shares,
-        centroids.unit,
-        centroids.present,
-        centroids.num_present,
-        rows.weight,
-        temperature,
-        epsilon,
-        small_logits=rows.have_small_logits(temperature),
-        project=anchors.norms is not None,
-        need_grad=need_grad,
-        need_terms=need_terms,
-    )
-    return changed(expected, scale=gradient_scale(rows, need_grad)).masked_(anchors)

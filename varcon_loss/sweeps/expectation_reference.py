@@ -18,7 +18,7 @@ def expected_loss_by_equations(
     temperature: float,
     epsilon: float,
 ) -> tuple[Tensor, Tensor]:
-    """Loss ``[N]`` and ``[4, N]`` KL, NLL, confidence and tau2, as `expectation.expected_loss`.
+    """Loss ``[N]`` and ``[4, N]`` KL, NLL, confidence and tau2, as `expectation.sweep_shares`.
 
     Args:
         z: ``[N, D]``; the way of the gradient.
