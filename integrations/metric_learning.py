@@ -58,6 +58,7 @@ _ELSEWHERE = {
     "centroid_momentum": "use CrossBatchMemory(loss, embedding_size) of this module, or "
     "varcon_loss.VarConLoss outside PML",
     "contrast_mode": "leave it out, every embedding is an anchor",
+    "weight_regularizer": "leave it out, VarCon has no weights of its own",
     "base_temperature": "leave it out, VarCon does not rescale the loss",
 }
 
@@ -141,18 +142,7 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
             )
         super().__init__(**kwargs)
         core = varcon_loss.VarConLoss(temperature, epsilon, leave_one_out=leave_one_out, impl=impl)
-        if type(self.distance) not in (CosineSimilarity, DotProductSimilarity) or (
-            self.distance.power != 1
-        ):
-            raise ValueError(
-                "VarConLoss compares embeddings with centroids by cosine or dot product: distance "
-                f"must be CosineSimilarity() or DotProductSimilarity(), got {self.distance}"
-            )
-        if self.distance.normalize_embeddings and self.distance.p != 2:
-            raise ValueError(
-                "VarConLoss divides embeddings by their Euclidean length: distance must have p=2, "
-                f"or normalize_embeddings=False, got {self.distance} with p={self.distance.p}"
-            )
+        _check_distance(self.distance)
         self.temperature = core.temperature
         self.epsilon = core.epsilon
         self.leave_one_out = core.leave_one_out
@@ -171,7 +161,8 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
         """PML's hook: per-anchor losses, for its reducer to weigh and reduce."""
         if labels is None or ref_labels is None:
             raise ValueError("VarConLoss needs labels, and ref_labels beside ref_emb")
-        using_ref = ref_emb is not embeddings
+        _check_distance(self.distance)
+        using_ref = ref_emb is not embeddings or ref_labels is not labels
         if using_ref and self.leave_one_out:
             raise ValueError(
                 "leave_one_out has no meaning with ref_emb or a memory, which hold more than the "
@@ -246,6 +237,20 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
         if self.leave_one_out:
             shown += ", leave_one_out=True"
         return shown if self.impl == "auto" else f"{shown}, impl={self.impl!r}"
+
+
+def _check_distance(distance: Any) -> None:
+    """It is read anew in each call, as it may be set after the loss was made."""
+    if type(distance) not in (CosineSimilarity, DotProductSimilarity) or distance.power != 1:
+        raise ValueError(
+            "VarConLoss compares embeddings with centroids by cosine or dot product: distance "
+            f"must be CosineSimilarity() or DotProductSimilarity(), got {distance}"
+        )
+    if distance.normalize_embeddings and distance.p != 2:
+        raise ValueError(
+            "VarConLoss divides embeddings by their Euclidean length: distance must have p=2, "
+            f"or normalize_embeddings=False, got {distance} with p={distance.p}"
+        )
 
 
 def _check_inputs(embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> None:

@@ -5,16 +5,20 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def named_classifier(model: nn.Module) -> list[nn.Module]:
+    """What the model itself calls its classifier."""
+    found = model.get_classifier()  # type: ignore[operator]
+    return list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
+
+
 def classifier_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that turn features into logits: what an online probe may train.
 
     Raises:
         ValueError: the model has no classifier (``num_classes=0``).
     """
-    found = model.get_classifier()  # type: ignore[operator]
-    layers = list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
     # Some models answer with their whole head; volo classifies patches with a layer of its own.
-    layers = [getattr(layer, "fc", layer) for layer in layers]
+    layers = [getattr(layer, "fc", layer) for layer in named_classifier(model)]
     auxiliary = getattr(model, "aux_head", None)
     if isinstance(auxiliary, nn.Module):
         layers.append(auxiliary)
@@ -50,9 +54,9 @@ def _input_width(layer: nn.Module) -> int | None:
     return None
 
 
-def detach_classifier(model: nn.Module) -> None:
-    """From here on the classifier's loss teaches the encoder nothing."""
-    for layer in classifier_layers(model):
+def detach_inputs(layers: list[nn.Module]) -> None:
+    """From here on the loss of what these layers give teaches nothing that is before them."""
+    for layer in layers:
         layer.register_forward_pre_hook(_detach_input)
 
 

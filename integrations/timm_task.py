@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from varcon_loss import ProjectionHead, VarConLoss
 from varcon_loss.integrations.timm_classifier import (
     classifier_layers,
-    detach_classifier,
+    detach_inputs,
     embedding_width,
+    named_classifier,
 )
 
 _logger = logging.getLogger(__name__)
@@ -49,8 +50,11 @@ class VarConTrainableModule(nn.Module):
         self.projection = projection
         layers = classifier_layers(unwrap_model(model))
         plain = len(layers) == 1 and isinstance(layers[0], nn.Linear)
-        # In a tuple, so that it is the model's alone.
+        if not plain:
+            detach_inputs(layers)
+        # In tuples, so that they are the model's alone.
         self._classifier = tuple(layers) if plain else ()
+        self._named = tuple(named_classifier(unwrap_model(model)))
 
     def no_weight_decay(self) -> set[str]:
         """The model's own choice, under the names that the optimizer sees."""
@@ -66,6 +70,19 @@ class VarConTrainableModule(nn.Module):
         last = max(layers.values(), default=0)
         return lambda name: layers.get(name.removeprefix("model."), last)
 
+    def check_classifier(self) -> None:
+        """Is it the one that this was made with?
+
+        Raises:
+            RuntimeError: it was replaced, and what validates is not what the probe trains.
+        """
+        now = named_classifier(unwrap_model(self.model))
+        if any(layer is not was for layer, was in zip(now, self._named, strict=True)):
+            raise RuntimeError(
+                "the model's classifier was replaced after VarConTask was made, which trains the "
+                "one it had: make a new VarConTask"
+            )
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
         """Images -> projections ``[N, dim]`` and the probe's logits."""
         features = self.model.forward_features(x)  # type: ignore[operator]
@@ -74,7 +91,7 @@ class VarConTrainableModule(nn.Module):
             embeddings = embeddings.flatten(1)
         if self._classifier:
             # Not the whole head again: its norms would count each batch twice, its dropout differ.
-            return self.projection(embeddings), self._classifier[0](embeddings)
+            return self.projection(embeddings), self._classifier[0](embeddings.detach())
         return self.projection(embeddings), self.model.forward_head(features)  # type: ignore[operator]
 
 
@@ -82,8 +99,9 @@ class VarConTask(ClassificationTask):
     """Train a timm model with VarCon, beside an online linear probe.
 
     Args:
-        model: a timm model with a classifier. Its classifier's input is detached from here on, so
-            that the probe teaches the encoder nothing.
+        model: a timm model with a classifier, whose input is detached in the task's steps, so
+            that the probe teaches the encoder nothing. (Where the classifier is not one
+            `torch.nn.Linear`, it is detached from here on, without the task too.)
         criterion: the probe's loss on logits (timm's own choice where None).
         criterion_kwargs: for timm >= 1.0.31, as in ``ClassificationTask``.
         device: where task tensors live.
@@ -93,7 +111,8 @@ class VarConTask(ClassificationTask):
         epsilon: how far the confidence moves ``tau2`` (Eq. 13).
         dim: width of the embeddings.
         head: `varcon_loss.ProjectionHead` kind: ``"mlp-bn"``, ``"mlp"`` or ``"linear"``.
-        probe_weight: weight of the probe's loss; it trains nothing but the classifier.
+        probe_weight: weight of the probe's loss; it trains nothing but the classifier. (Clipping
+            by the norm of all gradients together still couples them.)
         leave_one_out: as in `varcon_loss.VarConLoss`.
         global_centroids: centroids over all ranks (``process_group="world"``). A memory implies
             it: ranks that remember different centroids would drift apart, and one rank's is saved.
@@ -153,7 +172,6 @@ class VarConTask(ClassificationTask):
         projection: nn.Module = ProjectionHead(embedding_width(model), dim, head)
         if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
             projection = nn.SyncBatchNorm.convert_sync_batchnorm(projection)
-        detach_classifier(model)
         if not (math.isfinite(probe_weight) and probe_weight >= 0):
             raise ValueError(f"probe_weight must be finite and at least 0, got {probe_weight}")
         if not 0 <= smoothing < 1:
@@ -308,6 +326,7 @@ class VarConTask(ClassificationTask):
                 mixed before.
         """
         module = unwrap_model(self.trainable_module)
+        module.check_classifier()
         labels = target
         if self.mixup is not None:
             if self.mixup.mixup_enabled and module.training and torch.is_grad_enabled():

@@ -1,5 +1,6 @@
 """How the loss behaves as a differentiable function."""
 
+import warnings
 import weakref
 
 import pytest
@@ -288,3 +289,58 @@ def test_second_derivatives_are_exact_under_autocast() -> None:
     expected = second()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(second(), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"leave_one_out": True}, {"weight": torch.tensor([1.0, 2.0, 0.5]).double()}],
+    ids=lambda o: "-".join(o) or "defaults",
+)
+@pytest.mark.parametrize("kind", ["integers", "probabilities", "reference set"])
+def test_forward_mode_by_the_equations(kind: str, options: dict) -> None:
+    """Centroids are constants of it too, though `torch.no_grad` stops no tangent."""
+    generator = torch.Generator().manual_seed(0)
+    features, direction = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64).unbind()
+    labels = torch.arange(6) % 3
+    if "leave_one_out" in options and kind != "integers":
+        pytest.skip("is for integer labels, without a reference set")
+    if kind == "probabilities":
+        labels = 0.8 * torch.eye(3, dtype=torch.float64)[labels] + 0.1
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        reference = {"ref_features": 2 * x + 1, "ref_labels": labels}
+        given = reference if kind == "reference set" else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no gradient goes to the reference set
+            return varcon_loss(x, labels, 0.3, 0.1, impl="reference", **options, **given)
+
+    (gradient,) = torch.autograd.grad(loss(leaf := features.clone().requires_grad_()), leaf)
+    slope = torch.func.jvp(loss, (features,), (direction,))[1]
+    torch.testing.assert_close(slope, (gradient * direction).sum())
+    hessian = torch.autograd.functional.hessian(loss, features)
+    torch.testing.assert_close(torch.func.hessian(loss)(features), hessian)
+
+
+@pytest.mark.parametrize("labels", [torch.arange(8) % 3, torch.rand(8, 3)], ids=["int", "soft"])
+@pytest.mark.parametrize("where", ["checkpoint", "copying hooks"])
+def test_second_derivatives_where_what_was_saved_is_made_anew(where: str, labels) -> None:
+    features = torch.randn(8, 4, requires_grad=True)
+    if labels.is_floating_point():
+        labels = labels.clone().div_(labels.sum(1, keepdim=True))  # written to, before
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return varcon_loss((x * 1.0).mul_(2), labels)
+
+    def penalty(value: torch.Tensor) -> torch.Tensor:
+        (first,) = torch.autograd.grad(value, features, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), features)[0]
+
+    expected = penalty(loss(features))
+    if where == "checkpoint":
+        value = torch.utils.checkpoint.checkpoint(loss, features, use_reentrant=False)
+    else:
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x)
+        with hooks:
+            value = loss(features)
+    assert isinstance(value, torch.Tensor)
+    torch.testing.assert_close(penalty(value), expected)

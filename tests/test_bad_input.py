@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from varcon_loss import ProjectionHead, VarConLoss, varcon_loss
+from varcon_loss import ProjectionHead, VarConLoss, varcon_loss, varcon_terms
 
 X, Y = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
 
@@ -28,6 +28,7 @@ X, Y = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
         (X, Y.to(torch.uint64), TypeError, "but uint64.*got torch.uint64"),
         (X, Y.to("meta"), ValueError, "labels are on meta but features are on cpu"),
         (X[:, :0], Y, ValueError, "have an empty dimension"),
+        (X[:, :, None], Y, ValueError, "4 views of width 1: give features.flatten"),
         (X[:, None, :][:, :0], Y, ValueError, "have an empty dimension"),
         (X[:, :, None, None], Y, ValueError, r"4 views of width 1: give features.flatten\(1\)"),
         (X.to_sparse(), Y, TypeError, r"dense, got torch.sparse_coo: give features.to_dense\(\)"),
@@ -152,3 +153,15 @@ def test_projection_head() -> None:
         ProjectionHead(8, kind="mlp2")
     with pytest.raises(ValueError, match="widths must be at least 1, got in_dim=8, dim=0"):
         ProjectionHead(8, 0)
+
+
+@pytest.mark.parametrize("name", ["normalize", "leave_one_out"])
+def test_a_text_is_no_switch(name: str) -> None:
+    for call in (varcon_loss, varcon_terms):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got 'False'"):
+            call(X, Y, **{name: "False"})
+
+
+def test_an_ignore_index_that_no_label_can_have() -> None:
+    with pytest.raises(ValueError, match="int64 labels can have"):
+        varcon_loss(X, Y, ignore_index=2**70)

@@ -273,3 +273,19 @@ def test_a_temperature_schedule_of_the_function(make_batch: MakeBatch) -> None:
             compiled(features, labels, **options).loss, varcon_terms(features, labels, **options)[0]
         )
     assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("soft", [False, True])
+def test_export_with_views_and_any_batch_size(views: int, soft: bool) -> None:
+    criterion = VarConLoss(num_classes=3)
+
+    def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.arange(size) % 3
+        return torch.randn(size, views, 4), torch.eye(3)[labels] if soft else labels
+
+    size = torch.export.Dim("size", min=4, max=1000)
+    shapes = ({0: size}, {0: size})
+    exported = torch.export.export(criterion, batch(5), dynamic_shapes=shapes).module()
+    given = batch(11)
+    torch.testing.assert_close(exported(*given), criterion(*given))

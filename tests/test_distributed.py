@@ -1,11 +1,13 @@
 """Centroids over ranks, in real gloo processes, against one process on the concatenated batch."""
 
 import copy
+import gc
 import itertools
 import math
 import pickle
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -702,3 +704,57 @@ def test_a_named_implementation_runs_no_other(tmp_path: Path) -> None:
     for launched in run_ranks(sums_on_rank, 2, tmp_path):
         assert launched["reference"] == launched["eager"] == []
         assert launched["triton"].count("class_sums_kernel") == 2  # its own, then those of all
+
+
+def failure_before_the_exchange_on_rank(rank: int, world_size: int) -> list[str]:
+    """What is wrong is not in the batch, and the others must not wait for it."""
+    features, labels = torch.randn(8, DIM, requires_grad=True), torch.arange(8) % NUM_CLASSES
+    memory = {"feature_dim": DIM, "centroid_momentum": 0.9}
+    outcomes = []
+    for first_step_fails in (True, False):
+        for fault in ("epsilon", "memory"):
+            options = memory if fault == "memory" else {}
+            criterion = VarConLoss(num_classes=NUM_CLASSES, process_group="world", **options)
+            if not first_step_fails:
+                criterion(features, labels)
+            if rank == 1 and fault == "epsilon":
+                criterion.temperature = 0.01
+            elif rank == 1:
+                criterion.centroid_memory = torch.full((NUM_CLASSES, DIM), torch.nan)
+            try:
+                criterion(features, labels)
+                outcomes.append("nothing")
+            except (ValueError, RuntimeError) as error:
+                outcomes.append(str(error))
+    return outcomes
+
+
+def test_an_error_before_the_exchange_is_one_on_all_ranks(tmp_path: Path) -> None:
+    others, failing = run_ranks(failure_before_the_exchange_on_rank, 2, tmp_path, seconds=20)
+    assert all("failed on rank 1" in outcome for outcome in others), others
+    expected = ["epsilon must be smaller", "was never filled"] * 2
+    for outcome, text in zip(failing, expected, strict=True):
+        assert text in outcome
+
+
+def groups_anew_on_rank(rank: int, world_size: int, folder: str) -> list[bool]:
+    """Process groups that end are not kept alive by what was settled with them."""
+    features, labels = torch.randn(8, DIM, requires_grad=True), torch.arange(8) % NUM_CLASSES
+    criterion = VarConLoss(num_classes=NUM_CLASSES, process_group="world")
+    held = []
+    for again in range(3):
+        criterion(features, labels)
+        varcon_loss(features, labels, num_classes=NUM_CLASSES, process_group="world")
+        group = weakref.ref(dist.group.WORLD)
+        dist.destroy_process_group()
+        gc.collect()
+        held.append(group() is not None)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/again{again}", rank=rank, world_size=world_size
+        )
+    return held
+
+
+def test_groups_can_be_destroyed_and_made_anew(tmp_path: Path) -> None:
+    for held in run_ranks(groups_anew_on_rank, 2, tmp_path, str(tmp_path)):
+        assert held == [False] * 3

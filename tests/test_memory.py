@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests import blind
 from tests.conftest import MakeBatch
 from varcon_loss import VarConLoss, varcon_terms
 
@@ -530,3 +531,109 @@ def test_a_memory_of_one_class_has_nothing_to_tell_apart(impl: str) -> None:
     (gradient,) = torch.autograd.grad(loss, features)
     assert loss == 0
     assert (gradient == 0).all()
+
+
+def average(criterion: VarConLoss) -> dict[str, Tensor]:
+    """What an average of copies may be: every centroid shorter than 1."""
+    return {
+        name: value * 0.3 if value.ndim > 1 else value
+        for name, value in criterion.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("way", ["loaded", "assigned", "in place", "copy, in place", "compiled"])
+def test_averaged_memories_have_unit_length_when_training_goes_on(
+    way: str, make_batch: MakeBatch
+) -> None:
+    features, labels = make_batch(dtype=torch.float32)
+    source = make()
+    for _ in range(3):
+        source(features, labels)
+    some = labels < 2  # the other classes stay as they are
+    expected = copy.deepcopy(source)(features[some], labels[some])
+    averaged, criterion = average(source), make()
+    if way == "loaded":
+        criterion.load_state_dict(averaged)
+    elif way == "assigned":
+        criterion.centroid_memory = averaged["centroid_memory"]
+        criterion.centroid_seen = averaged["centroid_seen"]
+    else:  # as many writes as there were steps: what counts them must not be misled
+        criterion = copy.deepcopy(source) if way == "copy, in place" else source
+        call = torch.compile(criterion, backend="aot_eager") if way == "compiled" else criterion
+        if way == "compiled":
+            call.eval()
+            call(features, labels)
+            call.train()
+        for _ in range(3):
+            assert criterion.centroid_memory is not None
+            criterion.centroid_memory.copy_(averaged["centroid_memory"])
+        torch.testing.assert_close(call(features[some], labels[some]), expected)
+        return
+    torch.testing.assert_close(criterion(features[some], labels[some]), expected)
+
+
+@pytest.mark.parametrize("copies", range(2, 21))
+def test_averages_of_checkpoints_load(copies: int, make_batch: MakeBatch) -> None:
+    """`sum(x / n)` of ones is not 1 to the last bit."""
+    features, labels = make_batch(dtype=torch.float32)
+    source = make()
+    source(features, labels)
+    state = source.state_dict()
+    criterion = make()
+    criterion.load_state_dict({k: sum(v / copies for _ in range(copies)) for k, v in state.items()})
+    torch.testing.assert_close(criterion.eval()(features, labels), source.eval()(features, labels))
+
+
+def test_what_an_allocator_leaves_is_refused_and_what_fills_it_is_not(
+    make_batch: MakeBatch,
+) -> None:
+    features, labels = make_batch(dtype=torch.float32)
+    source = make()
+    expected = source(features, labels)
+    del expected
+    filled = {name: value.clone() for name, value in source.state_dict().items()}
+    source.to_empty(device="cpu")
+    for buffer in source.buffers():
+        buffer.fill_(7.0)  # this may not be what to_empty leaves
+    source.to("cpu")  # here it is looked at
+    with pytest.raises(RuntimeError, match="was never filled"):
+        source(features, labels)
+    with torch.device("meta"):
+        criterion = make()
+    criterion.to_empty(device="cpu")
+    for name, buffer in criterion.named_buffers():
+        buffer.fill_(7.0)
+        buffer.copy_(filled[name])  # as DDP's broadcast and distributed checkpoints do
+    assert criterion.eval()(features, labels).isfinite()
+
+
+@pytest.mark.parametrize("name", ["centroid_memory", "centroid_seen"])
+def test_half_a_memory_does_not_load(name: str, make_batch: MakeBatch) -> None:
+    source = make()
+    source(*make_batch(dtype=torch.float32))
+    half = {name: source.state_dict()[name]}
+    with pytest.raises(RuntimeError, match="a memory is both"):
+        make().load_state_dict(half, strict=False)
+    make().load_state_dict({}, strict=False)
+
+
+@pytest.mark.parametrize("filled", ["in place", "by to_empty, then in place", "by to_empty"])
+def test_a_memory_that_nobody_may_look_at(
+    filled: str, monkeypatch: pytest.MonkeyPatch, make_batch: MakeBatch
+) -> None:
+    features, labels = make_batch(dtype=torch.float32)
+    source = make()
+    source(features, labels)
+    blind.look_at_nothing(monkeypatch.setattr)
+    with torch.device("meta" if "to_empty" in filled else "cpu"):
+        criterion = make()
+    criterion.to_empty(device="cpu")
+    if "in place" in filled:
+        for name, buffer in criterion.named_buffers():
+            buffer.copy_(source.state_dict()[name])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert criterion.eval()(features, labels) > 0
+    else:
+        with pytest.raises(RuntimeError, match="was never filled"):
+            criterion.eval()(features, labels)

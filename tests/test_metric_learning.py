@@ -617,3 +617,20 @@ attempt()
         f"found {version}: pip install 'pytorch-metric-learning>=2.2,<3'"
         for version in (*versions, "one that names no version", "3.5")
     ]
+
+
+def test_a_distance_set_later_is_checked(make_batch: MakeBatch) -> None:
+    loss_func = VarConLoss()
+    loss_func.distance = distances.LpDistance()
+    with pytest.raises(ValueError, match="by cosine or dot product"):
+        loss_func(*make_batch())
+
+
+def test_other_labels_of_the_same_embeddings_are_a_reference_set(make_batch: MakeBatch) -> None:
+    embeddings, labels = make_batch()
+    other = labels.roll(1)
+    expected = VarConLoss()(
+        embeddings, labels, ref_emb=embeddings.detach().clone(), ref_labels=other
+    )
+    got = VarConLoss()(embeddings, labels, ref_emb=embeddings, ref_labels=other)
+    torch.testing.assert_close(got, expected)

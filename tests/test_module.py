@@ -209,3 +209,64 @@ def test_a_head_takes_views(kind: str) -> None:
     views = torch.randn(3, 2, 8)
     torch.testing.assert_close(head(views), head(views.flatten(0, 1)).unflatten(0, (3, 2)))
     assert ProjectionHead(8, 4, kind)(views).shape == (3, 2, 4)
+
+
+def test_a_copy_of_a_compiled_loss_is_its_own(make_batch: MakeBatch) -> None:
+    """`criterion.compile()` keeps what runs in an attribute, which copies must not share."""
+    features, labels = make_batch(dtype=torch.float32)
+    criterion = VarConLoss(num_classes=7, feature_dim=16, centroid_momentum=0.9)
+    criterion(features, labels)
+    criterion.compile(backend="aot_eager")
+    expected = criterion(features, labels)
+    before = criterion.centroids.clone()
+    for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        twin(torch.randn_like(features).requires_grad_(), labels)
+        assert torch.equal(criterion.centroids, before)
+        twin.temperature = 1.0
+        assert twin(features, labels) != expected
+
+
+def test_a_copy_of_what_torch_compile_gives_is_of_its_kind() -> None:
+    compiled = torch.compile(VarConLoss(weight=torch.ones(3)), backend="aot_eager")
+    twin = copy.deepcopy(compiled)
+    assert type(twin) is type(compiled)
+    twin.load_state_dict(compiled.state_dict())
+
+
+def test_the_loss_and_the_terms_may_be_changed_apart(make_batch: MakeBatch) -> None:
+    terms = VarConLoss(reduction="none").terms(*make_batch())
+    kept = terms.loss.clone()
+    terms.reduced.mul_(0)
+    assert torch.equal(terms.loss, kept)
+
+
+@pytest.mark.parametrize("kind", ["integers", "mixed", "any probabilities", "reference set"])
+@pytest.mark.parametrize("remembers", [False, True])
+def test_a_default_device_is_not_the_features(kind: str, remembers: bool) -> None:
+    """As a validation loss on the CPU under `torch.set_default_device("cuda")`."""
+    features, labels = torch.randn(8, 4), torch.arange(8) % 3
+    reference = {}
+    if kind == "mixed":
+        labels = 0.7 * torch.eye(12)[labels] + 0.3 * torch.eye(12)[labels.flip(0)]
+    elif kind == "any probabilities":
+        labels = torch.rand(8, 12)
+    elif kind == "reference set":
+        if remembers:
+            pytest.skip("has a memory instead")
+        reference = {"ref_features": features + 1, "ref_labels": labels}
+    memory = {"feature_dim": 4, "centroid_momentum": 0.9} if remembers else {}
+    criterion = VarConLoss(num_classes=12, **memory)
+    with torch.device("meta"):
+        for training in (True, False):
+            loss = criterion.train(training)(features, labels, **reference)
+            assert loss.device.type == "cpu"
+        if remembers:
+            assert criterion.predict(features).label.device.type == "cpu"
+
+
+def test_a_memory_keeps_its_number_of_classes() -> None:
+    criterion = VarConLoss(num_classes=3, feature_dim=4, centroid_momentum=0.9)
+    criterion.num_classes = 3
+    for other in (2, 5, None):
+        with pytest.raises(ValueError, match="the centroid memory has 3 classes"):
+            criterion.num_classes = other

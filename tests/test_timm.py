@@ -1256,3 +1256,23 @@ importlib.metadata.version = without
         last = done.stderr.splitlines()[-1]
         assert last.startswith(start)
         assert last.endswith(f": {timm_flags.INSTALL_TIMM}")
+
+
+@pytest.mark.parametrize("way", ["reset_classifier", "assigned"])
+def test_a_classifier_replaced_later_is_refused(task: VarConTask, way: str) -> None:
+    model = task.trainable_module.model
+    if way == "assigned":
+        model.fc = torch.nn.Linear(model.num_features, 4)
+    else:
+        model.reset_classifier(4)
+    with pytest.raises(RuntimeError, match="make a new VarConTask"):
+        task(*batch())
+
+
+def test_the_model_alone_trains_as_before_the_task() -> None:
+    model = timm.create_model("resnet10t", num_classes=4)
+    x, y = batch()
+    VarConTask(model, dim=16, verbose=False)(x, y)["loss"].backward()
+    model.zero_grad()
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    assert all(p.grad is not None for p in model.parameters())

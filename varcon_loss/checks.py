@@ -43,6 +43,14 @@ def whole_number(name: str, value: Any) -> int:
     return int(value)
 
 
+def check_ignore_index(value: Any) -> int:
+    """A number that a label may have."""
+    value = whole_number("ignore_index", value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index must be a number that int64 labels can have, got {value}")
+    return value
+
+
 def switch(name: str, value: Any) -> bool:
     """True or False, of numpy too: the text "False" would count as true."""
     if type(value) is bool:
@@ -241,10 +249,15 @@ def check_features(features: Any, name: str = "features") -> None:
         raise TypeError(
             f"{name} must be float16, bfloat16, float32 or float64, got {features.dtype}"
         )
+    if type(features).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} must be one rank's own samples, got a DTensor: give {name}.to_local() where "
+            "it is sharded by samples, and process_group for centroids over ranks"
+        )
     if features.layout != torch.strided or features.is_nested:
         kind = "nested" if features.is_nested else features.layout
-        way_out = "torch.cat(unbind())" if features.is_nested else "to_dense()"
-        raise TypeError(f"{name} must be dense, got {kind}: give {name}.{way_out}")
+        way_out = f"torch.cat({name}.unbind())" if features.is_nested else f"{name}.to_dense()"
+        raise TypeError(f"{name} must be dense, got {kind}: give {way_out}")
     if features.ndim < 2:
         raise ValueError(
             f"{name} must have shape [N, D] or [B, V, ...], got {list(features.shape)}"
@@ -254,7 +267,7 @@ def check_features(features: Any, name: str = "features") -> None:
             f"{name} {list(features.shape)} have an empty dimension: every sample needs "
             "at least one view and one channel"
         )
-    if features.ndim > 3 and features.shape[1] > 1 and features.shape[2:].numel() == 1:
+    if features.ndim > 2 and features.shape[1] > 1 and features.shape[2:].numel() == 1:
         raise ValueError(
             f"{name} {list(features.shape)} would be {features.shape[1]} views of width 1: give "
             f"{name}.flatten(1), if they are pooled maps"
@@ -333,6 +346,15 @@ def check_memory_options(
             "of many batches, from which a sample cannot be taken out"
         )
     return feature_dim, centroid_momentum
+
+
+def check_memory_size(num_classes: Any, memory: Tensor | None) -> None:
+    """A memory ``[C, D]`` has a centroid for each class from the start on."""
+    if memory is not None and num_classes != len(memory):
+        raise ValueError(
+            f"num_classes cannot become {num_classes}: the centroid memory has {len(memory)} "
+            "classes. Make a new loss"
+        )
 
 
 def check_memory(features: Tensor, memory: Tensor) -> None:

@@ -124,7 +124,7 @@ def _summarise_shares(samples: Samples, shares: Shares, unit: Tensor, options: O
     if not values_may_be_read(counts):
         index = ClassIndex(size=options.num_classes, gaps="anywhere", present=counts > 0)
     elif bool((counts > 0).all()):
-        index, _ = list_classes(torch.arange(options.num_classes))
+        index, _ = list_classes(torch.arange(options.num_classes, device=unit.device))
     else:
         index, labels = list_classes(counts.nonzero().squeeze(1))
         shares, counts = in_slots(shares, labels), counts.index_select(0, labels)

@@ -172,6 +172,8 @@ def announce_failure(group: Any, plans: Plans, wanted: Plan, *, has_reference: b
     themselves are what is wrong, or the labels that would tell how many classes there are, the
     latest of this loss.
     """
+    if not isinstance(group, dist.ProcessGroup):
+        return  # which is what failed
     known = plans.of(group)
     alike = [other for other in known if other.exchange == wanted.exchange]
     if wanted.num_classes is not None:
@@ -179,7 +181,7 @@ def announce_failure(group: Any, plans: Plans, wanted: Plan, *, has_reference: b
     if wanted not in known and alike:
         wanted = alike[-1]
     if wanted in known:
-        exchange_classes(group, known[wanted], None, torch.zeros(()), failed=True)
+        exchange_classes(group, known[wanted], None, torch.zeros((), device="cpu"), failed=True)
         failed = torch.ones((), dtype=torch.bool, device=wanted.device)
         if has_reference and not values_may_be_read(failed):  # elsewhere the others have raised
             tell_of_failure(group, failed)

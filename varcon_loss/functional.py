@@ -170,9 +170,7 @@ def evaluate(call: Call, *, need_terms: bool) -> tuple[Tensor, VarConTerms | Non
             with torch.no_grad():
                 anchors, members, classes = _read(call, way, dtype, batch, reference)
         except Exception:
-            if group is not None:  # the other ranks wait in this step's collective
-                has_reference = call.ref_features is not None
-                announce_failure(group, call.plans, _wanted(call), has_reference=has_reference)
+            announce(call)
             raise
         with torch.no_grad():
             total = None
@@ -188,6 +186,17 @@ def evaluate(call: Call, *, need_terms: bool) -> tuple[Tensor, VarConTerms | Non
         if options.reduction == "none":
             reduced = reduced.view(shape_of_samples(call.features))
         return reduced, _terms(call, way, rows, swept, reduced) if need_terms else None
+
+
+def announce(call: Call) -> None:
+    """Tell other ranks, which wait in this step's collective, that this one cannot take part."""
+    try:
+        group = resolve_group(call.options.process_group)
+    except (TypeError, ValueError):  # which is what failed
+        return
+    if group is not None:
+        has_reference = call.ref_features is not None
+        announce_failure(group, call.plans, _wanted(call), has_reference=has_reference)
 
 
 def _check(call: Call) -> tuple[Batch, Batch | None]:
@@ -234,7 +243,7 @@ def _computing_dtype(call: Call) -> torch.dtype:
 def _wanted(call: Call) -> Plan:
     """What the other ranks must have too; of features that are wrong, whatever can be said."""
     given = [x for x in (call.features, call.ref_features) if isinstance(x, Tensor)]
-    first = given[0] if given else torch.empty(0, 0)
+    first = given[0] if given else torch.empty(0, 0, device="cpu")
     return Plan(
         num_classes=_num_classes(call),
         exchange=call.options.exchange,
@@ -354,9 +363,12 @@ def _terms(
     if valid is None:
         valid = torch.ones_like(swept.loss, dtype=torch.bool)
     shape = shape_of_samples(call.features)
+    loss = alone(swept.loss, rows.anchors)
+    if call.options.reduction == "none":  # callers may change one and keep the other
+        loss = loss.clone()
     kl, nll, confidence, tau2 = others.view(4, *shape).unbind()
     return VarConTerms(
-        loss=alone(swept.loss, rows.anchors).view(shape),
+        loss=loss.view(shape),
         kl=kl,
         nll=nll,
         confidence=confidence,

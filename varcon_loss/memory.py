@@ -11,7 +11,7 @@ from varcon_loss.readable import values_may_be_read
 from varcon_loss.samples import to_unit
 
 PREDICT_ROWS = 4096  # logits of this many rows are held at a time
-ROUNDING = 1e-5  # a centroid's length is off by less
+ROUNDING = 1e-5  # a centroid's length is off by less, and an average of ones
 
 
 class CentroidMemory(NamedTuple):
@@ -47,6 +47,8 @@ def update_memory(
     old, was_seen = memory.unit, memory.seen
     if classes is not None:
         old, was_seen = old.index_select(0, classes), was_seen.index_select(0, classes)
+    if torch.compiler.is_compiling():  # elsewhere `VarConLoss` sees that somebody has written
+        old = lengthened(old)
     # Where nothing was remembered, `old` is zero and the blend points where the mean does.
     step = counts.clamp(max=1).to(means.dtype).mul_(1 - memory.momentum)
     blended, blended_lengths = normalized(old.lerp(means, step.unsqueeze(1)), means.dtype)
@@ -82,7 +84,7 @@ def remembered_centroids(
         seen = present.nonzero().squeeze(1)
         if 0 < len(seen) < len(present):
             unit = _as_read(memory, memory.unit.index_select(0, seen)).to(dtype)
-            num_present = torch.tensor(len(seen))
+            num_present = torch.tensor(len(seen), device=seen.device)
             return Centroids(unit=unit, present=None, num_present=num_present, packed=True), seen
     everything = values_may_be_read(present) and bool(present.all())
     unit = _as_read(memory, memory.unit).to(dtype, copy=copy)
@@ -96,14 +98,18 @@ def remembered_centroids(
 
 
 def _as_read(memory: CentroidMemory, unit: Tensor) -> Tensor:
-    """What training wrote has unit length; what only is read may be an average of copies."""
-    return unit if memory.update else directions(unit)
+    """What training wrote has unit length; what only is read may be an average of copies.
+
+    A compiled training step cannot tell whether somebody else wrote since the last.
+    """
+    written_here = memory.update and not torch.compiler.is_compiling()
+    return unit if written_here else directions(unit)
 
 
 def can_be_remembered(unit: Tensor, seen: Tensor) -> bool:
     """Can training, or an average of trained copies, have left this? It reads values."""
     lengths = torch.linalg.vector_norm(unit, dim=1)
-    known = (seen > 0) & (seen <= 1) & lengths.isfinite()
+    known = (seen > 0) & (seen < 1 + ROUNDING) & lengths.isfinite()
     return bool((known | ((seen == 0) & (lengths == 0))).all())
 
 

@@ -1,6 +1,5 @@
 """The loss as a module."""
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any, Never
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from varcon_loss import checks
 from varcon_loss.distributed import Plans, several_ranks
-from varcon_loss.functional import Call, evaluate
+from varcon_loss.functional import Call, announce, evaluate
 from varcon_loss.memory import (
     CentroidMemory,
     Prediction,
@@ -137,11 +136,11 @@ class VarConLoss(nn.Module):
             temperature=temperature,
             epsilon=epsilon,
             num_classes=num_classes,
-            normalize=checks.switch("normalize", normalize),
+            normalize=normalize,
             reduction=reduction,
             ignore_index=ignore_index,
             weight=weight,
-            leave_one_out=checks.switch("leave_one_out", leave_one_out),
+            leave_one_out=leave_one_out,
             process_group=process_group,
             exchange=exchange,
             impl=impl,
@@ -229,16 +228,20 @@ class VarConLoss(nn.Module):
         *,
         need_terms: bool,
     ) -> tuple[Tensor, VarConTerms | None]:
-        options, memory = self._options(), self._memory_of_this_call()
-        call = Call(
-            features=features,
-            labels=labels,
-            ref_features=ref_features,
-            ref_labels=ref_labels,
-            options=options,
-            memory=memory,
-            plans=self._plans,
-        )
+        given: dict[str, Any] = {
+            "features": features,
+            "labels": labels,
+            "ref_features": ref_features,
+            "ref_labels": ref_labels,
+            "plans": self._plans,
+        }
+        options = self._options()
+        try:
+            checked, memory = check_options(**options), self._memory_of_this_call()
+        except Exception:
+            announce(Call(**given, options=Options(**options)))
+            raise
+        call = Call(**given, options=checked, memory=memory)
         result = evaluate(call, need_terms=need_terms)
         self._remember_step(memory, labels)
         return result
@@ -301,15 +304,18 @@ class VarConLoss(nn.Module):
         if self.centroid_momentum is not None:
             self.reset_memory()
 
-    def _options(self) -> Options:
+    def _options(self) -> dict[str, Any]:
+        """Of this call, by name, not checked."""
         options = {name: getattr(self, name) for name in Options._fields}
         if not self._learns():
             options["process_group"] = None
-        return check_options(**options)
+        return options
 
     def _memory(self, *, update: bool) -> CentroidMemory | None:
         if self.centroid_momentum is None:
             return None
+        if self._unfilled and self._was_written():
+            self._look_at_memory()
         if self._unfilled:
             raise RuntimeError(
                 "the centroid memory was never filled, and holds what no training leaves there: "
@@ -346,11 +352,16 @@ class VarConLoss(nn.Module):
             else:
                 if self.process_group is None and several_ranks():
                     self._check_nobody_wrote(memory)
-                if _version(memory.unit) != self._version_left:
-                    # Averages of copies, written in place, are shorter than 1.
+                if self._was_written():  # averages of copies are shorter than 1
                     with torch.no_grad():
                         memory.unit.copy_(lengthened(memory.unit))
         return memory
+
+    def _was_written(self) -> bool:
+        """Has anybody else written to the memory since it was made or a training step left it?"""
+        return not torch.compiler.is_compiling() and (
+            self._version_left is None or _version(self.centroid_memory) != self._version_left
+        )
 
     def _remember_step(self, memory: CentroidMemory | None, labels: Tensor | None) -> None:
         if memory is None or not memory.update:
@@ -368,7 +379,7 @@ class VarConLoss(nn.Module):
 
     def _warn_if_empty(self, memory: CentroidMemory) -> None:
         """Looks at the memory where that synchronises nothing."""
-        empty = self._surely_empty
+        empty = self._surely_empty and not self._was_written()
         if values_may_be_read(memory.seen):
             empty = not bool(memory.seen.any())
         if empty:
@@ -426,6 +437,8 @@ class VarConLoss(nn.Module):
             value = checks.real_number(name, value)
         elif name in ("normalize", "leave_one_out"):
             value = checks.switch(name, value)
+        elif name == "num_classes" and self.__dict__.get("centroid_momentum") is not None:
+            checks.check_memory_size(value, self.centroid_memory)
         if name in ("leave_one_out", "centroid_momentum") and "centroid_momentum" in self.__dict__:
             now = {key: getattr(self, key) for key in ("leave_one_out", "centroid_momentum")}
             now[name] = value
@@ -446,7 +459,14 @@ class VarConLoss(nn.Module):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         self._keep_memory_wide()  # with assign=True it is what was saved
-        if self.centroid_memory is None or any(prefix + name not in state_dict for name in _MEMORY):
+        missing = [name for name in _MEMORY if prefix + name not in state_dict]
+        if self.centroid_memory is None or len(missing) == len(_MEMORY):
+            return
+        if missing:
+            *_, error_messages = args
+            error_messages.append(
+                f"{prefix}{missing[0]} is missing: a memory is both {' and '.join(_MEMORY)}"
+            )
             return
         self._look_at_memory()
         if self._unfilled:
@@ -460,7 +480,7 @@ class VarConLoss(nn.Module):
 
     def _look_at_memory(self) -> None:
         """Has somebody else filled it, or nobody? Looks where that synchronises nothing."""
-        self._surely_empty, self._memory_left = False, None
+        self._surely_empty, self._memory_left, self._version_left = False, None, None
         unit, seen = self.centroid_memory, self.centroid_seen
         assert unit is not None
         assert seen is not None
@@ -468,26 +488,18 @@ class VarConLoss(nn.Module):
         self._unfilled = readable and not can_be_remembered(unit, seen)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.process_group is not None and not isinstance(self.process_group, str):
-            raise TypeError(
-                "a VarConLoss with a ProcessGroup handle cannot be pickled: make it with "
-                "process_group='world', or set criterion.process_group after loading"
-            )
-        return self.__dict__ | {"_surely_empty": False, "_memory_left": None}
+        """For copies, which keep the process group, and whose memory averaging may fill."""
+        unknown = {"_surely_empty": False, "_memory_left": None, "_version_left": None}
+        state = super().__getstate__() | unknown
+        return state | {"process_group": _SameGroup(self.process_group)}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "VarConLoss":
-        """A copy with its own buffers in the same process group."""
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        if self.process_group is not None:
-            memo[id(self.process_group)] = self.process_group
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        twin._surely_empty, twin._memory_left = False, None  # averaging may fill it
-        return twin
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"process_group": state["process_group"].group})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VarConLoss":
         """As in `torch.nn.Module`, but the memory stays float32, and weights lose no digits."""
         kept = {name: getattr(self, name) for name in (*_MEMORY, "weight")}
+        as_left, empty = not self._was_written(), self._surely_empty
         super()._apply(fn, recurse)
         for name, before in kept.items():
             after = getattr(self, name)
@@ -496,8 +508,15 @@ class VarConLoss(nn.Module):
             narrower = after.dtype.itemsize < before.dtype.itemsize
             if narrower or (name in _MEMORY and after.dtype != before.dtype):
                 self._buffers[name] = before.to(after.device)
-            if name in _MEMORY and before.is_meta and not after.is_meta:
-                self._unfilled = True  # by `to_empty`
+        if self.centroid_memory is None:
+            return self
+        self._look_at_memory()
+        before = kept["centroid_memory"]
+        if before is not None and before.is_meta and not self.centroid_memory.is_meta:
+            self._unfilled = True  # by `to_empty`
+        self._surely_empty = empty
+        if as_left or self._unfilled:
+            self._version_left = _version(self.centroid_memory)
         return self
 
     def extra_repr(self) -> str:
@@ -510,6 +529,24 @@ class VarConLoss(nn.Module):
             elif value != default or name in ("temperature", "epsilon"):
                 shown.append(f"{name}={value!r}")
         return ", ".join(shown)
+
+
+class _SameGroup:
+    """A copy has the same group; a pickle only the name of one."""
+
+    def __init__(self, group: object) -> None:
+        self.group = group
+
+    def __deepcopy__(self, _: Any) -> "_SameGroup":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.group is not None and not isinstance(self.group, str):
+            raise TypeError(
+                "a VarConLoss with a ProcessGroup handle cannot be pickled: make it with "
+                "process_group='world', or set criterion.process_group after loading"
+            )
+        return _SameGroup, (self.group,)
 
 
 def _version(tensor: Tensor | None) -> int | None:

@@ -37,7 +37,9 @@ def check_options(**given: Any) -> Options:
     temperature, epsilon = checks.check_temperatures(options.temperature, options.epsilon)
     ignore_index, num_classes = options.ignore_index, options.num_classes
     if ignore_index is not None:
-        ignore_index = checks.whole_number("ignore_index", ignore_index)
+        ignore_index = checks.check_ignore_index(ignore_index)
+    normalize = checks.switch("normalize", options.normalize)
+    leave_one_out = checks.switch("leave_one_out", options.leave_one_out)
     checks.check_choices(options.reduction, options.impl)
     num_classes = checks.resolve_num_classes(num_classes, options.weight)
     checks.check_exchange(options.process_group, options.exchange, num_classes)
@@ -46,6 +48,8 @@ def check_options(**given: Any) -> Options:
         and epsilon is options.epsilon
         and num_classes is options.num_classes
         and ignore_index is options.ignore_index
+        and normalize is options.normalize
+        and leave_one_out is options.leave_one_out
     ):
         return options
     checked = {
@@ -53,5 +57,7 @@ def check_options(**given: Any) -> Options:
         "epsilon": epsilon,
         "num_classes": num_classes,
         "ignore_index": ignore_index,
+        "normalize": normalize,
+        "leave_one_out": leave_one_out,
     }
     return changed(options, **checked)

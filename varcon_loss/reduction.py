@@ -113,7 +113,7 @@ def denominator(anchors: Samples, row_weights: Tensor | None) -> Tensor:
         return row_weights.sum()
     if anchors.valid is not None:
         return anchors.valid.sum()
-    return torch.tensor(len(anchors.features))
+    return torch.full((), len(anchors.features), device=anchors.features.device)
 
 
 def denominator_of_kept(classes: Classes, kept: Tensor, weight: Tensor | None) -> Tensor:

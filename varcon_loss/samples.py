@@ -80,7 +80,8 @@ def flatten_views(features: Tensor) -> Tensor:
     """``[B, V, ...]`` -> ``[B * V, D]``; ``[N, D]`` as it is."""
     if features.ndim == 2:
         return features
-    return features.reshape(features.shape[:2].numel(), features.shape[2:].numel())
+    # `numel` of a symbolic number is a constant for torch.export.
+    return features.reshape(features.shape[0] * features.shape[1], features.shape[2:].numel())
 
 
 def flatten(features: Tensor, labels: Tensor, name: str, columns_of: str | None = None) -> Batch:
@@ -154,7 +155,8 @@ def read(batch: Batch, options: Options, dtype: torch.dtype) -> Samples:
         labels, valid, broken = read_shares(batch.labels, dtype, batch.views, name=batch.name)
     else:
         labels, valid, broken = read_labels(batch, options)
-    taking_part = batch.features
+    # `no_grad` stops no derivative of the forward mode.
+    taking_part = batch.features.detach()
     if valid is not None:
         # From here on a row that takes no part is a zero vector, whatever it held: it adds
         # nothing to any sum, and its gradient is exactly 0.

@@ -174,11 +174,12 @@ def find_entries(
     size = max(1, int(counts.max()))
     if size > most:
         return None
-    place = torch.arange(len(rows)) - (counts.cumsum(0) - counts).index_select(0, rows)
+    first_of_row = (counts.cumsum(0) - counts).index_select(0, rows)
+    place = torch.arange(len(rows), device=rows.device) - first_of_row
     place += rows * size
-    slots = torch.zeros(num_rows * size, dtype=torch.int64)
-    entries = torch.zeros(num_rows * size, dtype=dtype)
-    missing = torch.ones(num_rows * size, dtype=torch.bool)
+    slots = rows.new_zeros(num_rows * size)
+    entries = above_lowest.new_zeros(num_rows * size)
+    missing = torch.ones_like(slots, dtype=torch.bool)
     slots[place], entries[place], missing[place] = columns, above_lowest, False
     background = lowest.unsqueeze(1).to(dtype) if float(lowest.max()) > 0 else None
     shares = Shares(
@@ -199,7 +200,7 @@ def _fill(shares: Shares, missing: Tensor) -> Shares:
     values, slots, missing = shares.values.clone(), shares.slots.clone(), missing[rows]
     # Of the first M slots the row's entries leave at least as many free as it misses.
     given = slots[rows].masked_fill(missing, -1)
-    taken = (given.unsqueeze(2) == torch.arange(slots.shape[1])).any(1)
+    taken = (given.unsqueeze(2) == torch.arange(slots.shape[1], device=slots.device)).any(1)
     free = taken.to(torch.uint8).argsort(dim=1, stable=True)
     slots[rows] = torch.where(missing, free.gather(1, (missing.cumsum(1) - 1).clamp_min(0)), given)
     nothing = 0.0 if shares.background is None else shares.background[rows]
@@ -221,8 +222,8 @@ def in_slots(shares: Shares, classes: Tensor) -> Shares:
         return changed(shares, columns=classes)
     size = classes.shape[0]
     num_classes = int(torch.maximum(shares.slots.max(), classes.max())) + 1
-    table = torch.full((num_classes,), -1)
-    table[classes] = torch.arange(size)
+    table = classes.new_full((num_classes,), -1)
+    table[classes] = torch.arange(size, device=classes.device)
     slots = table[shares.slots]
     # What is left of each row comes first, and no row has more entries than there are slots.
     order = (slots < 0).to(torch.uint8).argsort(dim=1, stable=True)
@@ -292,7 +293,7 @@ def _sum_entries(rows: Tensor, values: Tensor, slots: Tensor, size: int) -> Tens
     return F.embedding_bag(
         torch.div(order, values.shape[1], rounding_mode="floor"),
         rows,
-        torch.searchsorted(slots, torch.arange(size)),
+        torch.searchsorted(slots, torch.arange(size, device=slots.device)),
         mode="sum",
         per_sample_weights=values.reshape(-1).index_select(0, order),
     )

@@ -66,9 +66,10 @@ _CHANGEABLE = (0, 3 + TENSORS.index("w"))
 _SHARES = 3 + TENSORS.index("shares")  # None for integer labels
 
 
-def _versions(saved: tuple[Any, ...]) -> list[int]:
-    shares = saved[_SHARES]
-    return [saved[i]._version for i in _CHANGEABLE] + ([] if shares is None else [shares._version])
+def _versions(saved: tuple[Any, ...]) -> list[tuple[int, int]]:
+    """Where each lies, and how often it was written to."""
+    changeable = [saved[i] for i in (*_CHANGEABLE, _SHARES)]
+    return [(x.untyped_storage()._cdata, x._version) for x in changeable if x is not None]
 
 
 def _allow_changes(loss: Tensor, *, shares: bool) -> None:
@@ -88,19 +89,24 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Ten
     """Of both functions below: one multiplication, unless it is to be differentiated again."""
     result = None
     if upstream is not None:
-        features, gradient, scale, *parts = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once: under checkpointing it is made anew
+        features, gradient, scale, *parts = saved
         if not torch.is_grad_enabled():
             result = scale_rows(gradient, scale, upstream, ctx.dtype)
         else:  # create_graph=True
-            _check_unchanged(ctx)
+            _check_unchanged(ctx, saved)
             result = _Differentiable.apply(
                 features, upstream, gradient, scale, ctx.temperatures, *parts
             )
     return result, *(None,) * ctx.num_others
 
 
-def _check_unchanged(ctx: Any) -> None:
-    if ctx.versions is not None and ctx.versions != _versions(ctx.saved_tensors):
+def _check_unchanged(ctx: Any, saved: tuple[Any, ...]) -> None:
+    """Copies that a caller's hooks made of what was saved are as it was, whatever their version."""
+    if ctx.versions is None:
+        return
+    kept, now = ctx.versions, _versions(saved)
+    if any(a[0] == b[0] and a[1] != b[1] for a, b in zip(kept, now, strict=True)):
         raise RuntimeError(
             "a second derivative of VarCon needs the features, and class probabilities or a "
             "centroid memory where there are any, as they were when the loss was computed, and "

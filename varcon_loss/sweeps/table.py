@@ -53,7 +53,7 @@ def evaluate_table(
     # argmax. Where none has, any class will do.
     if values_may_be_read(z):
         torch.gt(p, total / 2, out=through)
-        m = torch.mv(through, torch.arange(p.shape[1], dtype=z.dtype))
+        m = torch.mv(through, torch.arange(p.shape[1], dtype=z.dtype, device=z.device))
         m = m.long().clamp_max_(p.shape[1] - 1).unsqueeze(1)  # products may be rounded to bfloat16
     else:
         m = p.argmax(1, keepdim=True)
