@@ -18,7 +18,7 @@ from benchmarks.common.measure import Limits, Problem
 from benchmarks.common.terminal import console, progress_bar, table, written
 
 ROWS, CLASSES = "64,256,1024,4096,8192,16384,65536", "10,100,1000,10000"
-ROWS_OF_SHARES, CLASSES_OF_SHARES = "8192", "1000"
+ROWS_OF_SOFT, CLASSES_OF_SOFT = "8192", "1000"
 MODES = ("forward+backward", "forward")
 COMPILE_SECONDS = 60  # torch.compile may take this long, once
 SLOPE_FROM = 4096  # growth is fitted from this batch size on, where launches no longer matter
@@ -28,12 +28,12 @@ NOISY = 0.25  # quartiles further apart than this share of the median say that t
 def command(
     rows: Annotated[
         str,
-        typer.Option(help=f"batch sizes N; by default {ROWS}, or {ROWS_OF_SHARES} with --labels"),
+        typer.Option(help=f"batch sizes N; by default {ROWS}, or {ROWS_OF_SOFT} with --labels"),
     ] = "",
     classes: Annotated[
         str,
         typer.Option(
-            help=f"numbers of classes K; by default {CLASSES}, or {CLASSES_OF_SHARES} with --labels"
+            help=f"numbers of classes K; by default {CLASSES}, or {CLASSES_OF_SOFT} with --labels"
         ),
     ] = "",
     dims: Annotated[str, typer.Option(help="embedding widths D")] = "128",
@@ -71,8 +71,8 @@ def command(
     run(
         name if plain else f"{name}-{labels}",
         problems(
-            options.integers(rows or (ROWS if plain else ROWS_OF_SHARES)),
-            options.integers(classes or (CLASSES if plain else CLASSES_OF_SHARES)),
+            options.integers(rows or (ROWS if plain else ROWS_OF_SOFT)),
+            options.integers(classes or (CLASSES if plain else CLASSES_OF_SOFT)),
             options.integers(dims),
             options.names(dtypes),
             device,
@@ -105,7 +105,7 @@ def chosen_contenders(text: str, *, compiled: bool, labels: str = "integer") -> 
             name
             for name, contender in CONTENDERS.items()
             if name in (OURS, INTEGERS)
-            or (contender.shares and (not wanted or any(part in name for part in wanted)))
+            or (contender.soft and (not wanted or any(part in name for part in wanted)))
         ]
     return [
         name

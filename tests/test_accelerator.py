@@ -170,8 +170,8 @@ def empty_first_step_on_rank(rank: int, world_size: int) -> list[float]:
     sizes = (0, 8)
     losses = []
     for size in sizes:
-        shares = torch.full((size, 12), 1 / 12)
-        losses.append(float(criterion(torch.randn(size, DIM, requires_grad=True), shares)))
+        soft = torch.full((size, 12), 1 / 12)
+        losses.append(float(criterion(torch.randn(size, DIM, requires_grad=True), soft)))
     return losses
 
 

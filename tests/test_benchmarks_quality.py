@@ -138,10 +138,10 @@ class TestMixup:
         split = data.Split(images, labels)
         recipe = Recipe(epochs=3, batch_size=32, mixup=1.0)
         train(dataclasses.replace(digits, train=split), "VarCon", recipe, seed=0)
-        shares = torch.cat([labels for _, labels in seen])
-        torch.testing.assert_close(torch.cat([x for x, _ in seen])[:, :10], shares)
-        torch.testing.assert_close(shares.sum(1), torch.ones(len(shares)))
-        assert shares.count_nonzero(1).max() == 2
+        soft = torch.cat([labels for _, labels in seen])
+        torch.testing.assert_close(torch.cat([x for x, _ in seen])[:, :10], soft)
+        torch.testing.assert_close(soft.sum(1), torch.ones(len(soft)))
+        assert soft.count_nonzero(1).max() == 2
         views = seen[0][1].split(32)
         assert not torch.equal(*views)  # each is mixed on its own
 

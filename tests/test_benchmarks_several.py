@@ -40,21 +40,21 @@ def test_scores_of_features_that_say_all_and_that_say_nothing() -> None:
 def test_binary_cross_entropy_has_the_values_of_its_equation() -> None:
     objective = BinaryCrossEntropy(5, 4).double()
     features = torch.randn(6, 5, dtype=torch.float64)
-    shares = torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 1, 0]], dtype=torch.float64).repeat(3, 1)
+    soft = torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 1, 0]], dtype=torch.float64).repeat(3, 1)
     terms = [
         -math.log(p if share else 1 - p)
         for row, own in zip(
-            objective.classifier(features).sigmoid().tolist(), shares.tolist(), strict=True
+            objective.classifier(features).sigmoid().tolist(), soft.tolist(), strict=True
         )
         for p, share in zip(row, own, strict=True)
     ]
-    step = objective(features, shares)
+    step = objective(features, soft)
     assert float(step.loss.detach()) == pytest.approx(sum(terms) / len(terms), rel=1e-12)
     assert not step.collapsed
     with torch.no_grad():
         objective.classifier.weight.zero_()
         objective.classifier.bias.fill_(math.log(0.375 / 0.625))  # the share of labels that are on
-    assert objective(features, shares).collapsed
+    assert objective(features, soft).collapsed
 
 
 def test_the_command(tmp_path: Path) -> None:

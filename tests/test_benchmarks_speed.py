@@ -20,7 +20,7 @@ from benchmarks.common.measure import Problem
 from benchmarks.common.supcon import supcon_loss
 from benchmarks.common.transcriptions import (
     authors_operations,
-    authors_operations_on_shares,
+    authors_operations_on_soft_labels,
     lean_log_space,
 )
 from varcon_loss import varcon_loss
@@ -44,7 +44,7 @@ def test_the_yardstick_of_class_probabilities_computes_the_same_loss(labels: str
     x, y = Problem(30, 9, 8, "float64", "cpu", kind).inputs()
     if kind == "integer":
         y = torch.nn.functional.one_hot(y % 7, 9 if labels == "a class absent" else 7).double()
-    got, want = authors_operations_on_shares(x, y), varcon_loss(x, y, impl="reference")
+    got, want = authors_operations_on_soft_labels(x, y), varcon_loss(x, y, impl="reference")
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(
         torch.autograd.grad(got, x), torch.autograd.grad(want, x), rtol=1e-8, atol=1e-10
@@ -56,11 +56,11 @@ def test_class_probabilities_are_made_of_the_integers_they_are_held_against(
     kind: str, labels_a_row: int
 ) -> None:
     problem = Problem(500, 9, 8, "float32", "cpu", kind)
-    (x, shares), (same, integers) = problem.inputs(), problem.inputs(INTEGERS)
+    (x, soft), (same, integers) = problem.inputs(), problem.inputs(INTEGERS)
     torch.testing.assert_close(x, same, rtol=0, atol=0)
-    torch.testing.assert_close(shares.sum(1), torch.ones(500))
-    assert shares.count_nonzero(1).max() == labels_a_row
-    assert (shares.gather(1, integers[:, None]) > 0).all()
+    torch.testing.assert_close(soft.sum(1), torch.ones(500))
+    assert soft.count_nonzero(1).max() == labels_a_row
+    assert (soft.gather(1, integers[:, None]) > 0).all()
 
 
 def test_a_composition_around_a_fused_cross_entropy() -> None:

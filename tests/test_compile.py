@@ -128,24 +128,24 @@ def test_the_operator_is_registered_soundly(make_batch: MakeBatch) -> None:
     num_present = torch.tensor(3)
     given = {
         "features": features, "norms": norms, "w": w, "need_grad": True, "unit": z, "slots": labels,
-        "shares": None, "entries": None, "columns": None, "background": None,
+        "soft": None, "entries": None, "columns": None, "background": None,
         "class_weight": None, "present": present, "num_present": num_present, "packed": True,
         "own": None, "valid": None, "broken": None,
         "temperature": 0.1, "epsilon": 0.02, "temperatures": None,
     }  # fmt: skip
-    shares = torch.rand(12, 4, dtype=z.dtype)
+    soft = torch.rand(12, 4, dtype=z.dtype)
     weight = torch.rand(4, dtype=z.dtype)
     for change in (
         {},
         {"own": torch.nn.functional.normalize(torch.randn_like(z), dim=1)},
-        {"slots": None, "shares": shares},
-        {"slots": None, "shares": shares.repeat(1, 2), "columns": torch.tensor([1, 4, 5, 7])},
-        {"slots": None, "shares": shares[:6], "class_weight": weight},
+        {"slots": None, "soft": soft},
+        {"slots": None, "soft": soft.repeat(1, 2), "columns": torch.tensor([1, 4, 5, 7])},
+        {"slots": None, "soft": soft[:6], "class_weight": weight},
         {
             "slots": None,
-            "shares": shares[:, :1],
+            "soft": soft[:, :1],
             "entries": labels.unsqueeze(1),
-            "background": shares[:, :1] / 9,
+            "background": soft[:, :1] / 9,
         },
     ):
         for need_terms in (True, False):

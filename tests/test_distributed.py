@@ -24,7 +24,7 @@ from varcon_loss import VarConLoss, varcon_loss, varcon_terms
 NUM_CLASSES, DIM, WIDTH = 7, 6, 9
 
 # How a rank's share of the batch may look; each entry gives (labels) for rank r.
-SHARES = {
+PARTS = {
     "equal": lambda rank, g: torch.randint(NUM_CLASSES, (8,), generator=g),
     "unequal": lambda rank, g: torch.randint(NUM_CLASSES, (5 - rank,), generator=g),
     "disjoint classes": lambda rank, g: torch.full((6,), rank),
@@ -59,11 +59,11 @@ def encoder() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, DIM)).double()
 
 
-def shares(case: str, world_size: int) -> list[tuple[Tensor, Tensor]]:
+def parts_of(case: str, world_size: int) -> list[tuple[Tensor, Tensor]]:
     result = []
     for rank in range(world_size):
         g = torch.Generator().manual_seed(100 + rank)
-        labels = SHARES[case](rank, g)
+        labels = PARTS[case](rank, g)
         result.append((torch.randn(len(labels), WIDTH, generator=g, dtype=torch.float64), labels))
     return result
 
@@ -77,8 +77,8 @@ def names(labels: Tensor, options: dict) -> Tensor:
 
 def sweep_on_rank(rank: int, world_size: int, fused: bool) -> dict:
     results = {}
-    for case, (title, options) in itertools.product(SHARES, OPTIONS.items()):
-        inputs, labels = shares(case, world_size)[rank]
+    for case, (title, options) in itertools.product(PARTS, OPTIONS.items()):
+        inputs, labels = parts_of(case, world_size)[rank]
         net = DistributedDataParallel(encoder()) if world_size > 1 else encoder()
         criterion = VarConLoss(process_group="world", **options)
         features = net(inputs)
@@ -104,8 +104,8 @@ def test_equals_one_process_on_the_concatenated_batch(
         pytest.importorskip("triton")
     ranks = run_ranks(sweep_on_rank, world_size, tmp_path, fused)
     close = {"rtol": 2e-5, "atol": 2e-6} if fused else {"rtol": 1e-10, "atol": 1e-12}
-    for case, (title, options) in itertools.product(SHARES, OPTIONS.items()):
-        parts = shares(case, world_size)
+    for case, (title, options) in itertools.product(PARTS, OPTIONS.items()):
+        parts = parts_of(case, world_size)
         inputs = torch.cat([x for x, _ in parts])
         labels = names(torch.cat([y for _, y in parts]), options)
         net = encoder()
@@ -215,7 +215,7 @@ def memory_on_rank(rank: int, world_size: int) -> dict:
         )  # fmt: skip
         losses = []
         for step in range(4):
-            inputs, labels = shares("unequal" if step % 2 else "equal", world_size)[rank]
+            inputs, labels = parts_of("unequal" if step % 2 else "equal", world_size)[rank]
             features = (encoder()(inputs) * (step + 1)).float()
             losses.append(criterion(features, labels).detach())
         # Evaluation is each rank's own: a plain mean over its samples, which are not equally many.
@@ -230,7 +230,7 @@ def test_memories_are_identical_and_those_of_one_process(tmp_path: Path) -> None
     single = VarConLoss(num_classes=NUM_CLASSES, feature_dim=DIM, centroid_momentum=0.8)
     losses = []
     for step in range(5):
-        parts = shares("unequal" if step % 2 or step == 4 else "equal", 3)
+        parts = parts_of("unequal" if step % 2 or step == 4 else "equal", 3)
         inputs, labels = (torch.cat(column) for column in zip(*parts, strict=True))
         if step == 4:
             single.eval()
@@ -245,7 +245,7 @@ def test_memories_are_identical_and_those_of_one_process(tmp_path: Path) -> None
 
 
 def reference_set_on_rank(rank: int, world_size: int) -> tuple:
-    inputs, labels = shares("equal", world_size)[rank]
+    inputs, labels = parts_of("equal", world_size)[rank]
     features = encoder()(inputs).detach().requires_grad_()
     terms = VarConLoss(process_group="world").terms(
         features, labels,
@@ -257,7 +257,7 @@ def reference_set_on_rank(rank: int, world_size: int) -> tuple:
 
 def test_a_reference_set_spread_over_ranks(tmp_path: Path) -> None:
     ranks = run_ranks(reference_set_on_rank, 2, tmp_path)
-    inputs, labels = (torch.cat(c) for c in zip(*shares("equal", 2), strict=True))
+    inputs, labels = (torch.cat(c) for c in zip(*parts_of("equal", 2), strict=True))
     expected = varcon_terms(
         encoder()(inputs), labels,
         ref_features=torch.eye(NUM_CLASSES, DIM).double(), ref_labels=torch.arange(NUM_CLASSES),
@@ -418,7 +418,7 @@ def accumulation_on_rank(rank: int, world_size: int) -> Tensor:
     """Two micro-batches under no_sync, then a compiled criterion, must match plain calls."""
     net = DistributedDataParallel(encoder())
     criterion = VarConLoss(process_group="world", num_classes=NUM_CLASSES)
-    batches = [shares(case, world_size)[rank] for case in ("equal", "unequal")]
+    batches = [parts_of(case, world_size)[rank] for case in ("equal", "unequal")]
     with net.no_sync():
         criterion(net(batches[0][0]), batches[0][1]).backward()
     torch.compile(criterion, backend="aot_eager")(net(batches[1][0]), batches[1][1]).backward()
@@ -429,7 +429,7 @@ def test_gradient_accumulation_and_compile(tmp_path: Path) -> None:
     ranks = run_ranks(accumulation_on_rank, 2, tmp_path)
     net = encoder()
     for case in ("equal", "unequal"):
-        inputs, labels = (torch.cat(c) for c in zip(*shares(case, 2), strict=True))
+        inputs, labels = (torch.cat(c) for c in zip(*parts_of(case, 2), strict=True))
         varcon_terms(net(inputs), labels).reduced.backward()
     expected = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     for gradient in ranks:
@@ -440,7 +440,7 @@ def fsdp_on_rank(rank: int, world_size: int) -> Tensor:
     from torch.distributed.fsdp import fully_shard
 
     net = fully_shard(encoder())
-    inputs, labels = shares("unequal", world_size)[rank]
+    inputs, labels = parts_of("unequal", world_size)[rank]
     VarConLoss(process_group="world", num_classes=NUM_CLASSES)(net(inputs), labels).backward()
     return torch.cat([p.grad.full_tensor().flatten() for p in net.parameters()])
 
@@ -448,7 +448,7 @@ def fsdp_on_rank(rank: int, world_size: int) -> Tensor:
 def test_fsdp2(tmp_path: Path) -> None:
     ranks = run_ranks(fsdp_on_rank, 2, tmp_path)
     net = encoder()
-    inputs, labels = (torch.cat(c) for c in zip(*shares("unequal", 2), strict=True))
+    inputs, labels = (torch.cat(c) for c in zip(*parts_of("unequal", 2), strict=True))
     varcon_terms(net(inputs), labels).reduced.backward()
     expected = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     for gradient in ranks:
@@ -458,7 +458,7 @@ def test_fsdp2(tmp_path: Path) -> None:
 def subgroups_on_rank(rank: int, world_size: int) -> tuple:
     groups = [dist.new_group([0, 1]), dist.new_group([2])]
     group = groups[rank // 2]
-    inputs, labels = shares("equal", world_size)[rank]
+    inputs, labels = parts_of("equal", world_size)[rank]
     losses = []
     for options in ({}, {"num_classes": NUM_CLASSES}, OPTIONS["known, gathered"]):
         criterion = VarConLoss(process_group=group, **options)
@@ -476,7 +476,7 @@ def subgroups_on_rank(rank: int, world_size: int) -> tuple:
 
 def test_subgroups_pickling_and_copies(tmp_path: Path) -> None:
     ranks = run_ranks(subgroups_on_rank, 3, tmp_path)
-    parts = shares("equal", 3)
+    parts = parts_of("equal", 3)
     for members in ([0, 1], [2]):
         inputs, labels = (torch.cat(c) for c in zip(*(parts[r] for r in members), strict=True))
         expected = varcon_terms(encoder()(inputs), labels).reduced.detach()
@@ -517,7 +517,7 @@ def wrapped_memory_on_rank(rank: int, world_size: int) -> list:
         inner = Model()
         model = wrap(inner)
         for step in range(3):
-            inputs, labels = shares("unequal" if step % 2 else "equal", world_size)[rank]
+            inputs, labels = parts_of("unequal" if step % 2 else "equal", world_size)[rank]
             model(inputs.float(), labels).backward()
         results.append(inner.criterion.centroids.clone())
     return results
@@ -527,7 +527,7 @@ def test_a_memory_inside_the_wrapped_model(tmp_path: Path) -> None:
     ranks = run_ranks(wrapped_memory_on_rank, 2, tmp_path)
     single = VarConLoss(num_classes=NUM_CLASSES, feature_dim=DIM, centroid_momentum=0.8)
     for step in range(3):
-        parts = shares("unequal" if step % 2 else "equal", 2)
+        parts = parts_of("unequal" if step % 2 else "equal", 2)
         inputs, labels = (torch.cat(c) for c in zip(*parts, strict=True))
         single(encoder().float()(inputs.float()), labels)
     for results in ranks:

@@ -10,38 +10,38 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor
 
-from tests import oracle_shares
+from tests import oracle_soft_labels
 from tests.conftest import MakeBatch
 from tests.counting import LargestWritten
 from varcon_loss import varcon_terms
 from varcon_loss.classes import Centroids, unit_centroids
 from varcon_loss.rows import Rows, Swept
 from varcon_loss.samples import Samples, to_unit
-from varcon_loss.shares import Shares, class_masses, in_slots, share_sums
+from varcon_loss.soft_labels import SoftLabels, class_masses, in_slots, soft_sums
 from varcon_loss.sweeps import chunks, products
-from varcon_loss.sweeps.expectation import sweep_shares
+from varcon_loss.sweeps.expectation import sweep_soft_labels
 from varcon_loss.sweeps.expectation_reference import expected_loss_by_equations
 
 F64 = torch.float64
 FORMS = ("table", "entries", "background")
 
 
-def shares_of(table: Tensor, form: str, dtype: torch.dtype = F64) -> Shares:
+def soft_labels_of(table: Tensor, form: str, dtype: torch.dtype = F64) -> SoftLabels:
     """Either form of any table, with as many entries a row as it takes."""
     if form == "table":
-        return Shares(table)
+        return SoftLabels(table)
     lowest = table.amin(1, keepdim=True)
     background = lowest if form == "background" else torch.zeros_like(lowest)
     size = max(1, int((table > background).sum(1).max()))
     entries, slots = table.topk(size, dim=1)
-    return Shares(
+    return SoftLabels(
         entries.to(dtype), slots, None, lowest.to(dtype) if form == "background" else None
     )
 
 
 def evaluate(
     z: Tensor,
-    shares: Shares,
+    soft: SoftLabels,
     centroids: Centroids,
     temperature: float = 0.1,
     epsilon: float = 0.02,
@@ -50,9 +50,9 @@ def evaluate(
     *,
     norms: Tensor | None = None,
 ) -> Swept:
-    anchors = Samples(features=z, labels=shares, valid=valid, unit=z, norms=norms)
-    rows = Rows(anchors=anchors, slots=shares, centroids=centroids, weight=weight)
-    return sweep_shares(rows, shares, temperature, epsilon, True, True)
+    anchors = Samples(features=z, labels=soft, valid=valid, unit=z, norms=norms)
+    rows = Rows(anchors=anchors, slots=soft, centroids=centroids, weight=weight)
+    return sweep_soft_labels(rows, soft, temperature, epsilon, True, True)
 
 
 @contextlib.contextmanager
@@ -75,20 +75,20 @@ def from_features(
 ) -> tuple[Swept, Tensor]:
     """From features ``[N, D]`` and ``[N, C]``, and the gradient of the features."""
     dtype = torch.promote_types(features.dtype, torch.float32)
-    shares, valid = shares_of(table, form, dtype), table.sum(1) > 0
+    soft, valid = soft_labels_of(table, form, dtype), table.sum(1) > 0
     features = features.detach().masked_fill(~valid[:, None], 0.0)
     z, norms = to_unit(features, dtype, normalize=normalize)
-    classes = (class_masses(shares, table.shape[1], dtype) > 0).nonzero().squeeze(1)
+    classes = (class_masses(soft, table.shape[1], dtype) > 0).nonzero().squeeze(1)
     if len(classes) == 0:  # as many slots as there must be
         centroids = Centroids(
             z.new_zeros(1, z.shape[1]), torch.tensor([False]), torch.tensor(0), False
         )
         classes = torch.zeros(1, dtype=torch.int64)
-    shares = in_slots(shares, classes)
+    soft = in_slots(soft, classes)
     if bool(valid.any()):
-        centroids = unit_centroids(share_sums(shares, z, len(classes)), None)
+        centroids = unit_centroids(soft_sums(soft, z, len(classes)), None)
     result = evaluate(
-        z, shares, centroids, temperature, epsilon,
+        z, soft, centroids, temperature, epsilon,
         None if weight is None else weight[classes], valid, norms=norms,
     )  # fmt: skip
     return result, gradient_of(result)
@@ -133,10 +133,10 @@ def test_against_scalar_loops(
     table = random_table(num_rows, num_classes, density, generator) + floor
     weight = torch.rand(num_classes, generator=generator, dtype=F64) if weighted else None
     epsilon = share * temperature
-    (loss, others, gradient, _), _ = from_features(
+    (loss, terms, gradient, _), _ = from_features(
         features, table, form, temperature, epsilon, weight, normalize=normalize
     )
-    expected = oracle_shares.row_terms(
+    expected = oracle_soft_labels.row_terms(
         features.tolist(),
         table.tolist(),
         temperature,
@@ -144,9 +144,9 @@ def test_against_scalar_loops(
         normalize=normalize,
         weight=None if weight is None else weight.tolist(),
     )
-    assert others is not None
+    assert terms is not None
     assert gradient is not None
-    for name, got in zip(oracle_shares.NAMES, (loss, *others), strict=True):
+    for name, got in zip(oracle_soft_labels.NAMES, (loss, *terms), strict=True):
         want = torch.tensor([row[name] for row in expected], dtype=F64)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: n + m)
     assert (gradient[table.sum(1) == 0] == 0).all()
@@ -181,19 +181,19 @@ def test_gradient_is_that_of_the_equations(
     empty = torch.zeros(num_classes, dtype=torch.bool) if present is None else ~present
     table = random_table(num_rows, num_classes, density, generator) + floor
     weight = torch.rand(num_classes, generator=generator, dtype=F64) if weighted else None
-    shares, epsilon = shares_of(table, form), share * temperature
+    soft, epsilon = soft_labels_of(table, form), share * temperature
     centroids = Centroids(unit=w, present=present, num_present=count, packed=False)
     with plain_logits(not shifted and 1 / temperature <= 40):
-        swept = evaluate(z, shares, centroids, temperature, epsilon, weight)
-    loss, others, gradient, _ = swept
+        swept = evaluate(z, soft, centroids, temperature, epsilon, weight)
+    loss, terms, gradient, _ = swept
     x = z.clone().requires_grad_()
-    want, want_others = expected_loss_by_equations(
-        x, Shares(table), w, empty, weight, temperature, epsilon
+    want, want_terms = expected_loss_by_equations(
+        x, SoftLabels(table), w, empty, weight, temperature, epsilon
     )
     want.sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(loss, want.detach(), rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(others, want_others, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(terms, want_terms, rtol=1e-9, atol=1e-11)
     close = {"rtol": 1e-8, "atol": 1e-10 * float(x.grad.abs().max() + 1)}
     torch.testing.assert_close(gradient, x.grad, **close)
 
@@ -221,7 +221,7 @@ def test_one_hot_rows_are_integer_labels(
     got, got_gradient = from_features(features, F.one_hot(labels), form, normalize=normalize)
     close = {"rtol": 1e-12, "atol": 1e-14} if dtype == F64 else {"rtol": 2e-6, "atol": 3e-6}
     torch.testing.assert_close(got.loss, integer.loss.detach(), **close)
-    for mine, name in zip(got.others, ("kl", "nll", "confidence", "tau2"), strict=True):  # type: ignore[arg-type]
+    for mine, name in zip(got.terms, ("kl", "nll", "confidence", "tau2"), strict=True):  # type: ignore[arg-type]
         torch.testing.assert_close(mine, getattr(integer, name), **close)
     # As close to what is exact as the integer path is.
     error = float(row_errors(got_gradient, exact_gradient).max())
@@ -258,10 +258,10 @@ def by_equations(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, other terms and gradient in float64."""
     x = z.requires_grad_()
-    shares, empty = Shares(table.double()), torch.zeros(len(w), dtype=torch.bool)
-    loss, others = expected_loss_by_equations(x, shares, w.double(), empty, None, temperature, 0.01)
+    soft, empty = SoftLabels(table.double()), torch.zeros(len(w), dtype=torch.bool)
+    loss, terms = expected_loss_by_equations(x, soft, w.double(), empty, None, temperature, 0.01)
     (gradient,) = torch.autograd.grad(loss.sum(), x)
-    return loss.detach(), others, gradient
+    return loss.detach(), terms, gradient
 
 
 @pytest.mark.parametrize(
@@ -275,12 +275,14 @@ def test_confident_gradients_keep_their_digits(kind: str, form: str, small_logit
     temperature = 0.05
     centroids = Centroids(unit=w, present=None, num_present=torch.tensor(len(w)), packed=True)
     with plain_logits(small_logits):
-        swept = evaluate(z, shares_of(table, form, torch.float32), centroids, temperature, 0.01)
+        swept = evaluate(
+            z, soft_labels_of(table, form, torch.float32), centroids, temperature, 0.01
+        )
     loss, _, gradient, _ = swept
-    want, others, exact = by_equations(z.double(), w, table, temperature)
+    want, terms, exact = by_equations(z.double(), w, table, temperature)
     assert gradient is not None
     if "mixed" not in kind:
-        assert float(others[2].min()) > 0.99
+        assert float(terms[2].min()) > 0.99
     errors = row_errors(gradient, exact)
     if kind != "mixed in the middle":
         assert float(errors.max()) < 1e-5
@@ -300,9 +302,10 @@ def test_linear_in_the_shares(form: str, seed: int) -> None:
     centroids = unit_centroids(torch.randn(6, 5, generator=generator, dtype=F64), None)
     one, two = (random_table(12, 6, 0.5, generator) for _ in range(2))
     results = [
-        evaluate(z, shares_of(table, form), centroids) for table in (one, two, 0.3 * one + 2 * two)
+        evaluate(z, soft_labels_of(table, form), centroids)
+        for table in (one, two, 0.3 * one + 2 * two)
     ]
-    for field in ("loss", "others", "gradient"):
+    for field in ("loss", "terms", "gradient"):
         a, b, both = (getattr(result, field) for result in results)
         torch.testing.assert_close(both, 0.3 * a + 2 * b, rtol=1e-10, atol=1e-12)
 
@@ -325,14 +328,14 @@ def test_gradient_matches_finite_differences(form: str, normalize: bool) -> None
     generator = torch.Generator().manual_seed(5)
     features = torch.randn(5, 4, generator=generator, dtype=F64) * 0.4
     centroids = unit_centroids(torch.randn(6, 4, generator=generator, dtype=F64), None)
-    shares = shares_of(random_table(5, 6, 0.5, generator) + 0.02, form)
+    soft = soft_labels_of(random_table(5, 6, 0.5, generator) + 0.02, form)
     weight = torch.rand(6, generator=generator, dtype=F64)
 
     class Loss(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
             z, norms = to_unit(x, F64, normalize=normalize)
-            result = evaluate(z, shares, centroids, 0.3, 0.2, weight, norms=norms)
+            result = evaluate(z, soft, centroids, 0.3, 0.2, weight, norms=norms)
             ctx.save_for_backward(gradient_of(result))
             return result.loss
 
@@ -352,7 +355,7 @@ def test_equations_can_be_differentiated_twice() -> None:
     empty = torch.arange(5) == 2
 
     def loss(z: Tensor) -> Tensor:
-        return expected_loss_by_equations(z, Shares(table), w, empty, None, 0.3, 0.2)[0]
+        return expected_loss_by_equations(z, SoftLabels(table), w, empty, None, 0.3, 0.2)[0]
 
     assert torch.autograd.gradgradcheck(loss, z)
 
@@ -387,10 +390,10 @@ def test_many_classes_at_a_high_temperature(form: str, num_classes: int) -> None
         table += 0.1 / num_classes
     got, gradient = from_features(features, table, form, 5.0, 0.5)
     want, want_gradient = from_features(features.double(), table.double(), form, 5.0, 0.5)
-    assert got.others is not None
-    assert want.others is not None
+    assert got.terms is not None
+    assert want.terms is not None
     torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(got.others.double(), want.others, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.terms.double(), want.terms, rtol=1e-4, atol=1e-4)
     assert float((gradient - want_gradient).norm() / want_gradient.norm()) < 1e-3
 
 
@@ -402,9 +405,9 @@ def test_odd_shapes(form: str, shape: tuple[int, int]) -> None:
     table = torch.rand(num_rows, num_classes)
     if num_rows == 0 and form != "table":
         return
-    (loss, others, _, _), gradient = from_features(features, table, form)
-    assert others is not None
-    assert (loss.shape, others.shape, gradient.shape) == ((num_rows,), (4, num_rows), (num_rows, 4))
+    (loss, terms, _, _), gradient = from_features(features, table, form)
+    assert terms is not None
+    assert (loss.shape, terms.shape, gradient.shape) == ((num_rows,), (4, num_rows), (num_rows, 4))
     assert loss.isfinite().all()
     if num_classes == 1:
         assert (loss == 0).all()
@@ -418,10 +421,10 @@ def test_rows_of_zeros_take_no_part(form: str, make_batch: MakeBatch) -> None:
     features = features.detach()
     features[[3, 4]], table[[3, 4]] = torch.nan, 0.0
     kept = table.sum(1) > 0
-    (loss, others, _, _), gradient = from_features(features, table, form)
-    (want, want_others, _, _), want_gradient = from_features(features[kept], table[kept], form)
-    assert others is not None
-    for got, expected in ((loss, want), (others.T, want_others.T), (gradient, want_gradient)):  # type: ignore[union-attr]
+    (loss, terms, _, _), gradient = from_features(features, table, form)
+    (want, want_terms, _, _), want_gradient = from_features(features[kept], table[kept], form)
+    assert terms is not None
+    for got, expected in ((loss, want), (terms.T, want_terms.T), (gradient, want_gradient)):  # type: ignore[union-attr]
         torch.testing.assert_close(got[kept], expected, rtol=1e-12, atol=1e-14)
         assert (got[~kept] == 0).all()
     (loss, _, _, _), gradient = from_features(features, torch.zeros_like(table), "table")
@@ -461,8 +464,10 @@ def test_views_share_a_row(form: str, weighted: bool, monkeypatch: pytest.Monkey
     table = torch.rand(200, 7, dtype=F64)
     table[:, 2:4] = 0.0
     weight = torch.rand(7, dtype=F64) if weighted else None
-    shared = evaluate(z, shares_of(table, form)._replace(views=3), centroids, weight=weight)
-    repeated = evaluate(z, shares_of(table.repeat_interleave(3, 0), form), centroids, weight=weight)
+    shared = evaluate(z, soft_labels_of(table, form)._replace(views=3), centroids, weight=weight)
+    repeated = evaluate(
+        z, soft_labels_of(table.repeat_interleave(3, 0), form), centroids, weight=weight
+    )
     torch.testing.assert_close(tuple(shared), tuple(repeated), rtol=1e-12, atol=1e-14)
 
 
@@ -475,7 +480,7 @@ def test_chunks_do_not_show(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for budget in (1, 2**30):
         monkeypatch.setattr(chunks, "CHUNK_CPU", budget)
         norms = torch.ones(1000, dtype=F64)
-        results.append(tuple(evaluate(z, shares_of(table, form), centroids, norms=norms)))
+        results.append(tuple(evaluate(z, soft_labels_of(table, form), centroids, norms=norms)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-13)
 
 
@@ -485,26 +490,26 @@ def test_no_matrix_of_samples_by_classes_is_made(form: str, num_rows: int) -> No
     table = 0.9 * F.one_hot(torch.arange(num_rows) % 1000).float()
     if form != "entries":
         table += 1e-4
-    shares = shares_of(table, form, torch.float32)
+    soft = soft_labels_of(table, form, torch.float32)
     z = F.normalize(torch.randn(num_rows, 16), dim=1)
     centroids = unit_centroids(torch.randn(1000, 16), None)
     with LargestWritten() as largest:
-        share_sums(shares, z, 1000)
-        evaluate(z, shares, centroids, norms=torch.ones(num_rows))
+        soft_sums(soft, z, 1000)
+        evaluate(z, soft, centroids, norms=torch.ones(num_rows))
     assert largest.elements <= 2**20
 
 
 def test_nothing_waits_for_a_device() -> None:
     """On the meta device tensors have no values, and reading one raises."""
     z, w = torch.empty(12, 4, device="meta"), torch.empty(5, 4, device="meta")
-    shares = Shares(torch.empty(12, 5, device="meta"))
+    soft = SoftLabels(torch.empty(12, 5, device="meta"))
     present, count = (
         torch.empty(5, dtype=torch.bool, device="meta"),
         torch.empty((), dtype=torch.int64, device="meta"),
     )
     centroids = Centroids(unit=w, present=present, num_present=count, packed=False)
     for temperature in (0.1, 0.02):
-        result = evaluate(z, shares, centroids, temperature, 0.01, w[:, 0], norms=z[:, 0])
+        result = evaluate(z, soft, centroids, temperature, 0.01, w[:, 0], norms=z[:, 0])
         shapes = [part.shape for part in result if part is not None]
         assert shapes == [(12,), (4, 12), (12, 4), (12,)]
 

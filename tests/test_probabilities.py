@@ -10,7 +10,7 @@ from torch.nn.functional import one_hot
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common.ranks import run_ranks
-from tests import oracle_shares
+from tests import oracle_soft_labels
 from tests.conftest import MakeBatch
 from tests.test_distributed import DIM, WIDTH, encoder
 from varcon_loss import VarConLoss, varcon_loss, varcon_terms
@@ -94,12 +94,12 @@ def test_against_scalar_loops(kind: str, weighted: bool, impl: str, make_batch: 
     options = {"weight": WEIGHT} if weighted else {}
     terms = varcon_terms(features, rows, impl=impl, **options)
     given = features.tolist(), rows.tolist()
-    expected = oracle_shares.row_terms(*given)
-    for name in oracle_shares.NAMES:
+    expected = oracle_soft_labels.row_terms(*given)
+    for name in oracle_soft_labels.NAMES:
         values = torch.tensor([row[name] for row in expected], dtype=torch.float64)
         torch.testing.assert_close(getattr(terms, name).detach(), values, rtol=1e-9, atol=1e-11)
     weights = WEIGHT.tolist() if weighted else [1.0] * C
-    summed = sum(row["loss"] for row in oracle_shares.row_terms(*given, weight=weights))
+    summed = sum(row["loss"] for row in oracle_soft_labels.row_terms(*given, weight=weights))
     valid = int((rows.sum(1) > 0).sum())
     whole = float((rows * WEIGHT).sum()) if weighted else valid
     assert float(terms.reduced) == pytest.approx(summed / whole, rel=1e-9)

@@ -132,11 +132,11 @@ def test_a_step(task: VarConTask) -> None:
     assert all(p.grad is not None for p in task.trainable_module.parameters())
     means = task.pop_means()
     assert means["tau2"] == pytest.approx(float(result["tau2"]))
-    shares = torch.rand(8, 4)  # of images that the caller has mixed
-    result = task(x, shares)
+    soft = torch.rand(8, 4)  # of images that the caller has mixed
+    result = task(x, soft)
     projections, logits = task.trainable_module(x)
-    torch.testing.assert_close(result["varcon_loss"], task.contrast(projections, shares).detach())
-    expected = torch.nn.functional.cross_entropy(logits, shares)
+    torch.testing.assert_close(result["varcon_loss"], task.contrast(projections, soft).detach())
+    expected = torch.nn.functional.cross_entropy(logits, soft)
     torch.testing.assert_close(result["probe_loss"], expected.detach())
 
 
@@ -166,11 +166,11 @@ def test_images_that_take_no_part_are_in_no_mean() -> None:
 
 def test_rows_of_no_class_are_in_no_mean(task: VarConTask) -> None:
     x, _ = batch()
-    shares = torch.rand(8, 4).softmax(1)
-    shares[2:] = 0
+    soft = torch.rand(8, 4).softmax(1)
+    soft[2:] = 0
     for mode in (True, False):
         task.trainable_module.train(mode)
-        result = task(x, shares)
+        result = task(x, soft)
         torch.testing.assert_close(result["kl"] + result["nll"], result["varcon_loss"])
 
 
@@ -189,17 +189,17 @@ def test_each_view_is_mixed_by_itself(mode: str) -> None:
     def by_hand(**options: object) -> tuple[torch.Tensor, torch.Tensor]:
         np.random.seed(3)
         pairs = [mixup(**options)(x[i : i + 4].clone(), y[i : i + 4]) for i in (0, 4)]
-        images, shares = zip(*pairs, strict=True)
-        return torch.cat(images), torch.cat(shares)
+        images, soft = zip(*pairs, strict=True)
+        return torch.cat(images), torch.cat(soft)
 
     np.random.seed(3)
     result = task(x, y)
     assert torch.equal(x, kept)
-    images, shares = by_hand(label_smoothing=0.0)
-    assert not torch.equal(shares[:4], shares[4:])
-    assert ((shares > 0) & (shares < 1)).any()
+    images, soft = by_hand(label_smoothing=0.0)
+    assert not torch.equal(soft[:4], soft[4:])
+    assert ((soft > 0) & (soft < 1)).any()
     projections, logits = task.trainable_module(images)
-    expected = task.contrast(projections, shares)
+    expected = task.contrast(projections, soft)
     torch.testing.assert_close(result["varcon_loss"], expected.detach())
     expected = task.criterion(logits, by_hand(label_smoothing=0.2)[1])
     torch.testing.assert_close(result["probe_loss"], expected.detach())

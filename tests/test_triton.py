@@ -444,7 +444,7 @@ def test_operators_follow_the_rules(dtype: torch.dtype) -> None:
     features.requires_grad_()
     given = {
         "features": features, "norms": norms, "w": w, "need_grad": True, "need_terms": True,
-        "unit": None, "slots": slots, "shares": None, "entries": None, "columns": None,
+        "unit": None, "slots": slots, "soft": None, "entries": None, "columns": None,
         "background": None, "class_weight": None, "present": present, "num_present": count,
         "packed": False, "own": None, "valid": valid, "broken": None,
         "temperature": 0.1, "epsilon": 0.02, "temperatures": None,

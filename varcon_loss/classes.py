@@ -17,7 +17,7 @@ from varcon_loss.options import Options
 from varcon_loss.readable import values_may_be_read
 from varcon_loss.records import changed
 from varcon_loss.samples import Batch, Samples, read
-from varcon_loss.shares import Shares, class_masses, in_slots, share_sums
+from varcon_loss.soft_labels import SoftLabels, class_masses, in_slots, soft_sums
 from varcon_loss.sums import class_counts, sum_slots
 
 
@@ -105,8 +105,8 @@ def summarise(
     """
     samples = read(batch, options, dtype)
     unit = samples.unit_rows(dtype)
-    if isinstance(samples.labels, Shares):
-        return samples, _summarise_shares(samples, samples.labels, unit, options)
+    if isinstance(samples.labels, SoftLabels):
+        return samples, _summarise_soft(samples, samples.labels, unit, options)
     index, slots = index_classes(samples.labels, samples.valid, options.num_classes)
     counts = None
     if count or index.gaps != "none":
@@ -117,18 +117,18 @@ def summarise(
     return samples, Classes(lookup=index, sums=sums, counts=counts, slots=slots)
 
 
-def _summarise_shares(samples: Samples, shares: Shares, unit: Tensor, options: Options) -> Classes:
+def _summarise_soft(samples: Samples, soft: SoftLabels, unit: Tensor, options: Options) -> Classes:
     """Classes with any share; their counts are sums of shares."""
     assert options.num_classes is not None
-    counts = class_masses(shares, options.num_classes, unit.dtype)
+    counts = class_masses(soft, options.num_classes, unit.dtype)
     if not values_may_be_read(counts):
         index = ClassIndex(size=options.num_classes, gaps="anywhere", present=counts > 0)
     elif bool((counts > 0).all()):
         index, _ = list_classes(torch.arange(options.num_classes, device=unit.device))
     else:
         index, labels = list_classes(counts.nonzero().squeeze(1))
-        shares, counts = in_slots(shares, labels), counts.index_select(0, labels)
-    sums = share_sums(shares, unit, index.size)
+        soft, counts = in_slots(soft, labels), counts.index_select(0, labels)
+    sums = soft_sums(soft, unit, index.size)
     if samples.broken is not None:  # what cannot be is in every sum
         sums = sums.masked_fill(samples.broken.any(), torch.nan)
     return Classes(lookup=index, sums=sums, counts=counts)

@@ -7,7 +7,7 @@ other's embeddings, and backward needs no communication at all. Two ways to exch
 ``"all-gather"``   ``(label, sum, count)`` of the classes each rank holds, padded to the largest
                    number that a rank can hold; best for many classes, and for unknown ones.
 
-Both carry along what every rank must know of the others: the weight of its samples, and whether it
+Both carry along what every rank must know of the others: the denominator of its mean, and if it
 failed before the exchange, so that an error on one rank is an error on all and not a hang.
 """
 
@@ -244,7 +244,7 @@ def exchange_classes(
     group: Any,
     plan: Plan,
     classes: Classes | None,
-    weight: Tensor,
+    denominator: Tensor,
     *,
     sum_slots: SumSlots = sum_slots,
     broken: Tensor | None = None,
@@ -256,13 +256,13 @@ def exchange_classes(
         group: of ranks.
         plan: from `make_plan`.
         classes: this rank's; None where it adds nothing.
-        weight: 0-d, this rank's share of the denominator of the mean.
+        denominator: 0-d, this rank's part of that of the mean.
         sum_slots: how the implementation that was chosen sums the rows of all ranks.
         broken: 0-d bool, does a label here make the loss NaN? Then it is NaN on all ranks.
         failed: tell the others, and return nothing of use.
 
     Returns:
-        The classes of all ranks, as each of them sees it, and the weights summed over ranks.
+        The classes of all ranks, as each of them sees it, and the denominator over ranks.
 
     Raises:
         RuntimeError: on a CPU, naming the rank, if another rank failed. Elsewhere everything
@@ -274,10 +274,10 @@ def exchange_classes(
     if classes is not None:
         sums, counts, labels = classes.sums, classes.known_counts(), classes.slot_labels()
     local = torch.cat([sums, counts.unsqueeze(1)], dim=1)  # [S_local, D + 1]
-    weight = weight.to(plan.device, plan.dtype)
+    denominator = denominator.to(plan.device, plan.dtype)
     status = failed if broken is None else broken
     if plan.exchange == "all-reduce":
-        merged, total, statuses = _by_all_reduce(group, plan, local, labels, weight, status)
+        merged, total, statuses = _by_all_reduce(group, plan, local, labels, denominator, status)
     else:
         capacity = plan.capacity
         if plan.num_classes is None:
@@ -287,10 +287,10 @@ def exchange_classes(
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
             capacity = max(1, int(largest))
         crowded = plan.num_classes is not None and len(local) > capacity
-        # Row 0 carries the status and the weight.
+        # Row 0 carries the status and the denominator.
         values = local.new_zeros(capacity + 1, plan.dim + 1)
         values[1 : len(local) + 1] = local[:capacity]
-        values[0, 0] = weight
+        values[0, 0] = denominator
         names = labels.new_zeros(capacity + 1)
         names[1 : len(labels) + 1] = labels[:capacity]
         names[0] = True if crowded else status
@@ -314,17 +314,22 @@ def exchange_classes(
 
 
 def _by_all_reduce(
-    group: Any, plan: Plan, local: Tensor, labels: Tensor, weight: Tensor, status: Tensor | bool
+    group: Any,
+    plan: Plan,
+    local: Tensor,
+    labels: Tensor,
+    denominator: Tensor,
+    status: Tensor | bool,
 ) -> tuple[Classes, Tensor, Tensor]:
-    """Classes and weight of all ranks, and which of them failed ``[W]``."""
+    """Classes and denominator of all ranks, and which of them failed ``[W]``."""
     assert plan.num_classes is not None
     num_ranks, width, num_classes = world_size(group), plan.dim + 1, plan.num_classes
-    tail_rows = -(-(num_ranks + 1) // width)  # a status for each rank, and the weight
+    tail_rows = -(-(num_ranks + 1) // width)  # a status for each rank, and the denominator
     table = torch.zeros(num_classes + tail_rows, width, dtype=plan.dtype, device=plan.device)
     table.index_add_(0, labels, local)  # empty slots add zeros to class 0
     tail = table[num_classes:].view(-1)
     tail[dist.get_rank(group)] = status
-    tail[num_ranks] = weight
+    tail[num_ranks] = denominator
     dist.all_reduce(table, group=group)
     sums, counts = table[:num_classes, :-1], table[:num_classes, -1]
     merged = Classes(
@@ -338,12 +343,12 @@ def _by_all_reduce(
 def _by_all_gather(
     group: Any, plan: Plan, values: Tensor, names: Tensor, sum_slots: SumSlots
 ) -> tuple[Classes, Tensor, Tensor]:
-    """Classes and weight of all ranks, and which of them failed ``[W]``.
+    """Classes and denominator of all ranks, and which of them failed ``[W]``.
 
     Args:
         group: of ranks.
         plan: from `make_plan`.
-        values: ``[P + 1, D + 1]`` of this rank: a row for the weight, then sums and counts.
+        values: ``[P + 1, D + 1]`` of this rank: a row for the denominator, then sums and counts.
         names: ``[P + 1]`` int64: whether it failed, then the labels of those rows.
         sum_slots: as above.
     """

@@ -34,8 +34,8 @@ from varcon_loss.reduction import (
     weigh_rows,
 )
 from varcon_loss.rows import Implementation, Rows, Swept
-from varcon_loss.samples import Batch, Samples, are_shares, flatten, shape_of_samples
-from varcon_loss.shares import Shares
+from varcon_loss.samples import Batch, Samples, are_soft, flatten, shape_of_samples
+from varcon_loss.soft_labels import SoftLabels
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -165,27 +165,27 @@ def evaluate(call: Call, *, need_terms: bool) -> tuple[Tensor, VarConTerms | Non
         try:
             batch, reference = _check(call)
             call, dtype = _with_num_classes(call), _computing_dtype(call)
-            shares = any(are_shares(x.labels) for x in (batch, reference) if x is not None)
-            way = choose(options.impl, batch.features, dtype, shares=shares)
+            soft = any(are_soft(x.labels) for x in (batch, reference) if x is not None)
+            impl = choose(options.impl, batch.features, dtype, soft=soft)
             with torch.no_grad():
-                anchors, members, classes = _read(call, way, dtype, batch, reference)
+                anchors, members, classes = _read(call, impl, dtype, batch, reference)
         except Exception:
             announce(call)
             raise
         with torch.no_grad():
             total = None
             if group is not None and members is not None and classes is not None:
-                classes, total = _over_ranks(call, way, group, anchors, members, classes)
-            rows = _match(call, way, dtype, anchors, members, classes, group)
+                classes, total = _over_ranks(call, impl, group, anchors, members, classes)
+            rows = _match(call, impl, dtype, anchors, members, classes, group)
             row_weights = weigh_rows(rows.anchors, options.weight, dtype)
             if total is not None and classes is not None and rows.kept is not None:
                 total = denominator_of_kept(classes, rows.kept, options.weight)
-        swept, loss = _sweep(call, way, rows, row_weights, need_terms=need_terms)
+        swept, loss = _sweep(call, impl, rows, row_weights, need_terms=need_terms)
         num_ranks = 1 if total is None else world_size(group)
         reduced = reduce_loss(loss, rows.anchors, row_weights, options.reduction, total, num_ranks)
         if options.reduction == "none":
             reduced = reduced.view(shape_of_samples(call.features))
-        return reduced, _terms(call, way, rows, swept, reduced) if need_terms else None
+        return reduced, _terms(call, impl, rows, swept, reduced) if need_terms else None
 
 
 def announce(call: Call) -> None:
@@ -215,13 +215,13 @@ def _check(call: Call) -> tuple[Batch, Batch | None]:
     checks.warn_of_no_gradient("labels", labels, "class probabilities are constants of the loss")
     checks.warn_of_no_gradient("weight", options.weight, "class weights are constants of the loss")
     checks.check_probabilities(labels, ref_labels, options.num_classes, options.leave_one_out)
-    columns_of_ref = ref_labels is not None and are_shares(ref_labels)
+    columns_of_ref = ref_labels is not None and are_soft(ref_labels)
     batch = flatten(features, labels, "labels", "ref_labels" if columns_of_ref else None)
     if memory is not None:
         checks.check_memory(batch.features, memory.unit)
     if ref_features is None or ref_labels is None:
         return batch, None
-    columns_of = "labels" if are_shares(labels) else None
+    columns_of = "labels" if are_soft(labels) else None
     reference = flatten(ref_features, ref_labels, "ref_labels", columns_of)
     why = (
         "centroids are constants of the loss (to train both sides add the loss the other way round)"
@@ -273,7 +273,7 @@ def _settings(call: Call) -> dict[str, Any]:
 
 def _read(
     call: Call,
-    way: Implementation,
+    impl: Implementation,
     dtype: torch.dtype,
     batch: Batch,
     reference: Batch | None,
@@ -285,17 +285,17 @@ def _read(
     options, memory = call.options, call.memory
     count = options.leave_one_out or memory is not None or options.process_group is not None
     if reference is None and (memory is None or memory.update):
-        anchors, classes = way.summarise(batch, options, dtype, count=count)
+        anchors, classes = impl.summarise(batch, options, dtype, count=count)
         return anchors, anchors, classes
-    anchors = way.read(batch, options, dtype)
+    anchors = impl.read(batch, options, dtype)
     if reference is None:
         return anchors, None, None
-    return anchors, *way.summarise(reference, options, dtype, count=count)
+    return anchors, *impl.summarise(reference, options, dtype, count=count)
 
 
 def _over_ranks(
     call: Call,
-    way: Implementation,
+    impl: Implementation,
     group: Any,
     anchors: Samples,
     members: Samples,
@@ -304,24 +304,24 @@ def _over_ranks(
     """The classes of all ranks, and the denominator of their mean."""
     num_held = len(members.features)
     # Each row may be of any class; and where nobody may look each class has a slot.
-    if isinstance(members.labels, Shares) and (
+    if isinstance(members.labels, SoftLabels) and (
         num_held > 0 or not values_may_be_read(classes.sums)
     ):
         assert call.options.num_classes is not None
         num_held = call.options.num_classes
     plan = make_plan(group, call.plans, _wanted(call), num_held, lambda: _settings(call))
     row_weights = weigh_rows(anchors, call.options.weight, classes.sums.dtype)
-    share = denominator(anchors, row_weights)
+    mine = denominator(anchors, row_weights)
     broken = None if anchors.broken is None else anchors.broken.any()
     if members is not anchors and members.broken is not None:
         here = members.broken.any()
         broken = here if broken is None else broken | here
-    return exchange_classes(group, plan, classes, share, sum_slots=way.sum_slots, broken=broken)
+    return exchange_classes(group, plan, classes, mine, sum_slots=impl.sum_slots, broken=broken)
 
 
 def _match(
     call: Call,
-    way: Implementation,
+    impl: Implementation,
     dtype: torch.dtype,
     anchors: Samples,
     members: Samples | None,
@@ -329,7 +329,7 @@ def _match(
     group: Any,
 ) -> Rows:
     if call.memory is not None:
-        copy = way.rereads_centroids
+        copy = impl.rereads_centroids
         return match_memory(anchors, classes, call.memory, call.options, dtype, copy=copy)
     assert members is not None
     assert classes is not None
@@ -339,34 +339,34 @@ def _match(
 
 
 def _sweep(
-    call: Call, way: Implementation, rows: Rows, row_weights: Tensor | None, *, need_terms: bool
+    call: Call, impl: Implementation, rows: Rows, row_weights: Tensor | None, *, need_terms: bool
 ) -> tuple[Swept, Tensor]:
     """What there is to say of each row, and its loss ``[N]`` with class weights."""
     temperatures = (call.options.temperature, call.options.epsilon)
     if rows.weight is None:
-        swept = way.sweep(rows, *temperatures, need_terms)
+        swept = impl.sweep(rows, *temperatures, need_terms)
         return swept, swept.loss if row_weights is None else swept.loss * row_weights
     # Each class of a row has its own weight: the terms, which have none, need a sweep of their own.
-    swept = way.sweep(rows, *temperatures, False)
+    swept = impl.sweep(rows, *temperatures, False)
     loss = swept.loss
     if need_terms:
-        swept = way.sweep(changed(rows, weight=None), *temperatures, True)
+        swept = impl.sweep(changed(rows, weight=None), *temperatures, True)
     return swept, loss
 
 
 def _terms(
-    call: Call, way: Implementation, rows: Rows, swept: Swept, reduced: Tensor
+    call: Call, impl: Implementation, rows: Rows, swept: Swept, reduced: Tensor
 ) -> VarConTerms:
     """The public record, in the shape of the features, which may have views."""
-    valid, others = rows.anchors.valid, swept.others
-    assert others is not None
+    valid, terms = rows.anchors.valid, swept.terms
+    assert terms is not None
     if valid is None:
         valid = torch.ones_like(swept.loss, dtype=torch.bool)
     shape = shape_of_samples(call.features)
     loss = alone(swept.loss, rows.anchors)
     if call.options.reduction == "none":  # callers may change one and keep the other
         loss = loss.clone()
-    kl, nll, confidence, tau2 = others.view(4, *shape).unbind()
+    kl, nll, confidence, tau2 = terms.view(4, *shape).unbind()
     return VarConTerms(
         loss=loss.view(shape),
         kl=kl,
@@ -376,7 +376,7 @@ def _terms(
         valid=valid.view(shape),
         num_classes=rows.centroids.num_present,
         reduced=reduced,
-        impl=way.name,
+        impl=impl.name,
     )
 
 
@@ -385,7 +385,7 @@ def _num_classes(call: Call) -> int | None:
     if call.options.num_classes is not None:
         return call.options.num_classes
     for labels in (call.labels, call.ref_labels):
-        if isinstance(labels, Tensor) and are_shares(labels) and labels.ndim == 2:
+        if isinstance(labels, Tensor) and are_soft(labels) and labels.ndim == 2:
             return labels.shape[1]
     return None
 

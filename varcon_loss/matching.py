@@ -15,15 +15,15 @@ from varcon_loss.options import Options
 from varcon_loss.readable import values_may_be_read
 from varcon_loss.rows import Rows
 from varcon_loss.samples import Samples
-from varcon_loss.shares import Shares, class_masses, in_slots, row_totals
+from varcon_loss.soft_labels import SoftLabels, class_masses, in_slots, row_totals
 
 
 def match_batch(anchors: Samples, classes: Classes, options: Options) -> Rows:
     """The anchors are among the samples that ``classes`` were made of."""
     centroids = classes.find_centroids()
-    if isinstance(anchors.labels, Shares):
-        shares, weight = _by_slot(anchors.labels, classes, options)
-        return Rows(anchors=anchors, slots=shares, centroids=centroids, weight=weight)
+    if isinstance(anchors.labels, SoftLabels):
+        soft, weight = _by_slot(anchors.labels, classes, options)
+        return Rows(anchors=anchors, slots=soft, centroids=centroids, weight=weight)
     slots = _slots(anchors, classes)
     if not options.leave_one_out:
         return Rows(anchors=anchors, slots=slots, centroids=centroids)
@@ -43,7 +43,7 @@ def match_reference(
         RuntimeError: one does not on another rank of the ``group``.
     """
     labels, weight = anchors.labels, None
-    if isinstance(labels, Shares):
+    if isinstance(labels, SoftLabels):
         unknown = ~_known_classes(classes, options)
         slots, weight = _by_slot(labels, classes, options)
         missing = row_totals(labels, unknown.to(classes.sums.dtype)) > 0
@@ -59,7 +59,7 @@ def match_reference(
         spoils = members.broken.any() if members.broken is not None and group is None else None
         anchors = anchors.spoilt(spoils).spoilt(classes.failed).spoilt(anywhere)
     elif bool(missing.any()):
-        if isinstance(labels, Shares) and unknown is not None:
+        if isinstance(labels, SoftLabels) and unknown is not None:
             mass = class_masses(labels, len(unknown), classes.sums.dtype)
             absent = ((mass > 0) & unknown).nonzero().squeeze(1).tolist()
             way_out = "give anchors without one a row of zeros"
@@ -100,14 +100,14 @@ def match_memory(
         seen = memory.seen if labels is None else memory.seen.index_select(0, labels)
         kept = (seen > 0) | broken
     centroids, remembered = remembered_centroids(memory, dtype, copy=copy)
-    if isinstance(own_labels, Shares):
+    if isinstance(own_labels, SoftLabels):
         known = memory.seen > 0
         if classes is not None and kept is not None:
             known = known.index_put((classes.slot_labels(),), kept)
         anchors = anchors.narrowed(row_totals(own_labels, known.to(dtype)) > 0)
-        shares, weight = _select(own_labels, options.weight, remembered, dtype)
+        soft, weight = _select(own_labels, options.weight, remembered, dtype)
         # No `kept`: the mean divides by rows, which the shares of classes do not count.
-        return Rows(anchors=anchors, slots=shares, centroids=centroids, weight=weight)
+        return Rows(anchors=anchors, slots=soft, centroids=centroids, weight=weight)
     if kept is None or classes is None:
         anchors = anchors.narrowed(memory.seen.index_select(0, own_labels) > 0)
     else:
@@ -127,23 +127,25 @@ def _slots(anchors: Samples, classes: Classes) -> Tensor:
     return find_slots(anchors.labels, classes.lookup)[0]
 
 
-def _by_slot(shares: Shares, classes: Classes, options: Options) -> tuple[Shares, Tensor | None]:
+def _by_slot(
+    soft: SoftLabels, classes: Classes, options: Options
+) -> tuple[SoftLabels, Tensor | None]:
     """The same shares, and class weights ``[S]`` where there are any, in the order of slots."""
     labels, size = classes.slot_labels(), classes.lookup.size
     # Slots are classes where nobody has left any out.
     every = size == options.num_classes and values_may_be_read(labels)
     in_order = every or classes.lookup.in_order
-    return _select(shares, options.weight, None if in_order else labels, classes.sums.dtype)
+    return _select(soft, options.weight, None if in_order else labels, classes.sums.dtype)
 
 
 def _select(
-    shares: Shares, weight: Tensor | None, classes: Tensor | None, dtype: torch.dtype
-) -> tuple[Shares, Tensor | None]:
-    """Shares and weights of ``classes`` ``[S]``; None: of all."""
+    soft: SoftLabels, weight: Tensor | None, classes: Tensor | None, dtype: torch.dtype
+) -> tuple[SoftLabels, Tensor | None]:
+    """SoftLabels and weights of ``classes`` ``[S]``; None: of all."""
     if classes is None:  # a copy of the weights: autograd keeps them, and the caller's may change
-        return shares, None if weight is None else weight.to(dtype, copy=True)
+        return soft, None if weight is None else weight.to(dtype, copy=True)
     weight = None if weight is None else weight.to(dtype).index_select(0, classes)
-    return in_slots(shares, classes), weight
+    return in_slots(soft, classes), weight
 
 
 def _known_classes(classes: Classes, options: Options) -> Tensor:

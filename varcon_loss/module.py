@@ -21,7 +21,7 @@ from varcon_loss.norms import directions
 from varcon_loss.options import Options, check_options
 from varcon_loss.readable import values_may_be_read, without_autocast
 from varcon_loss.reduction import VarConTerms
-from varcon_loss.samples import are_shares, flatten_views, shape_of_samples
+from varcon_loss.samples import are_soft, flatten_views, shape_of_samples
 
 
 class VarConLoss(nn.Module):
@@ -373,7 +373,7 @@ class VarConLoss(nn.Module):
         if self.process_group is None and several_ranks():
             assert labels is not None
             labels = labels[:CLASSES_WATCHED]
-            labels = labels.argmax(1) if are_shares(labels) else labels
+            labels = labels.argmax(1) if are_soft(labels) else labels
             classes = labels.to(torch.int64).clamp(0, len(memory.seen) - 1)
             self._memory_left = (classes, memory.unit.index_select(0, classes))
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from varcon_loss.classes import Classes
 from varcon_loss.samples import Samples
-from varcon_loss.shares import Shares, row_totals
+from varcon_loss.soft_labels import SoftLabels, row_totals
 
 
 class VarConTerms(NamedTuple):
@@ -98,7 +98,7 @@ def weigh_rows(anchors: Samples, weight: Tensor | None, dtype: torch.dtype) -> T
     if weight is None:
         return None
     weight = weight.to(dtype)
-    if isinstance(anchors.labels, Shares):
+    if isinstance(anchors.labels, SoftLabels):
         row_weights = row_totals(anchors.labels, weight)
     else:
         row_weights = weight.index_select(0, anchors.labels)

@@ -10,7 +10,7 @@ from torch import Tensor
 from varcon_loss.classes import Centroids, Classes
 from varcon_loss.options import Options
 from varcon_loss.samples import Batch, Samples
-from varcon_loss.shares import Shares
+from varcon_loss.soft_labels import SoftLabels
 from varcon_loss.sums import SumSlots
 
 # Sums of 2^31 exponentials of this are finite in float32.
@@ -21,7 +21,7 @@ class Rows(NamedTuple):
     """Anchors and where they belong."""
 
     anchors: Samples  # those that are not valid have terms of 0, broken ones a loss of NaN
-    slots: Tensor | Shares  # [N] int64, the own class among the centroids; or shares of them
+    slots: Tensor | SoftLabels  # [N] int64, the own class among the centroids; or shares of them
     centroids: Centroids
     own: Tensor | None = None  # [N, D] own centroids, where they are not centroids.unit[slots]
     kept: Tensor | None = None  # [S] bool, the classes whose members take part; None: all
@@ -34,16 +34,16 @@ class Rows(NamedTuple):
     def tensors(self) -> dict[str, Tensor | None]:
         """What the equations need beside the features, by the names of `TENSORS`: see `rows_of`."""
         anchors, centroids, slots = self.anchors, self.centroids, self.slots
-        shares = slots if isinstance(slots, Shares) else None
+        soft = slots if isinstance(slots, SoftLabels) else None
         return {
             "w": centroids.unit,
             "present": centroids.present,
             "num_present": centroids.num_present,
-            "slots": None if isinstance(slots, Shares) else slots,
-            "shares": None if shares is None else shares.values,
-            "entries": None if shares is None else shares.slots,
-            "columns": None if shares is None else shares.columns,
-            "background": None if shares is None else shares.background,
+            "slots": None if isinstance(slots, SoftLabels) else slots,
+            "soft": None if soft is None else soft.values,
+            "entries": None if soft is None else soft.slots,
+            "columns": None if soft is None else soft.columns,
+            "background": None if soft is None else soft.background,
             "own": self.own,
             "norms": anchors.norms,
             "valid": anchors.valid,
@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 
 
 TENSORS = (
-    "w", "present", "num_present", "slots", "shares", "entries", "columns", "background", "own",
+    "w", "present", "num_present", "slots", "soft", "entries", "columns", "background", "own",
     "norms", "valid", "broken", "class_weight",
 )  # fmt: skip
 
@@ -69,9 +69,9 @@ def rows_of(
     w, num_present, places = tensors["w"], tensors["num_present"], tensors["slots"]
     assert w is not None
     assert num_present is not None
-    slots: Tensor | Shares | None = places
-    if (values := tensors["shares"]) is not None:
-        slots = Shares(
+    slots: Tensor | SoftLabels | None = places
+    if (values := tensors["soft"]) is not None:
+        slots = SoftLabels(
             values=values,
             slots=tensors["entries"],
             columns=tensors["columns"],
@@ -103,7 +103,7 @@ class Swept(NamedTuple):
     """What a sweep says of each row, in the dtype of the centroids."""
 
     loss: Tensor  # [N], of which autograd knows the gradient once the sweep is an operator
-    others: Tensor | None  # [4, N] KL, NLL, confidence and tau2, where asked for
+    terms: Tensor | None  # [4, N] KL, NLL, confidence and tau2, where asked for
     gradient: Tensor | None = None  # [N, D] of the loss, where asked for
     scale: Tensor | None = None  # [N] what each row of it is still to be multiplied by; None: 1
 
@@ -112,8 +112,8 @@ class Swept(NamedTuple):
         if anchors.valid is not None:
             left_out = ~anchors.valid
             self.loss.masked_fill_(left_out, 0.0)
-            if self.others is not None:
-                self.others.masked_fill_(left_out, 0.0)
+            if self.terms is not None:
+                self.terms.masked_fill_(left_out, 0.0)
             if self.gradient is not None:  # exactly 0, even where centroids are NaN
                 self.gradient.masked_fill_(left_out.unsqueeze(1), 0.0)
         if anchors.broken is not None:
@@ -152,4 +152,4 @@ class Implementation:
     why_not: Callable[[Tensor, torch.dtype], str | None] = nothing_prevents
     by_default: Callable[[Tensor, torch.dtype], bool] = never  # does ``"auto"`` choose it?
     rereads_centroids: bool = False  # in backward: what may change must be copied
-    takes_shares: bool = True  # labels as class probabilities
+    takes_soft_labels: bool = True  # labels as class probabilities

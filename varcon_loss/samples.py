@@ -9,7 +9,7 @@ from varcon_loss.norms import normalized
 from varcon_loss.options import Options
 from varcon_loss.readable import keepable, values_may_be_read
 from varcon_loss.records import changed
-from varcon_loss.shares import Shares, read_shares
+from varcon_loss.soft_labels import SoftLabels, read_soft_labels
 
 
 class Batch(NamedTuple):
@@ -32,7 +32,7 @@ class Samples(NamedTuple):
 
     features: Tensor  # [N, D] as the caller gave them, any float dtype; the gradient's way out
     # [N] int64, made safe to index with where `num_classes` is given; or shares of classes
-    labels: Tensor | Shares
+    labels: Tensor | SoftLabels
     valid: Tensor | None = None  # [N] bool, False where ignored or unusable; None: all are valid
     broken: Tensor | None = None  # [N] bool, labels that cannot be: their loss is NaN; None: none
     num_valid: Tensor | None = None  # 0-d float32, at least 1; None: not counted
@@ -66,7 +66,7 @@ class Samples(NamedTuple):
         return changed(self, broken=broken)
 
 
-def are_shares(labels: Tensor) -> bool:
+def are_soft(labels: Tensor) -> bool:
     """Are they class probabilities, and not integers?"""
     return labels.is_floating_point()
 
@@ -87,7 +87,7 @@ def flatten_views(features: Tensor) -> Tensor:
 def flatten(features: Tensor, labels: Tensor, name: str, columns_of: str | None = None) -> Batch:
     """Each view is a sample with the same label."""
     rows, views = flatten_views(features), 1 if features.ndim == 2 else features.shape[1]
-    if are_shares(labels):
+    if are_soft(labels):
         return Batch(features=rows, labels=labels, name=name, views=views)
     labels = labels if features.ndim == 2 else labels.repeat_interleave(views)
     labels = labels.to(torch.int64).contiguous()
@@ -151,8 +151,8 @@ def _mark_labels(
 
 def read(batch: Batch, options: Options, dtype: torch.dtype) -> Samples:
     """Labels read, lengths measured, and rows divided by them in ``dtype``."""
-    if are_shares(batch.labels):
-        labels, valid, broken = read_shares(batch.labels, dtype, batch.views, name=batch.name)
+    if are_soft(batch.labels):
+        labels, valid, broken = read_soft_labels(batch.labels, dtype, batch.views, name=batch.name)
     else:
         labels, valid, broken = read_labels(batch, options)
     # `no_grad` stops no derivative of the forward mode.

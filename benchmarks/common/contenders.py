@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.common.supcon import supcon_loss
 from benchmarks.common.transcriptions import (
     authors_operations,
-    authors_operations_on_shares,
+    authors_operations_on_soft_labels,
     lean_log_space,
 )
 from varcon_loss import varcon_loss
@@ -35,7 +35,7 @@ class Contender:
     family: str
     make: Callable[[], Loss]
     missing: Callable[[str], str | None] = lambda device: None
-    shares: bool = False
+    soft: bool = False
 
 
 def _needs(module: str) -> Callable[[str], str | None]:
@@ -87,17 +87,17 @@ def _around_cut_cross_entropy() -> Loss:
 
 
 def _by_hand(features: Tensor, labels: Tensor) -> Tensor:
-    loss = authors_operations_on_shares if labels.is_floating_point() else authors_operations
+    loss = authors_operations_on_soft_labels if labels.is_floating_point() else authors_operations
     return loss(features, labels)
 
 
 CONTENDERS: dict[str, Contender] = {
-    OURS: Contender("varcon", _ours("auto"), shares=True),
+    OURS: Contender("varcon", _ours("auto"), soft=True),
     INTEGERS: Contender("varcon", _ours("auto")),
     "varcon-loss eager": Contender("varcon", _ours("eager"), _is_ours_on_cpu),
     "varcon-loss triton": Contender("varcon", _ours("triton"), _cuda_with("triton")),
     "varcon-loss reference": Contender("varcon", _ours("reference")),
-    BY_HAND: Contender("varcon", lambda: _by_hand, shares=True),
+    BY_HAND: Contender("varcon", lambda: _by_hand, soft=True),
     "equations, lean": Contender("varcon", lambda: lean_log_space),
     "equations, authors' operations, compiled": Contender("varcon", _compiled(authors_operations)),
     "equations, lean, compiled": Contender("varcon", _compiled(lean_log_space)),

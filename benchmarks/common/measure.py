@@ -54,13 +54,13 @@ class Problem:
         features = torch.randn(self.num_rows, self.dim, generator=generator).to(dtype)
         labels = torch.randint(self.num_classes, (self.num_rows,), generator=generator)
         if self.labels != "integer" and contender != INTEGERS:
-            shares = F.one_hot(labels, self.num_classes).to(dtype)
+            soft = F.one_hot(labels, self.num_classes).to(dtype)
             if self.labels == "mixup":
                 share = torch.rand(self.num_rows, 1, generator=generator).to(dtype)
-                shares = share * shares + (1 - share) * shares.roll(1, 0)
+                soft = share * soft + (1 - share) * soft.roll(1, 0)
             else:
-                shares = (1 - SMOOTHING) * shares + SMOOTHING / self.num_classes
-            labels = shares
+                soft = (1 - SMOOTHING) * soft + SMOOTHING / self.num_classes
+            labels = soft
         return features.to(self.device).requires_grad_(), labels.to(self.device)
 
 

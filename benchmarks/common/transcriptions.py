@@ -36,8 +36,8 @@ def authors_operations(
     return (kl + nll).mean()
 
 
-def authors_operations_on_shares(
-    features: Tensor, shares: Tensor, temperature: float = 0.1, epsilon: float = 0.02
+def authors_operations_on_soft_labels(
+    features: Tensor, soft: Tensor, temperature: float = 0.1, epsilon: float = 0.02
 ) -> Tensor:
     """The same expected under class probabilities ``[N, C]``, by autograd on ``[N, K]`` matrices.
 
@@ -45,12 +45,12 @@ def authors_operations_on_shares(
     ``[N, K, K]``, so its sum over the other classes, which share one ``q``, is written out.
     """
     z = F.normalize(features, dim=1)
-    mass = shares.sum(0)
+    mass = soft.sum(0)
     if not bool((mass > 0).all()):
-        shares, mass = shares[:, mass > 0], mass[mass > 0]
+        soft, mass = soft[:, mass > 0], mass[mass > 0]
     num_others = len(mass) - 1
     with torch.no_grad():
-        means = shares.T @ z / mass[:, None]
+        means = soft.T @ z / mass[:, None]
         w = F.normalize(means, dim=1)
     logits = z @ w.T / temperature
     p = torch.softmax(logits, dim=1)
@@ -60,7 +60,7 @@ def authors_operations_on_shares(
     log_p = F.log_softmax(logits, dim=1)
     log_p_others = log_p.sum(1, keepdim=True) - log_p
     kl = q_own * (q_own.log() - log_p) + q_other * (num_others * q_other.log() - log_p_others)
-    return (shares * (kl - log_p)).sum(1).mean()
+    return (soft * (kl - log_p)).sum(1).mean()
 
 
 def lean_log_space(

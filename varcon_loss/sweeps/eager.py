@@ -18,7 +18,7 @@ from torch import Tensor
 from varcon_loss.classes import summarise
 from varcon_loss.rows import Implementation, Rows, Swept
 from varcon_loss.samples import read
-from varcon_loss.shares import Shares
+from varcon_loss.soft_labels import SoftLabels
 from varcon_loss.sums import sum_slots
 from varcon_loss.sweeps.chunks import (
     TINY,
@@ -27,7 +27,7 @@ from varcon_loss.sweeps.chunks import (
     keep_what_is_freed,
     rows_a_chunk,
 )
-from varcon_loss.sweeps.expectation import sweep_shares
+from varcon_loss.sweeps.expectation import sweep_soft_labels
 from varcon_loss.sweeps.objective import row_objective, row_slopes
 from varcon_loss.sweeps.operators import gradient_scale, make_operator
 from varcon_loss.sweeps.products import make_linear
@@ -37,8 +37,8 @@ def sweep(
     rows: Rows, temperature: float, epsilon: float, need_grad: bool, need_terms: bool
 ) -> Swept:
     """See `operators`."""
-    if isinstance(rows.slots, Shares):
-        return sweep_shares(rows, rows.slots, temperature, epsilon, need_grad, need_terms)
+    if isinstance(rows.slots, SoftLabels):
+        return sweep_soft_labels(rows, rows.slots, temperature, epsilon, need_grad, need_terms)
     anchors, centroids = rows.anchors, rows.centroids
     w, norms, own = centroids.unit, anchors.norms, rows.own
     z = anchors.unit_rows(w.dtype)
@@ -60,14 +60,14 @@ def sweep(
     own_slot = rows.slots.unsqueeze(1)
     scale = gradient_scale(rows, need_grad)
     if chunk >= num_rows:
-        loss, others, gradient, _ = _sweep_chunk(shared, z, own_slot, own, None, None)
-        swept = Swept(loss=loss, others=others, gradient=gradient, scale=scale)
+        loss, terms, gradient, _ = _sweep_chunk(shared, z, own_slot, own, None, None)
+        swept = Swept(loss=loss, terms=terms, gradient=gradient, scale=scale)
         return swept.masked_(anchors)
 
     keep_what_is_freed(z, 3 * chunk * num_slots)
     buffer = z.new_empty(chunk, num_slots)
     gradient = torch.empty_like(z) if need_grad else None
-    losses, others = [], []
+    losses, all_terms = [], []
     for start in range(0, num_rows, chunk):
         part = slice(start, start + chunk)
         queries = z[part]
@@ -80,10 +80,10 @@ def sweep(
             None if gradient is None else gradient[part],
         )
         losses.append(swept.loss)
-        others.append(swept.others)
+        all_terms.append(swept.terms)
     swept = Swept(
         loss=torch.cat(losses),
-        others=torch.cat(others, dim=1) if need_terms else None,
+        terms=torch.cat(all_terms, dim=1) if need_terms else None,
         gradient=gradient,
         scale=scale,
     )
@@ -135,11 +135,11 @@ def _sweep_chunk(
     row = row_objective(
         own_logit, lse_others, sum_others, shared.num_others, shared.temperature, shared.epsilon
     )
-    loss, others = row.loss.squeeze_(1), None  # in place: no view, which callers may not change
+    loss, terms = row.loss.squeeze_(1), None  # in place: no view, which callers may not change
     if shared.need_terms:
-        others = torch.cat((row.kl, row.nll, row.confidence, row.tau2)).view(4, -1)
+        terms = torch.cat((row.kl, row.nll, row.confidence, row.tau2)).view(4, -1)
     if shared.to_gradient is None:
-        return Swept(loss=loss, others=others)
+        return Swept(loss=loss, terms=terms)
 
     # weights -> dL/du. The empty slots' keys are zero, whatever their weights.
     rest_slope, own_slope = row_slopes(row)
@@ -154,7 +154,7 @@ def _sweep_chunk(
         g.addcmul_(z, (g * z).sum(1, keepdim=True), value=-1)
     if gradient is not None and g is not gradient:
         gradient.copy_(g)
-    return Swept(loss=loss, others=others, gradient=g)
+    return Swept(loss=loss, terms=terms, gradient=g)
 
 
 EAGER = Implementation(

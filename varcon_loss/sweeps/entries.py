@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from varcon_loss.rows import Swept
-from varcon_loss.shares import Shares
+from varcon_loss.soft_labels import SoftLabels
 from varcon_loss.sweeps.chunks import TINY, Shared
 from varcon_loss.sweeps.objective import row_objective, row_slope
 
@@ -23,7 +23,7 @@ SMALLEST_BACKGROUND = 1e-25
 def evaluate_entries(
     shared: Shared,
     z: Tensor,
-    shares: Shares,
+    soft: SoftLabels,
     start: int,
     room: list[Tensor],
     gradient: Tensor | None,
@@ -33,13 +33,13 @@ def evaluate_entries(
     Args:
         shared: as above.
         z: ``[n, D]``.
-        shares: entries of all rows.
+        soft: entries of all rows.
         start: which row is the first here.
         room: ``[n, S]``, once, or five times where there is a background.
         gradient: ``[n, D]`` where the gradient may go.
     """
     stop = start + len(z)
-    values, slots = shares.rows(start, stop, z.dtype), shares.slots_of(start, stop)
+    values, slots = soft.rows(start, stop, z.dtype), soft.slots_of(start, stop)
     known = None if shared.counted is None else shared.counted[slots]  # 0 for an empty slot
     if known is not None:
         values = values * known
@@ -62,7 +62,7 @@ def evaluate_entries(
     own_weights = own_weights.exp()
     if known is not None:
         own_weights *= known
-    weights = torch.exp(logits, out=logits if shares.background is None else room[1])
+    weights = torch.exp(logits, out=logits if soft.background is None else room[1])
     total_others = _sum_classes(weights, shared.counted)
     # For each entry over all classes but its own.
     lse_others = (total_others + _sum_of_others(own_weights)).log_()
@@ -77,15 +77,15 @@ def evaluate_entries(
         shared.temperature,
         shared.epsilon,
     )
-    others = None
+    terms = None
     if shared.need_terms:
-        terms = (row.kl, row.nll, row.confidence, row.tau2)
-        others = torch.stack([(values * term).sum(1) for term in terms])
+        parts = (row.kl, row.nll, row.confidence, row.tau2)
+        terms = torch.stack([(values * term).sum(1) for term in parts])
     if shared.weight is not None:
         values = values * shared.weight[slots]
     loss = (values * row.loss).sum(1)
     total = (total_others + own_weights.sum(1, keepdim=True)).clamp_min_(TINY)
-    background = shares.background_of(start, stop)
+    background = soft.background_of(start, stop)
     by_class = None
     slope_of_rest = sum_q_of_rest = 0.0
     if background is not None:
@@ -100,10 +100,10 @@ def evaluate_entries(
             logits, weights.mul_(total.reciprocal()), room[2:],
         )  # fmt: skip
         loss += rest.loss
-        if others is not None and rest.others is not None:
-            others += rest.others
+        if terms is not None and rest.terms is not None:
+            terms += rest.terms
     if shared.to_gradient is None:
-        return Swept(loss=loss, others=others)
+        return Swept(loss=loss, terms=terms)
 
     slopes = values * row_slope(row)
     slope = slopes.sum(1, keepdim=True) + slope_of_rest
@@ -129,7 +129,7 @@ def evaluate_entries(
         dl_du.scatter_(1, slots, at_slots.div_(by_row))
         dz = shared.to_gradient(dl_du, gradient).mul_(by_row)
     dz.addcmul_(sum_q_other, shared.key_sum, value=-1)
-    return Swept(loss=loss, others=others, gradient=dz)
+    return Swept(loss=loss, terms=terms, gradient=dz)
 
 
 def _sum_of_others(entries: Tensor) -> Tensor:
@@ -204,23 +204,23 @@ def _evaluate_rest(
         return number, nll, _sum_classes(through, scale)
 
     number, nll, sum_through = sums(every_logits[1], shared.scale)
-    terms = None
+    parts = None
     if shared.need_terms:
         count, count_nll, count_through = sums(every_logits[0], shared.counted)
         confidence = _sum_classes(p, shared.counted)
         tau2 = lowest_tau2 * count + 2 * epsilon * confidence
-        terms = (count_nll - count_through, count_nll, confidence, tau2)
+        parts = (count_nll - count_through, count_nll, confidence, tau2)
     through_p = None
     if shared.to_gradient is not None:  # tau2 follows p: a^2 p q_own, less a factor 2 epsilon
         through_p = minus_a.square_().mul_(p).div_(divisor)
     divisor.scatter_(1, slots, 1.0)
-    if terms is not None:
-        terms[0].sub_(_sum_classes(divisor.log(), shared.counted))
+    if parts is not None:
+        parts[0].sub_(_sum_classes(divisor.log(), shared.counted))
     loss = background * (2 * nll - sum_through - _sum_of_logs(divisor, shared.scale))
-    others = None
-    if terms is not None:
-        others = torch.cat([background * term for term in terms], dim=1).T
-    swept = Swept(loss=loss.squeeze(1), others=others)
+    terms = None
+    if parts is not None:
+        terms = torch.cat([background * term for term in parts], dim=1).T
+    swept = Swept(loss=loss.squeeze(1), terms=terms)
     if through_p is None:
         return swept, 0.0, 0.0, None
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from varcon_loss.rows import Rows, Swept
-from varcon_loss.shares import Shares
+from varcon_loss.soft_labels import SoftLabels
 from varcon_loss.sweeps.chunks import Shared, count_others, keep_what_is_freed, rows_a_chunk
 from varcon_loss.sweeps.entries import evaluate_entries
 from varcon_loss.sweeps.operators import gradient_scale
@@ -25,24 +25,24 @@ from varcon_loss.sweeps.products import make_linear
 from varcon_loss.sweeps.table import evaluate_table
 
 
-def sweep_shares(
+def sweep_soft_labels(
     rows: Rows,
-    shares: Shares,
+    soft: SoftLabels,
     temperature: float,
     epsilon: float,
     need_grad: bool,
     need_terms: bool,
 ) -> Swept:
-    """The sweep where labels are ``shares`` by slot: see `operators`. Empty slots have none."""
+    """The sweep where labels are ``soft`` by slot: see `operators`. Empty slots have none."""
     anchors, centroids, weight = rows.anchors, rows.centroids, rows.weight
     w, present = centroids.unit, centroids.present
     z = anchors.unit_rows(w.dtype)
     num_rows, num_slots = z.shape[0], w.shape[0]
-    if shares.background is not None and int(centroids.num_present) == 1:
+    if soft.background is not None and int(centroids.num_present) == 1:
         # The class must come out as 0 exactly, and stand alone for that.
-        shares = Shares(values=shares.table(num_slots, z.dtype))
-    dense = shares.slots is None
-    chunk = rows_a_chunk(z, num_slots, shares.views)
+        soft = SoftLabels(values=soft.table(num_slots, z.dtype))
+    dense = soft.slots is None
+    chunk = rows_a_chunk(z, num_slots, soft.views)
     counted = None if present is None else present.to(z.dtype)
     keys = w / temperature
     shared = Shared(
@@ -62,32 +62,32 @@ def sweep_shares(
         need_terms=need_terms,
     )
     evaluate = evaluate_table if dense else evaluate_entries
-    num_buffers = 7 if dense else 1 if shares.background is None else 5
+    num_buffers = 7 if dense else 1 if soft.background is None else 5
     keep_what_is_freed(z, (num_buffers + 2) * chunk * num_slots)
     # Each by itself, and hence aligned as a product wants it.
     room = [z.new_empty(chunk, num_slots) for _ in range(num_buffers)]
     gradient = torch.empty_like(z) if need_grad else None
-    losses, others = [], []
+    losses, all_terms = [], []
     for start in range(0, num_rows, chunk):
         stop = min(start + chunk, num_rows)
         part = evaluate(
             shared,
             z[start:stop],
-            shares,
+            soft,
             start,
             [buffer[: stop - start] for buffer in room],
             None if gradient is None else gradient[start:stop],
         )
         losses.append(part.loss)
-        others.append(part.others)
+        all_terms.append(part.terms)
         if gradient is not None and part.gradient is not None:
             _finish(shared, z[start:stop], part.gradient, gradient[start:stop])
     loss = torch.cat(losses) if losses else z.new_zeros(0)
     terms = None
     if need_terms:
-        terms = torch.cat(others, dim=1) if others else z.new_zeros(4, 0)
+        terms = torch.cat(all_terms, dim=1) if all_terms else z.new_zeros(4, 0)
     scale = gradient_scale(rows, need_grad)
-    return Swept(loss=loss, others=terms, gradient=gradient, scale=scale).masked_(anchors)
+    return Swept(loss=loss, terms=terms, gradient=gradient, scale=scale).masked_(anchors)
 
 
 def _finish(shared: Shared, z: Tensor, dz: Tensor, gradient: Tensor) -> None:

@@ -6,23 +6,23 @@ For reading, for checking `expectation`, and for derivatives of any order.
 import torch
 from torch import Tensor
 
-from varcon_loss.shares import Shares
+from varcon_loss.soft_labels import SoftLabels
 
 
 def expected_loss_by_equations(
     z: Tensor,
-    shares: Shares,
+    soft: SoftLabels,
     w: Tensor,
     absent: Tensor,
     weight: Tensor | None,
     temperature: float,
     epsilon: float,
 ) -> tuple[Tensor, Tensor]:
-    """Loss ``[N]`` and ``[4, N]`` KL, NLL, confidence and tau2, as `expectation.sweep_shares`.
+    """Loss ``[N]`` and ``[4, N]`` KL, NLL, confidence and tau2, as `expectation.sweep_soft_labels`.
 
     Args:
         z: ``[N, D]``; the way of the gradient.
-        shares: of the rows, by slot.
+        soft: of the rows, by slot.
         w: ``[S, D]`` centroids, zero rows in empty slots.
         absent: ``[S]`` bool, empty slots.
         weight: ``[S]`` class weights; None: all 1.
@@ -30,7 +30,7 @@ def expected_loss_by_equations(
         epsilon: ``epsilon`` of Eq. 13.
     """
     num_others = (~absent).sum().sub(1).clamp_min(0).to(z.dtype)
-    values = shares.table(w.shape[0], z.dtype).masked_fill(absent, 0.0)  # [N, S]
+    values = soft.table(w.shape[0], z.dtype).masked_fill(absent, 0.0)  # [N, S]
 
     logits = (z @ w.T / temperature).masked_fill(absent, -torch.inf)
     log_p = torch.log_softmax(logits, dim=1).masked_fill(absent, 0.0)  # Eq. 8
@@ -46,5 +46,5 @@ def expected_loss_by_equations(
     weighted = values if weight is None else values * weight
     loss = (weighted * (kl - log_p)).sum(1)  # Eq. 7
 
-    others = torch.stack([(values * term).sum(1) for term in (kl, -log_p, p, tau2)])
-    return loss, others.detach()
+    terms = torch.stack([(values * term).sum(1) for term in (kl, -log_p, p, tau2)])
+    return loss, terms.detach()

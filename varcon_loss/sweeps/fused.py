@@ -516,7 +516,7 @@ def sweep(
     assert isinstance(slots, Tensor)
     (num_rows, dim), num_slots = features.shape, len(w)
     loss = w.new_empty(num_rows)
-    others = w.new_empty(4, num_rows)
+    terms = w.new_empty(4, num_rows)
     gradient = features.new_empty((num_rows, dim) if need_grad else 0)
     scale = w.new_empty(num_rows if need_grad else 0)
     w, slots = w.contiguous(), slots.contiguous()
@@ -543,7 +543,7 @@ def sweep(
         own_ptr=own,
         broken_ptr=broken,
         loss_ptr=loss,
-        others_ptr=others,
+        terms_ptr=terms,
         gradient_ptr=gradient,
         scale_ptr=scale,
         num_rows=num_rows,
@@ -571,7 +571,7 @@ def sweep(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    return Swept(loss=loss, others=others, gradient=gradient, scale=scale)
+    return Swept(loss=loss, terms=terms, gradient=gradient, scale=scale)
 
 
 FUSED = Implementation(
@@ -582,5 +582,5 @@ FUSED = Implementation(
     sweep=make_operator("varcon_loss::fused_sweep", sweep, fused=True),
     why_not=why_not,
     by_default=runs_by_default,
-    takes_shares=False,
+    takes_soft_labels=False,
 )

@@ -319,7 +319,7 @@ def _sweep_tile(
 @triton.jit(do_not_specialize=SIZES)
 def sweep_kernel(
     x_ptr, order_ptr, norms_ptr, valid_ptr, slots_ptr, w_ptr, keys_ptr, key_sum_ptr, present_ptr,
-    num_present_ptr, own_ptr, broken_ptr, loss_ptr, others_ptr, gradient_ptr, scale_ptr,
+    num_present_ptr, own_ptr, broken_ptr, loss_ptr, terms_ptr, gradient_ptr, scale_ptr,
     num_rows, num_slots, dim, stride_row, stride_dim, temperature, epsilon,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_ORDER: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -431,13 +431,13 @@ def sweep_kernel(
         loss = tl.where(broken, float("nan"), loss)
     tl.store(loss_ptr + rows, loss, mask=inside)
     at = rows
-    tl.store(others_ptr + at, tl.where(taking_part, kl, 0.0), mask=inside)
+    tl.store(terms_ptr + at, tl.where(taking_part, kl, 0.0), mask=inside)
     at += num_rows
-    tl.store(others_ptr + at, tl.where(taking_part, nll, 0.0), mask=inside)
+    tl.store(terms_ptr + at, tl.where(taking_part, nll, 0.0), mask=inside)
     at += num_rows
-    tl.store(others_ptr + at, tl.where(taking_part, p_own, 0.0), mask=inside)
+    tl.store(terms_ptr + at, tl.where(taking_part, p_own, 0.0), mask=inside)
     at += num_rows
-    tl.store(others_ptr + at, tl.where(taking_part, tau2, 0.0), mask=inside)
+    tl.store(terms_ptr + at, tl.where(taking_part, tau2, 0.0), mask=inside)
 
     if NEED_GRAD:
         # As in `objective.row_slopes`.

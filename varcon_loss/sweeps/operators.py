@@ -13,7 +13,7 @@ from torch import Tensor
 
 from varcon_loss.readable import without_autocast
 from varcon_loss.rows import TENSORS, Rows, Swept, rows_of
-from varcon_loss.shares import Shares
+from varcon_loss.soft_labels import SoftLabels
 from varcon_loss.sweeps.once import scale_rows, scale_rows_once
 from varcon_loss.sweeps.reference import reference_terms
 
@@ -63,21 +63,21 @@ class _Differentiable(torch.autograd.Function):
 # none of them: features, and shares given as labels, by a caller who reuses them, and remembered
 # centroids by the next step. Features, gradient and scale are saved before `Rows.tensors`.
 _CHANGEABLE = (0, 3 + TENSORS.index("w"))
-_SHARES = 3 + TENSORS.index("shares")  # None for integer labels
+_SOFT = 3 + TENSORS.index("soft")  # None for integer labels
 
 
 def _versions(saved: tuple[Any, ...]) -> list[tuple[int, int]]:
     """Where each lies, and how often it was written to."""
-    changeable = [saved[i] for i in (*_CHANGEABLE, _SHARES)]
+    changeable = [saved[i] for i in (*_CHANGEABLE, _SOFT)]
     return [(x.untyped_storage()._cdata, x._version) for x in changeable if x is not None]
 
 
-def _allow_changes(loss: Tensor, *, shares: bool) -> None:
+def _allow_changes(loss: Tensor, *, soft: bool) -> None:
     """Have autograd not check the versions of these saved tensors: `_check_unchanged` does."""
     # Under hooks of the caller's nothing is checked, and no other hooks may be added.
     with contextlib.suppress(RuntimeError):
         saved = loss.grad_fn._raw_saved_tensors  # type: ignore[union-attr]
-        for index in (*_CHANGEABLE, _SHARES) if shares else _CHANGEABLE:
+        for index in (*_CHANGEABLE, _SOFT) if soft else _CHANGEABLE:
             saved[index].register_hooks(_as_is, _as_is)
 
 
@@ -187,9 +187,9 @@ def make_operator(
         def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
             output = sweep(*inputs[1:])
             keep(ctx, inputs, output)
-            if output.others is not None:
-                ctx.mark_non_differentiable(output.others)
-            return output.loss, output.others
+            if output.terms is not None:
+                ctx.mark_non_differentiable(output.terms)
+            return output.loss, output.terms
 
         backward = staticmethod(_backward)
 
@@ -206,8 +206,8 @@ def make_operator(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-            loss, others, gradient, scale = output  # torch.func hands on a plain tuple
-            swept = Swept(loss=loss, others=others, gradient=gradient, scale=scale)
+            loss, terms, gradient, scale = output  # torch.func hands on a plain tuple
+            swept = Swept(loss=loss, terms=terms, gradient=gradient, scale=scale)
             keep(ctx, inputs, swept)
             ctx.mark_non_differentiable(*(part for part in output[1:] if part is not None))
 
@@ -231,7 +231,7 @@ def make_operator(
         need_terms: bool,
         unit: Tensor | None,
         slots: Tensor | None,
-        shares: Tensor | None,
+        soft: Tensor | None,
         entries: Tensor | None,
         columns: Tensor | None,
         background: Tensor | None,
@@ -251,7 +251,7 @@ def make_operator(
             "present": present,
             "num_present": num_present,
             "slots": slots,
-            "shares": shares,
+            "soft": soft,
             "entries": entries,
             "columns": columns,
             "background": background,
@@ -268,7 +268,7 @@ def make_operator(
         loss = swept.loss  # an operator cannot return None: there it is an empty tensor
         return (
             loss,
-            loss.new_empty(4, 0) if swept.others is None else swept.others,
+            loss.new_empty(4, 0) if swept.terms is None else swept.terms,
             loss.new_empty(0) if swept.gradient is None else swept.gradient,
             loss.new_empty(0) if swept.scale is None else swept.scale,
         )
@@ -300,7 +300,7 @@ def make_operator(
         need_grad = torch.is_grad_enabled() and features.requires_grad
         if torch.compiler.is_compiling():
             temperature, epsilon, temperatures = _options_of_operator(temperature, epsilon)
-            loss, others, *_ = operator(
+            loss, terms, *_ = operator(
                 features=features,
                 **rows.tensors(),
                 need_grad=need_grad,
@@ -315,9 +315,9 @@ def make_operator(
             several = torch._C._are_functorch_transforms_active()
             function = TransformedSweep if several else Sweep
             given = (features, rows, temperature, epsilon, need_grad, need_terms)
-            loss, others, *_ = function.apply(*given)
+            loss, terms, *_ = function.apply(*given)
             if need_grad and not several:
-                _allow_changes(loss, shares=isinstance(rows.slots, Shares))
-        return Swept(loss=loss, others=others)
+                _allow_changes(loss, soft=isinstance(rows.slots, SoftLabels))
+        return Swept(loss=loss, terms=terms)
 
     return run

@@ -11,7 +11,7 @@ from torch import Tensor
 from varcon_loss.classes import summarise
 from varcon_loss.rows import Implementation, Rows, Swept
 from varcon_loss.samples import Samples, read
-from varcon_loss.shares import Shares
+from varcon_loss.soft_labels import SoftLabels
 from varcon_loss.sums import sum_slots
 from varcon_loss.sweeps.expectation_reference import expected_loss_by_equations
 from varcon_loss.sweeps.once import differentiable_once
@@ -31,11 +31,11 @@ def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: 
         # is the normalisation after it that autograd differentiates.
         largest = torch.linalg.vector_norm(z.detach(), ord=float("inf"), dim=1, keepdim=True)
         z = F.normalize(z / largest.masked_fill(largest == 0, torch.inf), dim=1)
-    if isinstance(rows.slots, Shares):
-        loss, others = expected_loss_by_equations(
+    if isinstance(rows.slots, SoftLabels):
+        loss, terms = expected_loss_by_equations(
             z, rows.slots, w, absent, rows.weight, temperature, epsilon
         )
-        return _masked(loss, others, anchors)
+        return _masked(loss, terms, anchors)
     own = rows.slots[:, None]  # [N, 1]
 
     logits = z @ w.T / temperature  # [N, S]
@@ -51,18 +51,18 @@ def reference_terms(rows: Rows, temperature: float, epsilon: float, need_terms: 
     kl, nll = (log_q.exp() * difference).sum(1), -log_p_own.squeeze(1)
     loss = kl + nll  # Eq. 7
 
-    others = torch.stack((kl, nll, log_p_own.exp().squeeze(1), tau2.squeeze(1)))
-    return _masked(loss, others.detach(), anchors)
+    terms = torch.stack((kl, nll, log_p_own.exp().squeeze(1), tau2.squeeze(1)))
+    return _masked(loss, terms.detach(), anchors)
 
 
-def _masked(loss: Tensor, others: Tensor, anchors: Samples) -> Swept:
+def _masked(loss: Tensor, terms: Tensor, anchors: Samples) -> Swept:
     """As `Swept.masked_`, for autograd to follow."""
     if anchors.valid is not None:
         loss = torch.where(anchors.valid, loss, 0.0)
-        others = torch.where(anchors.valid, others, 0.0)
+        terms = torch.where(anchors.valid, terms, 0.0)
     if anchors.broken is not None:
         loss = torch.where(anchors.broken, torch.nan, loss)
-    return Swept(loss=loss, others=others)
+    return Swept(loss=loss, terms=terms)
 
 
 REFERENCE = Implementation(

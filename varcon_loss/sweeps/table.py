@@ -5,7 +5,7 @@ from torch import Tensor
 
 from varcon_loss.readable import values_may_be_read
 from varcon_loss.rows import Swept
-from varcon_loss.shares import Shares
+from varcon_loss.soft_labels import SoftLabels
 from varcon_loss.sweeps.chunks import TINY, Shared
 from varcon_loss.sweeps.objective import row_objective, row_slope
 
@@ -13,7 +13,7 @@ from varcon_loss.sweeps.objective import row_objective, row_slope
 def evaluate_table(
     shared: Shared,
     z: Tensor,
-    shares: Shares,
+    soft: SoftLabels,
     start: int,
     room: list[Tensor],
     gradient: Tensor | None,
@@ -24,7 +24,7 @@ def evaluate_table(
     caches; each counts. Class ``m``, the one that may have more than half of ``p``, has a column
     of its own.
     """
-    values = shares.rows(start, start + len(z), z.dtype)
+    values = soft.rows(start, start + len(z), z.dtype)
     if shared.present is not None:
         values = values * shared.present
     weighted = values if shared.weight is None else values * shared.weight
@@ -86,7 +86,7 @@ def evaluate_table(
     _add_scaled(through, minus_a, -num_others, through)
     through.mul_(q_other)
 
-    others, expected = None, None
+    terms, expected = None, None
     nll.scatter_(1, m, row.nll)
     if shared.need_terms:
         p.scatter_(1, m, row.confidence)
@@ -103,9 +103,9 @@ def evaluate_table(
         mass, expected_nll, confidence = expected
         kl = 2 * _dot(values, half_loss, spare) - expected_nll
         tau2 = lowest_tau2 * mass + 2 * epsilon * confidence
-        others = torch.stack((kl, expected_nll, confidence, tau2))
+        terms = torch.stack((kl, expected_nll, confidence, tau2))
     if shared.to_gradient is None:
-        return Swept(loss=loss, others=others)
+        return Swept(loss=loss, terms=terms)
 
     slopes = torch.addcmul(two, through, minus_a, value=2 * epsilon, out=through)
     slopes.scatter_(1, m, 0.0)
@@ -119,7 +119,7 @@ def evaluate_table(
     dl_du.scatter_(1, m, at_own + own_share * (row.q_other + row.q_rest))
     dz = shared.to_gradient(dl_du, gradient)
     dz.addcmul_(sum_q_other, shared.key_sum, value=-1)
-    return Swept(loss=loss, others=others, gradient=dz)
+    return Swept(loss=loss, terms=terms, gradient=dz)
 
 
 def _dot(a: Tensor, b: Tensor, room: Tensor) -> Tensor:

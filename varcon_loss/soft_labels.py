@@ -1,4 +1,4 @@
-"""Labels as shares: how much of each sample belongs to each class.
+"""Soft labels: how much of each sample belongs to each class, its shares.
 
 ``[N, C]`` numbers, at least 0, from mixup, CutMix, smoothing or several labels a sample. A row of
 zeros takes no part. Most such tables are nearly empty (mixup: two entries a row), and then only
@@ -25,7 +25,7 @@ PIECE = 2**20
 BLOCK = 32
 
 
-class Shares(NamedTuple):
+class SoftLabels(NamedTuple):
     """Either form of the shares; each row may stand for several samples."""
 
     values: Tensor  # [R, C] as the caller gave it, any float dtype; or [R, M], the entries
@@ -76,14 +76,14 @@ class Shares(NamedTuple):
         return rows if self.views == 1 else rows.repeat_interleave(self.views, 0)
 
 
-def read_shares(
+def read_soft_labels(
     values: Tensor, dtype: torch.dtype, views: int = 1, *, name: str
-) -> tuple[Shares, Tensor | None, Tensor | None]:
+) -> tuple[SoftLabels, Tensor | None, Tensor | None]:
     """Look at ``[R, C]`` once: are all entries usable, which rows take part, are they few?
 
     Returns:
-        Shares whose slots are classes, and ``valid`` and ``broken`` of `Samples`: rows of zeros are
-        not valid.
+        Soft labels whose slots are classes, and ``valid`` and ``broken`` of `Samples`: rows of
+        zeros are not valid.
 
     Raises:
         ValueError: an entry that is negative, infinite or NaN, on a CPU in eager mode. Elsewhere
@@ -93,7 +93,7 @@ def read_shares(
     readable = values_may_be_read(values)
     if values.numel() == 0:
         none = torch.zeros(values.shape[0] * views, dtype=torch.bool, device=values.device)
-        return Shares(values=values, views=views), none, None
+        return SoftLabels(values=values, views=views), none, None
     lowest, highest = values.amin(1), None
     blocks = None
     if readable and _may_have_few(values, lowest):
@@ -114,8 +114,8 @@ def read_shares(
     if views > 1:
         valid = None if valid is None else valid.repeat_interleave(views)
         broken = None if broken is None else broken.repeat_interleave(views)
-    shares = None if blocks is None else find_entries(values, lowest, blocks, dtype, views)
-    return shares or Shares(values=values, views=views), valid, broken
+    soft = None if blocks is None else find_entries(values, lowest, blocks, dtype, views)
+    return soft or SoftLabels(values=values, views=views), valid, broken
 
 
 def _refuse(values: Tensor, lowest: Tensor, highest: Tensor, name: str) -> None:
@@ -149,7 +149,7 @@ def _block_maxima(values: Tensor) -> Tensor:
 
 def find_entries(
     values: Tensor, lowest: Tensor, blocks: Tensor, dtype: torch.dtype, views: int = 1
-) -> Shares | None:
+) -> SoftLabels | None:
     """The entries of ``[R, C]`` above each row's ``lowest`` ``[R]``, at least 0.
 
     ``blocks`` are their `_block_maxima`. None where a row has many. It reads values: on a CPU.
@@ -182,30 +182,30 @@ def find_entries(
     missing = torch.ones_like(slots, dtype=torch.bool)
     slots[place], entries[place], missing[place] = columns, above_lowest, False
     background = lowest.unsqueeze(1).to(dtype) if float(lowest.max()) > 0 else None
-    shares = Shares(
+    soft = SoftLabels(
         values=entries.view(-1, size),
         slots=slots.view(-1, size),
         background=background,
         views=views,
     )
-    return _fill(shares, missing.view(-1, size))
+    return _fill(soft, missing.view(-1, size))
 
 
-def _fill(shares: Shares, missing: Tensor) -> Shares:
+def _fill(soft: SoftLabels, missing: Tensor) -> SoftLabels:
     """Give entries that are ``missing`` ``[R, M]`` to classes without one, which lose nothing."""
     rows = missing.any(1).nonzero().squeeze(1)
     if len(rows) == 0:
-        return shares
-    assert shares.slots is not None
-    values, slots, missing = shares.values.clone(), shares.slots.clone(), missing[rows]
+        return soft
+    assert soft.slots is not None
+    values, slots, missing = soft.values.clone(), soft.slots.clone(), missing[rows]
     # Of the first M slots the row's entries leave at least as many free as it misses.
     given = slots[rows].masked_fill(missing, -1)
     taken = (given.unsqueeze(2) == torch.arange(slots.shape[1], device=slots.device)).any(1)
     free = taken.to(torch.uint8).argsort(dim=1, stable=True)
     slots[rows] = torch.where(missing, free.gather(1, (missing.cumsum(1) - 1).clamp_min(0)), given)
-    nothing = 0.0 if shares.background is None else shares.background[rows]
+    nothing = 0.0 if soft.background is None else soft.background[rows]
     values[rows] = torch.where(missing, nothing, values[rows])
-    return changed(shares, values=values, slots=slots)
+    return changed(soft, values=values, slots=slots)
 
 
 def _windows(values: Tensor, rows: Tensor, starts: Tensor, width: int) -> Tensor:
@@ -216,74 +216,74 @@ def _windows(values: Tensor, rows: Tensor, starts: Tensor, width: int) -> Tensor
     return flat.index_select(0, rows * values.shape[1] + starts)
 
 
-def in_slots(shares: Shares, classes: Tensor) -> Shares:
+def in_slots(soft: SoftLabels, classes: Tensor) -> SoftLabels:
     """The same shares by slot, where only ``classes`` ``[S]`` have one; others are dropped."""
-    if shares.slots is None:
-        return changed(shares, columns=classes)
+    if soft.slots is None:
+        return changed(soft, columns=classes)
     size = classes.shape[0]
-    num_classes = int(torch.maximum(shares.slots.max(), classes.max())) + 1
+    num_classes = int(torch.maximum(soft.slots.max(), classes.max())) + 1
     table = classes.new_full((num_classes,), -1)
     table[classes] = torch.arange(size, device=classes.device)
-    slots = table[shares.slots]
+    slots = table[soft.slots]
     # What is left of each row comes first, and no row has more entries than there are slots.
     order = (slots < 0).to(torch.uint8).argsort(dim=1, stable=True)
     most = max(1, int((slots >= 0).sum(1).max()))
     slots = slots.gather(1, order)[:, :most]
-    values = shares.values.gather(1, order)[:, :most]
-    return _fill(changed(shares, values=values, slots=slots), slots < 0)
+    values = soft.values.gather(1, order)[:, :most]
+    return _fill(changed(soft, values=values, slots=slots), slots < 0)
 
 
-def class_masses(shares: Shares, size: int, dtype: torch.dtype) -> Tensor:
+def class_masses(soft: SoftLabels, size: int, dtype: torch.dtype) -> Tensor:
     """How many samples each of ``size`` classes has, in shares: ``[S]``."""
-    if shares.slots is not None:
+    if soft.slots is not None:
         # Added one by one, and float32 adds so many badly.
-        masses = shares.values.new_zeros(size, dtype=torch.float64)
-        above, background = shares.values.double(), shares.background
+        masses = soft.values.new_zeros(size, dtype=torch.float64)
+        above, background = soft.values.double(), soft.background
         if background is not None:
             above = above - background
             masses += background.sum(dtype=torch.float64)
-        masses.index_add_(0, shares.slots.reshape(-1), above.reshape(-1))
-        return masses.mul_(shares.views).to(dtype)
-    if not values_may_be_read(shares.values):
-        wide = widest(shares.values.device)
-        masses = shares.values.sum(0, dtype=wide).mul_(shares.views).to(dtype)
-        return masses if shares.columns is None else masses.index_select(0, shares.columns)
-    masses = shares.values.new_zeros(size, dtype=torch.promote_types(dtype, torch.float32))
-    total = masses.to(torch.float64) if len(shares.values) > ROWS_A_SUM else masses
-    for start in range(0, shares.values.shape[0], ROWS_A_SUM):
-        part = shares.values[start : start + ROWS_A_SUM]
+        masses.index_add_(0, soft.slots.reshape(-1), above.reshape(-1))
+        return masses.mul_(soft.views).to(dtype)
+    if not values_may_be_read(soft.values):
+        wide = widest(soft.values.device)
+        masses = soft.values.sum(0, dtype=wide).mul_(soft.views).to(dtype)
+        return masses if soft.columns is None else masses.index_select(0, soft.columns)
+    masses = soft.values.new_zeros(size, dtype=torch.promote_types(dtype, torch.float32))
+    total = masses.to(torch.float64) if len(soft.values) > ROWS_A_SUM else masses
+    for start in range(0, soft.values.shape[0], ROWS_A_SUM):
+        part = soft.values[start : start + ROWS_A_SUM]
         sums = part.sum(0, dtype=masses.dtype)
-        total += sums if shares.columns is None else sums.index_select(0, shares.columns)
-    return total.mul_(shares.views).to(dtype)
+        total += sums if soft.columns is None else sums.index_select(0, soft.columns)
+    return total.mul_(soft.views).to(dtype)
 
 
-def share_sums(shares: Shares, unit: Tensor, size: int) -> Tensor:
+def soft_sums(soft: SoftLabels, unit: Tensor, size: int) -> Tensor:
     """``w`` before it is made unit: shares of rows ``[N, D]`` summed by slot, ``[S, D]``.
 
     Off by at most what summing `ROWS_A_SUM` rows costs, as `sum_slots`.
     """
-    if shares.views > 1:
-        unit = unit.unflatten(0, (-1, shares.views)).sum(1)
-        shares = changed(shares, views=1)
+    if soft.views > 1:
+        unit = unit.unflatten(0, (-1, soft.views)).sum(1)
+        soft = changed(soft, views=1)
     if torch.compiler.is_compiling():  # no pieces: their number would be compiled in
-        return torch.mm(shares.whole(unit.dtype).T, unit)
+        return torch.mm(soft.whole(unit.dtype).T, unit)
     total = unit.new_zeros(size, unit.shape[1])
     if unit.shape[0] > ROWS_A_SUM:
         total = total.to(widest(unit.device))
     step = ROWS_A_SUM
-    if shares.slots is None and (shares.columns is not None or shares.values.dtype != unit.dtype):
+    if soft.slots is None and (soft.columns is not None or soft.values.dtype != unit.dtype):
         step = min(step, max(128, PIECE // max(1, size)))  # pieces of the table are copied
     for start in range(0, unit.shape[0], step):
         rows, stop = unit[start : start + step], start + step
-        part = shares.rows(start, stop, unit.dtype)
-        if shares.slots is None:
+        part = soft.rows(start, stop, unit.dtype)
+        if soft.slots is None:
             total += make_linear(rows.T, size)(part.T, None)
             continue
-        background = shares.background_of(start, stop)
+        background = soft.background_of(start, stop)
         if background is not None:
             part = part - background
             total += torch.mv(rows.T, background.squeeze(1))
-        total += _sum_entries(rows, part, shares.slots_of(start, stop), size)
+        total += _sum_entries(rows, part, soft.slots_of(start, stop), size)
     return total.to(unit.dtype)
 
 
@@ -299,24 +299,24 @@ def _sum_entries(rows: Tensor, values: Tensor, slots: Tensor, size: int) -> Tens
     )
 
 
-def row_totals(shares: Shares, weight: Tensor) -> Tensor:
+def row_totals(soft: SoftLabels, weight: Tensor) -> Tensor:
     """What each row has of ``weight`` ``[S]`` in all: ``[N]``, in its dtype."""
-    if shares.slots is not None:
-        own = weight[shares.slots]
-        totals = (shares.values.to(weight.dtype) * own).sum(1)
-        if shares.background is not None:
-            background = shares.background.squeeze(1).to(weight.dtype)
+    if soft.slots is not None:
+        own = weight[soft.slots]
+        totals = (soft.values.to(weight.dtype) * own).sum(1)
+        if soft.background is not None:
+            background = soft.background.squeeze(1).to(weight.dtype)
             totals += background * (weight.sum() - own.sum(1))
-    elif shares.columns is None and shares.values.dtype == weight.dtype:
-        totals = torch.mv(shares.values, weight)
+    elif soft.columns is None and soft.values.dtype == weight.dtype:
+        totals = torch.mv(soft.values, weight)
     elif torch.compiler.is_compiling():
-        return torch.mv(shares.whole(weight.dtype), weight)
+        return torch.mv(soft.whole(weight.dtype), weight)
     else:
-        once = changed(shares, views=1)
+        once = changed(soft, views=1)
         step = max(1, PIECE // max(1, len(weight)))
         parts = [
             torch.mv(once.rows(start, start + step, weight.dtype), weight)
-            for start in range(0, len(shares.values), step)
+            for start in range(0, len(soft.values), step)
         ]
         totals = torch.cat(parts) if parts else weight.new_zeros(0)
-    return totals if shares.views == 1 else totals.repeat_interleave(shares.views)
+    return totals if soft.views == 1 else totals.repeat_interleave(soft.views)

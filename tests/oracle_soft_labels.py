@@ -8,17 +8,17 @@ from tests.oracle import Vector, _dot, _unit
 NAMES = ("loss", "kl", "nll", "confidence", "tau2")
 
 
-def centroids(rows: Sequence[Vector], shares: Sequence[Vector]) -> dict[int, list[float]]:
+def centroids(rows: Sequence[Vector], soft: Sequence[Vector]) -> dict[int, list[float]]:
     """Of the classes that have a share of any row."""
     return {
         r: _unit(
             [
-                math.fsum(y[r] * z[d] for z, y in zip(rows, shares, strict=True))
+                math.fsum(y[r] * z[d] for z, y in zip(rows, soft, strict=True))
                 for d in range(len(rows[0]))
             ]
         )
-        for r in range(len(shares[0]))
-        if any(y[r] > 0 for y in shares)
+        for r in range(len(soft[0]))
+        if any(y[r] > 0 for y in soft)
     }
 
 
@@ -43,7 +43,7 @@ def class_terms(
 
 def row_terms(
     features: Sequence[Vector],
-    shares: Sequence[Vector],
+    soft: Sequence[Vector],
     temperature: float = 0.1,
     epsilon: float = 0.02,
     *,
@@ -53,12 +53,12 @@ def row_terms(
     """One dict a sample, the loss under weighted shares; all zeros for a row of zeros."""
     rows = [_unit(x) if normalize else list(x) for x in features]
     # A row of zeros takes no part, whatever its features.
-    kept = [(z, y) for z, y in zip(rows, shares, strict=True) if any(y)]
+    kept = [(z, y) for z, y in zip(rows, soft, strict=True) if any(y)]
     if not kept:
         return [dict.fromkeys(NAMES, 0.0) for _ in rows]
     w = centroids(*zip(*kept, strict=True))
     results = []
-    for z, y in zip(rows, shares, strict=True):
+    for z, y in zip(rows, soft, strict=True):
         expected = dict.fromkeys(NAMES, 0.0)
         for r, share in enumerate(y):
             if share > 0:
