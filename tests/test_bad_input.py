@@ -1,5 +1,7 @@
 """What a user gets wrong, and what they are told."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -165,3 +167,75 @@ def test_a_text_is_no_switch(name: str) -> None:
 def test_an_ignore_index_that_no_label_can_have() -> None:
     with pytest.raises(ValueError, match="int64 labels can have"):
         varcon_loss(X, Y, ignore_index=2**70)
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "advice"),
+    [
+        (X, Y.tolist(), r"give torch.as_tensor\(labels\)"),
+        (X, Y.float(), r"give labels.long\(\)"),
+        (X, Y[:, None], r"give labels.squeeze\(1\)"),
+        (X, Y[:3], r"2 views, one after the other, give labels.repeat\(2\)"),
+        (X.view(3, 2, 4), Y, "the views of one image share its label"),
+        (X.view(2, 3, 4), Y[:3], r"features.transpose\(0, 1\)"),
+        ([X, X], Y, r"torch.stack\(features, dim=1\)"),
+        (Y, X, "labels are the second argument"),
+    ],
+)
+def test_what_to_give_instead(features, labels, advice) -> None:
+    with pytest.raises((TypeError, ValueError), match=advice):
+        VarConLoss()(features, labels)
+
+
+def test_what_other_losses_take_is_named() -> None:
+    for name in ("indices_tuple", "ref_emb"):
+        with pytest.raises(TypeError, match="pytorch-metric-learning"):
+            VarConLoss()(X, Y, **{name: None})
+    for name in ("reducer", "distance", "embedding_size"):
+        with pytest.raises(TypeError, match="pytorch-metric-learning"):
+            VarConLoss(**{name: None})
+    with pytest.raises(TypeError, match="class probabilities"):
+        VarConLoss(label_smoothing=0.1)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"Give epsilon too, as epsilon=0\.002"):
+        VarConLoss(0.01)
+    with pytest.raises(TypeError, match=r"not learned: give .item\(\)"):
+        VarConLoss(torch.tensor(0.1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), -1.0])
+def test_weights_that_cannot_be(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"finite and at least 0, got .* for class 1"):
+        VarConLoss(weight=torch.tensor([1.0, bad]))
+    criterion = VarConLoss(weight=torch.ones(2))
+    with pytest.raises(ValueError, match="for class 1"):
+        criterion.weight = torch.tensor([1.0, bad])
+
+
+def test_batches_from_which_nothing_is_learned_are_told() -> None:
+    with pytest.warns(UserWarning, match="alone in its class") as caught:
+        VarConLoss()(X, torch.arange(6))
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="of one class"):
+        varcon_loss(X, torch.zeros(6, dtype=torch.int64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        VarConLoss()(X, Y)
+        VarConLoss()(X.view(3, 2, 4), torch.arange(3))  # pairs of views
+        VarConLoss(leave_one_out=True)(X, torch.arange(6))
+        VarConLoss()(X[:1], Y[:1])
+
+
+def test_a_mask_of_pairs_is_told() -> None:
+    mask = (Y[:, None] == Y).float()
+    with pytest.warns(UserWarning, match="SupCon's mask of pairs"):
+        VarConLoss()(X, mask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        VarConLoss()(X, torch.rand(6, 6))
+
+
+def test_a_head_names_the_width_it_takes() -> None:
+    with pytest.raises(ValueError, match=r"shape \[..., 8\], the head's in_dim, got \[6, 4\]"):
+        ProjectionHead(8)(X)
+    with pytest.raises(TypeError, match="in_dim must be an int"):
+        ProjectionHead(torch.nn.Linear(2, 2))  # type: ignore[arg-type]

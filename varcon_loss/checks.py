@@ -3,6 +3,7 @@
 import difflib
 import math
 import numbers
+import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varcon_loss.readable import values_may_be_read
+
+_BETWEEN = ("varcon_loss", "torch", "pytorch_metric_learning", "timm")
 REDUCTIONS = ("mean", "sum", "none")
 EXCHANGES = ("auto", "all-reduce", "all-gather")
 IMPLEMENTATIONS = ("auto", "reference", "eager", "triton")
@@ -30,7 +34,8 @@ def real_number(name: str, value: Any, kind: str = "a number") -> float:
     if type(value) is float:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
+        way_out = ", which is not learned: give .item()" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name} must be {kind}, got {type(value).__name__}{way_out}")
     return float(value)
 
 
@@ -60,6 +65,14 @@ def switch(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def warn(message: str) -> None:
+    """At the line of the caller's that led here, whatever lies between."""
+    level, frame = 2, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
 def warn_of_no_gradient(name: str, tensor: Tensor | None, why: str) -> None:
     """A tensor that asks for a gradient and gets none is rarely meant."""
     if (
@@ -68,10 +81,8 @@ def warn_of_no_gradient(name: str, tensor: Tensor | None, why: str) -> None:
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     ):
-        warnings.warn(
-            f"{name}.requires_grad is True, but no gradient goes there: {why}. Give "
-            f"{name}.detach()",
-            stacklevel=5,
+        warn(
+            f"{name}.requires_grad is True, but no gradient goes there: {why}. Give {name}.detach()"
         )
 
 
@@ -86,7 +97,8 @@ def check_temperatures(temperature: Any, epsilon: Any) -> tuple[float, float]:
     if epsilon >= temperature:
         raise ValueError(
             f"epsilon must be smaller than temperature, got epsilon={epsilon} and "
-            f"temperature={temperature}: tau2 = temperature - epsilon + 2 epsilon p would reach 0"
+            f"temperature={temperature}: tau2 = temperature - epsilon + 2 epsilon p would reach 0. "
+            f"Give epsilon too, as epsilon={temperature / 5:g}"
         )
     return temperature, epsilon
 
@@ -123,6 +135,44 @@ def resolve_num_classes(num_classes: Any, weight: Tensor | None) -> int | None:
     return len(weight)
 
 
+def check_weight_values(weight: Tensor | None) -> None:
+    """Once, where looking at them waits for nothing: NaN would come out much later."""
+    if weight is None or not values_may_be_read(weight):
+        return
+    bad = (~((weight >= 0) & (weight < math.inf))).nonzero()
+    if len(bad) > 0:
+        label = int(bad[0])
+        raise ValueError(
+            f"weight must be finite and at least 0, got {float(weight[label])} for class {label}"
+        )
+
+
+def warn_of_odd_batch(num_samples: int, num_present: int) -> None:
+    """Of a batch from which nothing is learned, and whose loss looks as if all were."""
+    if num_samples < 2 or 1 < num_present < num_samples:
+        return
+    if num_present == 1:
+        warn(
+            f"all {num_samples} samples are of one class: with nothing to tell apart the loss is 0"
+        )
+    else:
+        warn(
+            f"each of the {num_samples} samples is alone in its class, its own centroid: the "
+            "loss is near 0 whatever is learned. Sample several of each class, or use a centroid "
+            "memory or leave_one_out"
+        )
+
+
+def warn_of_mask(name: str, values: Tensor) -> None:
+    """Is it the matrix of pairs that SupCon takes?"""
+    square = values.shape[0] == values.shape[1] > 1 and bool((values.diagonal() == 1).all())
+    if square and torch.equal(values, values.T) and bool(((values == 0) | (values == 1)).all()):
+        warn(
+            f"{name} {list(values.shape)} look like SupCon's mask of pairs, and are taken as class "
+            "probabilities: give class numbers"
+        )
+
+
 def check_exchange(process_group: object | None, exchange: str, num_classes: int | None) -> None:
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange must be one of {EXCHANGES}, got {exchange!r}")
@@ -142,19 +192,27 @@ def check_exchange(process_group: object | None, exchange: str, num_classes: int
         )
 
 
-# What the arguments of SupCon's usual implementations become here.
-_FROM_SUPCON = {
+_OF_PML = "that is pytorch-metric-learning's: varcon_loss.integrations.metric_learning.VarConLoss"
+# What the arguments of other losses become here.
+_FROM_ELSEWHERE = {
     "contrast_mode": "every view is an anchor, as with contrast_mode='all': leave it out",
     "base_temperature": "the loss is not rescaled by temperature / base_temperature: leave it out, "
     "and multiply the loss (or the learning rate) yourself if you relied on it",
     "mask": "samples are compared with classes, not with each other: give labels= instead",
+    "label_smoothing": "give class probabilities [N, C] as labels",
+    "indices_tuple": _OF_PML,
+    "ref_emb": f"give ref_features; {_OF_PML}",
+    "embeddings": f"give features; {_OF_PML}",
+    "reducer": f"give reduction; {_OF_PML}",
+    "distance": f"give normalize; {_OF_PML}",
+    "embedding_size": f"leave it out, only a centroid memory has a width; {_OF_PML}",
 }
 
 
 def refuse_unknown(where: str, unknown: dict[str, Any], known: Iterable[str]) -> None:
     """Keywords that a call does not take, with what they become or what they look like."""
     for name in unknown:
-        advice = _FROM_SUPCON.get(name)
+        advice = _FROM_ELSEWHERE.get(name)
         if advice is None:
             alike = difflib.get_close_matches(name, list(known), n=1)
             advice = f"did you mean {alike[0]}?" if alike else f"it takes {', '.join(known)}"
@@ -176,7 +234,10 @@ def check_samples(
             "sample (for self-supervised pairs use labels=torch.arange(batch) and two views)"
         )
     if not isinstance(labels, Tensor):
-        raise TypeError(f"{labels_name} must be a tensor, got {type(labels).__name__}")
+        raise TypeError(
+            f"{labels_name} must be a tensor, got {type(labels).__name__}: give "
+            f"torch.as_tensor({labels_name})"
+        )
     if labels.layout != torch.strided:
         raise TypeError(
             f"{labels_name} must be dense, got {labels.layout}: give {labels_name}.to_dense()"
@@ -199,18 +260,39 @@ def check_samples(
         raise TypeError(
             f"{labels_name} must be integers (any integer dtype but uint64), or class "
             f"probabilities [{features.shape[0]}, C] in floating point, got {labels.dtype} "
-            f"{list(labels.shape)}"
+            f"{list(labels.shape)}: if they are class numbers give {labels_name}.long()"
         )
     if (labels.ndim != 1 and not probabilities) or labels.shape[0] != features.shape[0]:
         raise ValueError(
             f"{labels_name} must have shape [{features.shape[0]}], one label for each entry of "
             f"{features_name} {list(features.shape)}, got {list(labels.shape)}"
+            + _way_to_fit(features, labels, features_name, labels_name)
         )
     if labels.device != features.device:
         raise ValueError(
             f"{labels_name} are on {labels.device} but {features_name} are on {features.device}: "
             "move them to one device"
         )
+
+
+def _way_to_fit(features: Tensor, labels: Tensor, features_name: str, labels_name: str) -> str:
+    """What was perhaps meant by labels of another length."""
+    num_rows, num_labels = features.shape[0], labels.shape[0] if labels.ndim > 0 else 0
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        return f": give {labels_name}.squeeze(1)"
+    if labels.ndim != 1 or num_labels == 0:
+        return ""
+    if features.ndim > 2 and num_labels == num_rows * features.shape[1]:
+        return ": the views of one image share its label"
+    if features.ndim > 2 and num_labels == features.shape[1]:
+        return f": if they are [V, B, ...] give {features_name}.transpose(0, 1)"
+    if features.ndim == 2 and num_rows % num_labels == 0:
+        views = num_rows // num_labels
+        return (
+            f": for {views} views, one after the other, give {labels_name}.repeat({views}); or "
+            f"{features_name} as [B, V, D]"
+        )
+    return ""
 
 
 def check_probabilities(
@@ -244,10 +326,13 @@ def check_probabilities(
 def check_features(features: Any, name: str = "features") -> None:
     """``[N, D]`` or ``[B, V, ...]``, a float dtype."""
     if not isinstance(features, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(features).__name__}")
+        stacks = isinstance(features, (list, tuple)) and any(torch.is_tensor(x) for x in features)
+        way_out = f"torch.stack({name}, dim=1), if they are views" if stacks else "a tensor"
+        raise TypeError(f"{name} must be a tensor, got {type(features).__name__}: give {way_out}")
     if features.dtype not in FEATURE_DTYPES:
+        swapped = "" if features.dtype not in LABEL_DTYPES else ": labels are the second argument"
         raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {features.dtype}"
+            f"{name} must be float16, bfloat16, float32 or float64, got {features.dtype}{swapped}"
         )
     if type(features).__name__ == "DTensor":
         raise TypeError(

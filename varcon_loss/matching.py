@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varcon_loss.checks import warn_of_odd_batch
 from varcon_loss.classes import Classes, centroids_without_self, find_slots
 from varcon_loss.distributed import tell_of_failure
 from varcon_loss.memory import CentroidMemory, remembered_centroids, update_memory
@@ -26,6 +27,8 @@ def match_batch(anchors: Samples, classes: Classes, options: Options) -> Rows:
         return Rows(anchors=anchors, slots=soft, centroids=centroids, weight=weight)
     slots = _slots(anchors, classes)
     if not options.leave_one_out:
+        if classes.lookup.gaps == "none" and anchors.valid is None and classes.slots is not None:
+            warn_of_odd_batch(len(slots), classes.lookup.size)
         return Rows(anchors=anchors, slots=slots, centroids=centroids)
     kept = classes.known_counts() > 1
     own = centroids_without_self(anchors.unit_rows(classes.sums.dtype), classes.sums, slots)

@@ -1,6 +1,5 @@
 """The loss as a module."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Never
 
@@ -146,11 +145,11 @@ class VarConLoss(nn.Module):
             impl=impl,
         )
         checks.warn_of_no_gradient("weight", weight, "class weights are constants of the loss")
+        checks.check_weight_values(weight)
         if weight is not None and weight.is_meta:
-            warnings.warn(
+            checks.warn(
                 "weight was made on the meta device and has no values: load some, or set "
                 "criterion.weight, before the first call",
-                stacklevel=2,
             )
         self.register_buffer("weight", None if weight is None else weight.detach().clone())
         for name, value in options._asdict().items():
@@ -383,20 +382,18 @@ class VarConLoss(nn.Module):
         if values_may_be_read(memory.seen):
             empty = not bool(memory.seen.any())
         if empty:
-            warnings.warn(
+            checks.warn(
                 "the centroid memory is empty, since no training step has filled it yet: the loss "
                 "is 0, no sample takes part, and predict knows no class",
-                stacklevel=4,
             )
 
     def _check_nobody_wrote(self, memory: CentroidMemory) -> None:
         """Is the memory as the last training step left it? On a GPU asked once: it synchronises."""
         if not self._warned_of_ranks:
             self._warned_of_ranks = True
-            warnings.warn(
+            checks.warn(
                 "each rank remembers only the centroids of its own samples: give "
                 "process_group='world', and all ranks remember the same",
-                stacklevel=4,
             )
         if self._memory_left is None or (self._memory_checked and memory.unit.is_cuda):
             return
@@ -433,7 +430,9 @@ class VarConLoss(nn.Module):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("temperature", "epsilon"):  # a schedule may count with numpy
+        if name == "weight" and isinstance(value, Tensor):
+            checks.check_weight_values(value)
+        elif name in ("temperature", "epsilon"):  # a schedule may count with numpy
             value = checks.real_number(name, value)
         elif name in ("normalize", "leave_one_out"):
             value = checks.switch(name, value)

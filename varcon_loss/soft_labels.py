@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varcon_loss.checks import warn_of_mask
 from varcon_loss.readable import keepable, values_may_be_read
 from varcon_loss.records import changed
 from varcon_loss.sums import ROWS_A_SUM, widest
@@ -109,6 +110,8 @@ def read_soft_labels(
             _refuse(values, lowest, highest, name)
         if bool(valid.all()):
             valid = None
+        if views == 1:
+            warn_of_mask(name, values)
     else:
         broken = ~((lowest >= 0) & (highest < torch.inf))
     if views > 1:
