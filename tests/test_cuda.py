@@ -110,7 +110,7 @@ def test_auto_picks_the_kernels_where_they_are_proven(monkeypatch: pytest.Monkey
     monkeypatch.setattr(proven, "PROVEN", ())
     assert varcon_terms(features, labels).impl == "eager"
     here = torch.cuda.get_device_capability()
-    proof = proven.Proof(here, torch.float32, (1, 64), "")
+    proof = proven.Proof(here, torch.float32, (1, 64), proven.TRITON, "")
     monkeypatch.setattr(proven, "PROVEN", (proof,))
     assert varcon_terms(features, labels).impl == "triton"
     assert varcon_terms(features.double(), labels).impl == "eager"

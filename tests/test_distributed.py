@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.common.ranks import run_ranks
+from benchmarks.common.ranks import leave_group, run_ranks
 from tests.counting import Operators
 from varcon_loss import VarConLoss, varcon_loss, varcon_terms
 
@@ -746,7 +746,7 @@ def groups_anew_on_rank(rank: int, world_size: int, folder: str) -> list[bool]:
         criterion(features, labels)
         varcon_loss(features, labels, num_classes=NUM_CLASSES, process_group="world")
         group = weakref.ref(dist.group.WORLD)
-        dist.destroy_process_group()
+        leave_group()
         gc.collect()
         held.append(group() is not None)
         dist.init_process_group(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import IMPLEMENTATIONS, MakeBatch
-from varcon_loss import soft, sums, varcon_loss, varcon_terms
+from varcon_loss import soft_labels, sums, varcon_loss, varcon_terms
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
@@ -194,7 +194,7 @@ def test_very_many_rows_where_there_is_no_float64(
 ) -> None:
     """As on Apple's GPUs: sums of pieces go on in float32, and lose little."""
     assert sums.widest(torch.device("mps")) == torch.float32
-    for module in (sums, soft):
+    for module in (sums, soft_labels):
         monkeypatch.setattr(module, "widest", lambda _: torch.float32)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2, 4, generator=generator)[torch.arange(100_000) % 2]

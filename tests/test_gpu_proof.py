@@ -31,9 +31,12 @@ def test_stages_run_here_at_tiny_sizes(tmp_path: Path) -> None:
     """
     commands = gpu_proof.stages("cuda", tmp_path)
     assert {*gpu_proof.PROOF, "suite"} <= set(commands)
-    for tool in ("racecheck", "initcheck"):
-        assert [tool if word == "memcheck" else word for word in commands["memcheck"]] == (
-            commands[tool]
+    for tool in ("memcheck", "racecheck", "initcheck"):
+        ran = commands[tool]
+        assert ran[:3] == ["compute-sanitizer", "--tool", tool]
+        assert ("--kernel-regex" in ran) == (tool != "initcheck")
+        assert ran[ran.index(sys.executable) :] == (
+            commands["memcheck"][commands["memcheck"].index(sys.executable) :]
         )
     for stage in ("kernels", "device"):
         (file,) = (word for word in commands[stage] if word.startswith("tests/"))

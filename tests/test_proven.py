@@ -49,7 +49,9 @@ def test_auto_is_eager_but_where_the_kernels_are_proven(
 ) -> None:
     features = on_device(H100, 128, torch.bfloat16)
     assert not fused.runs_by_default(features, torch.float32)
-    proof = proven.Proof((9, 0), torch.bfloat16, (64, 256), "gpu-proof-h100")
+    proof = proven.Proof((9, 0), torch.bfloat16, (64, 256), proven.TRITON, "gpu-proof-h100")
+    monkeypatch.setattr(proven, "PROVEN", (proof._replace(triton="0.1"),))
+    assert not fused.runs_by_default(features, torch.float32)
     monkeypatch.setattr(proven, "PROVEN", (proof,))
     assert fused.runs_by_default(features, torch.float32)
     assert not fused.runs_by_default(features, torch.float64)
@@ -68,10 +70,20 @@ def test_each_default_rests_on_results_that_passed() -> None:
         assert supports(proof, RESULTS), proof
 
 
-@pytest.mark.parametrize("flaw", [None, "failed", "left out", "nothing", "other device", "no file"])
+FLAWS = (
+    "failed", "left out", "nothing", "other device", "other Triton", "slower than eager",
+    "other code", "no file",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("flaw", [None, *FLAWS])
 def test_what_a_default_may_rest_on(flaw: str | None, tmp_path: Path) -> None:
-    proof = proven.Proof((9, 0), torch.bfloat16, (64, 256), "gpu-proof-h100")
-    rows = [{"stage": name, "status": "passed"} for name in PROOF]
+    proof = proven.Proof((9, 0), torch.bfloat16, (64, 256), "3.6", "gpu-proof-h100")
+    rows: list[dict] = [{"stage": name, "status": "passed", "commit": "a"} for name in PROOF]
+    faster = {"contender": "varcon-loss eager", "reached": flaw != "slower than eager"}
+    rows[PROOF.index("targets")]["rows"] = [faster, {"contender": "others", "reached": False}]
+    if flaw == "other code":
+        rows[0]["commit"] = "b"
     if flaw == "failed":
         rows[1]["status"] = "failed: 1"
     if flaw == "left out":
@@ -83,7 +95,9 @@ def test_what_a_default_may_rest_on(flaw: str | None, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             supports(proof, tmp_path)
         return
-    content = {"environment": {"capability": capability}, "rows": rows}
+    triton = "3.7.0" if flaw == "other Triton" else "3.6.0"
+    environment = {"capability": capability, "versions": {"triton": triton}}
+    content = {"environment": environment, "rows": rows}
     (tmp_path / "gpu-proof-h100.json").write_text(json.dumps(content))
     assert supports(proof, tmp_path) == (flaw is None)
 

@@ -15,13 +15,12 @@ from varcon_loss.checks import warn_of_mask
 from varcon_loss.readable import keepable, values_may_be_read
 from varcon_loss.records import changed
 from varcon_loss.sums import ROWS_A_SUM, widest
+from varcon_loss.sweeps.chunks import numbers_a_piece
 from varcon_loss.sweeps.products import make_linear
 
 # Entries a row up to which they are kept one by one: each costs as much as a small fraction of a
 # row of classes does, hence also no more than every fourth class.
 MOST_ENTRIES = 8
-# Numbers looked at in one piece, as the sweep's chunks.
-PIECE = 2**20
 # Where a table is nearly empty, most blocks of so many numbers are, and a block is quickly seen.
 BLOCK = 32
 
@@ -275,7 +274,9 @@ def soft_sums(soft: SoftLabels, unit: Tensor, size: int) -> Tensor:
         total = total.to(widest(unit.device))
     step = ROWS_A_SUM
     if soft.slots is None and (soft.columns is not None or soft.values.dtype != unit.dtype):
-        step = min(step, max(128, PIECE // max(1, size)))  # pieces of the table are copied
+        step = min(
+            step, max(128, numbers_a_piece(unit) // max(1, size))
+        )  # pieces of the table are copied
     for start in range(0, unit.shape[0], step):
         rows, stop = unit[start : start + step], start + step
         part = soft.rows(start, stop, unit.dtype)
@@ -316,7 +317,7 @@ def row_totals(soft: SoftLabels, weight: Tensor) -> Tensor:
         return torch.mv(soft.whole(weight.dtype), weight)
     else:
         once = changed(soft, views=1)
-        step = max(1, PIECE // max(1, len(weight)))
+        step = max(1, numbers_a_piece(weight) // max(1, len(weight)))
         parts = [
             torch.mv(once.rows(start, start + step, weight.dtype), weight)
             for start in range(0, len(soft.values), step)

@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -36,6 +37,16 @@ def run_ranks(
     return [value for _, value in results]
 
 
+def leave_group() -> None:
+    """Destroy the process group, when its threads have freed what they held.
+
+    torch 2.6 waits for them with the interpreter locked, which they need to free a tensor.
+    """
+    if torch.__version__ < "2.7":
+        time.sleep(0.3)
+    dist.destroy_process_group()
+
+
 def _main(
     rank: int, world_size: int, folder: str, seconds: int, function: Callable, arguments: tuple
 ) -> None:
@@ -52,7 +63,7 @@ def _main(
     except Exception:
         result = (traceback.format_exc(), None)
     torch.save(result, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
     # DDP may still hold threads of the group, and an interpreter that ends under them can abort
     # after all work is done.
     sys.stdout.flush()

@@ -36,10 +36,18 @@ class Shared(NamedTuple):
     scale: Tensor | None = None  # [S] the same by class weight; None: all 1
 
 
-def rows_a_chunk(z: Tensor, num_slots: int, views: int = 1) -> int:
-    """How many of the rows ``[N, D]`` are swept at a time: a multiple of ``views``, at least 1."""
+def numbers_a_piece(like: Tensor) -> int:
+    """How many are worked on at a time on the device of ``like``."""
+    return CHUNK_CPU if like.device.type == "cpu" else CHUNK_ACCELERATOR
+
+
+def rows_a_chunk(z: Tensor, num_slots: int, views: int = 1, matrices: int = 1) -> int:
+    """How many of the rows ``[N, D]`` are swept at a time: a multiple of ``views``, at least 1.
+
+    With so many ``matrices`` ``[n, S]`` at once an accelerator, whose memory they take, does fewer.
+    """
     num_rows, dim = z.shape
-    budget = CHUNK_CPU if z.device.type == "cpu" else CHUNK_ACCELERATOR
+    budget = numbers_a_piece(z) if z.device.type == "cpu" else numbers_a_piece(z) // matrices
     num_chunks = max(1, -(-num_rows // max(128, budget // (num_slots + dim))))
     chunk = -(-num_rows // num_chunks)
     return max(1, -(-chunk // views) * views)

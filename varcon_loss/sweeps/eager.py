@@ -66,7 +66,7 @@ def sweep(
 
     keep_what_is_freed(z, 3 * chunk * num_slots)
     buffer = z.new_empty(chunk, num_slots)
-    gradient = torch.empty_like(z) if need_grad else None
+    gradient = z.new_empty(z.shape) if need_grad else None  # side by side, as the fake says
     losses, all_terms = [], []
     for start in range(0, num_rows, chunk):
         part = slice(start, start + chunk)

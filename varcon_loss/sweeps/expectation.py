@@ -42,7 +42,8 @@ def sweep_soft_labels(
         # The class must come out as 0 exactly, and stand alone for that.
         soft = SoftLabels(values=soft.table(num_slots, z.dtype))
     dense = soft.slots is None
-    chunk = rows_a_chunk(z, num_slots, soft.views)
+    num_buffers = 7 if dense else 1 if soft.background is None else 5
+    chunk = rows_a_chunk(z, num_slots, soft.views, matrices=num_buffers + 1)
     counted = None if present is None else present.to(z.dtype)
     keys = w / temperature
     shared = Shared(
@@ -62,11 +63,10 @@ def sweep_soft_labels(
         need_terms=need_terms,
     )
     evaluate = evaluate_table if dense else evaluate_entries
-    num_buffers = 7 if dense else 1 if soft.background is None else 5
     keep_what_is_freed(z, (num_buffers + 2) * chunk * num_slots)
     # Each by itself, and hence aligned as a product wants it.
     room = [z.new_empty(chunk, num_slots) for _ in range(num_buffers)]
-    gradient = torch.empty_like(z) if need_grad else None
+    gradient = z.new_empty(z.shape) if need_grad else None  # side by side, as the fake says
     losses, all_terms = [], []
     for start in range(0, num_rows, chunk):
         stop = min(start + chunk, num_rows)

@@ -5,6 +5,7 @@ repository. Elsewhere on CUDA ``"auto"`` is ``"eager"``, and ``impl="triton"`` i
 the kernels.
 """
 
+import importlib.metadata
 from typing import NamedTuple
 
 import torch
@@ -16,13 +17,24 @@ class Proof(NamedTuple):
     capability: tuple[int, int]  # CUDA compute capability of the device
     dtype: torch.dtype  # of the features
     widths: tuple[int, int]  # smallest and largest D
+    triton: str  # that compiled them, as "3.6"
     results: str  # name of the file in benchmarks/results/, without .json
 
     def covers(self, capability: tuple[int, int], dtype: torch.dtype, dim: int) -> bool:
         smallest, largest = self.widths
-        return (self.capability, self.dtype) == (capability, dtype) and smallest <= dim <= largest
+        shown = (self.capability, self.dtype, self.triton)
+        return shown == (capability, dtype, TRITON) and smallest <= dim <= largest
 
 
+def _installed() -> str:
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+    return ".".join(version.split(".")[:2])
+
+
+TRITON = _installed()  # another one may compile other code
 PROVEN: tuple[Proof, ...] = ()
 
 
