@@ -30,6 +30,7 @@ from varcon_loss import VarConLoss
 from varcon_loss.sweeps import fused
 from varcon_loss.sweeps.proven import Proof
 
+NO_DEVICE = "this needs a CUDA device, and torch finds none here"
 LIMIT = 400  # seconds a stage
 OURS, EAGER = "varcon-loss", "varcon-loss eager"
 # What to reach, in bfloat16 with D = 128: (N, K, contender, times as slow as ours at least).
@@ -87,7 +88,10 @@ def command(only: str = "", out: Path = Path("runs/gpu-proof")) -> None:
     suite, speed-512-100, speed-8192-1000, speed-65536-10000; --out is the folder of the result
     files, of which gpu-proof.json goes into benchmarks/results.
     """
-    # No other package of the benchmarks: a machine with a GPU may lack them.
+    import typer  # and no other package of the benchmarks: a machine with a GPU may lack them
+
+    if not torch.cuda.is_available():
+        raise typer.BadParameter(NO_DEVICE)
     main("run", str(out), *(name.strip() for name in only.split(",") if name.strip()))
 
 
@@ -536,7 +540,7 @@ def main(stage: str = "", *arguments: str) -> None:
         if not arguments:
             raise SystemExit("run needs a folder for the result files: run OUT [STAGE ...]")
         if not torch.cuda.is_available():
-            raise SystemExit("this needs a CUDA device, and torch finds none here")
+            raise SystemExit(NO_DEVICE)
         # A loan that ends kills this process: then the stage that runs must end too.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
         out, *only = arguments
