@@ -32,7 +32,7 @@ class ClassIndex(NamedTuple):
     present: Tensor | None = None  # [S] bool, the slots that are not empty, if "anywhere"
     num_present: Tensor | None = None  # 0-d int64, K; None: unknown
 
-    @property
+    # No property: the compiler of torch 2.6 does not trace one of a named tuple.
     def in_order(self) -> bool:
         """Are the slots the classes?"""
         return self.ascending is None and self.table is None
@@ -179,7 +179,7 @@ def find_slots(labels: Tensor, index: ClassIndex) -> tuple[Tensor, Tensor]:
 
     Labels that are not valid, and those whose class is absent, get some slot in range.
     """
-    if index.in_order:
+    if index.in_order():
         assert index.present is not None
         return labels, index.present.index_select(0, labels)
     if index.table is not None:

@@ -325,8 +325,8 @@ def _by_all_reduce(
     assert plan.num_classes is not None
     num_ranks, width, num_classes = world_size(group), plan.dim + 1, plan.num_classes
     tail_rows = -(-(num_ranks + 1) // width)  # a status for each rank, and the denominator
-    table = torch.zeros(num_classes + tail_rows, width, dtype=plan.dtype, device=plan.device)
-    table.index_add_(0, labels, local)  # empty slots add zeros to class 0
+    # Empty slots add zeros to some class.
+    table = sum_slots(local, labels, None, num_classes + tail_rows)
     tail = table[num_classes:].view(-1)
     tail[dist.get_rank(group)] = status
     tail[num_ranks] = denominator

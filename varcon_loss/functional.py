@@ -313,7 +313,7 @@ def _over_ranks(
     row_weights = weigh_rows(anchors, call.options.weight, classes.sums.dtype)
     mine = denominator(anchors, row_weights)
     broken = None if anchors.broken is None else anchors.broken.any()
-    if members is not anchors and members.broken is not None:
+    if call.ref_features is not None and members.broken is not None:
         here = members.broken.any()
         broken = here if broken is None else broken | here
     return exchange_classes(group, plan, classes, mine, sum_slots=impl.sum_slots, broken=broken)
@@ -333,7 +333,7 @@ def _match(
         return match_memory(anchors, classes, call.memory, call.options, dtype, copy=copy)
     assert members is not None
     assert classes is not None
-    if members is not anchors:
+    if call.ref_features is not None:
         return match_reference(anchors, members, classes, call.options, group)
     return match_batch(anchors, classes, call.options)
 

@@ -97,7 +97,7 @@ def match_memory(
     if classes is not None:
         anchors = anchors.spoilt(classes.failed)
         # Not in compiled graphs: Inductor's C++ for CPUs fails on the plain copy into the memory.
-        in_order = classes.lookup.in_order and not torch.compiler.is_compiling()
+        in_order = classes.lookup.in_order() and not torch.compiler.is_compiling()
         labels = None if in_order else classes.slot_labels()
         broken = update_memory(memory, labels, classes.sums, classes.known_counts())
         seen = memory.seen if labels is None else memory.seen.index_select(0, labels)
@@ -137,7 +137,7 @@ def _by_slot(
     labels, size = classes.slot_labels(), classes.lookup.size
     # Slots are classes where nobody has left any out.
     every = size == options.num_classes and values_may_be_read(labels)
-    in_order = every or classes.lookup.in_order
+    in_order = every or classes.lookup.in_order()
     return _select(soft, options.weight, None if in_order else labels, classes.sums.dtype)
 
 
@@ -154,7 +154,7 @@ def _select(
 def _known_classes(classes: Classes, options: Options) -> Tensor:
     """Which classes have a slot, ``[C]`` bool."""
     lookup = classes.lookup
-    if lookup.in_order:
+    if lookup.in_order():
         assert lookup.present is not None
         return lookup.present
     if lookup.table is not None:

@@ -159,7 +159,9 @@ def segments_kernel(
         num_present = tl.sum(is_first.to(tl.int64), 0)
         num_valid = tl.sum(valid.to(tl.int64), 0)
         last_class = tl.max(tl.where(valid, label, SMALLEST_LABEL), 0)
-    slot = earlier.to(tl.int32) + tl.cumsum(is_first.to(tl.int32), 0) - 1
+    # Triton 3.2's interpreter scans int32 into int64, and would store twice the bytes.
+    scanned = tl.cumsum(is_first.to(tl.int32), 0).to(tl.int64).to(tl.int32)
+    slot = earlier.to(tl.int32) + scanned - 1
     if HAS_RANGE:
         tl.store(broken_ptr + row, broken, mask=inside)
     tl.store(values_ptr + row, tl.where(valid, label, 0), mask=inside)
