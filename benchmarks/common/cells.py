@@ -248,6 +248,7 @@ def tune_and_run(
 
     The choice is by linear probe plus kNN on the validation split, whose labels are right, from
     the same grid for all, with a seed of its own; the test split is read only with the rate chosen.
+    Where features are to serve few labels it is by probes on one and five images of each class.
     A grid of one rate leaves nothing to choose.
 
     Args:
@@ -273,7 +274,7 @@ def tune_and_run(
             ],
             store, title=f"{title}: learning rates", deadline=deadline, **options,
         )  # fmt: skip
-        rates = best_rates(tuned)
+        rates = best_rates(tuned, bases[0].extra)
     return run_cells(
         [
             replace(base, learning_rate=rates[setting(asdict(base))], seed=seed, split="test")
