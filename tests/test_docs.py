@@ -100,7 +100,8 @@ def test_a_compiled_step_over_ranks_is_one_graph_after_a_plain_one(tmp_path: Pat
     for early, broken, whole in run_ranks(compile_on_rank, 2, tmp_path):
         assert isinstance(early, str)
         assert broken > 1
-        assert whole == 1
+        if torch.__version__ >= "2.7":  # torch 2.6 traces no weak dictionary
+            assert whole == 1
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)

@@ -22,7 +22,7 @@ QUESTIONS = {
 
 FEW_SHOT_WORDS = (
     "Linear probe and nearest class mean learned on one and on five labelled images of each "
-    f"class: means over {DRAWS} draws of them, the same for all.\n"
+    f"class: means over {DRAWS} draws of them, the same for all. Such probes chose the rates.\n"
 )
 
 
