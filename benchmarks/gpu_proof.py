@@ -6,6 +6,7 @@ again. Needs torch, Triton and pytest alone: ``python -m benchmarks.gpu_proof ru
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -62,6 +63,7 @@ CANDIDATES = (
     fused.Tiles(64, 64, 8, 3),
     fused.Tiles(32, 64, 4, 3),
 )
+TESTS = ("test_triton.py", "test_cuda.py", "test_eager_cuda.py")
 SANITIZED = ("odd_shapes", "options", "sorted_labels", "half_operands", "large_classes", "order_of")
 # The files of the test suite that need more than torch, Triton and pytest.
 NEEDS = {
@@ -76,14 +78,14 @@ NEEDS = {
 NOT_IN_SUITE = (
     *("test_timm.py", "test_package.py", "test_docs.py", "test_benchmarks*.py"),
     *("test_accelerator.py", "test_kernel_code.py"),  # on CPU tensors, and for other devices
-    *("test_triton.py", "test_cuda.py", "test_eager_cuda.py"),
+    *TESTS,
 )
 
 
 def command(only: str = "", out: Path = Path("runs/gpu-proof")) -> None:
     """What only a GPU can show: tests, sanitizers, launches, times against floors and targets.
 
-    Each stage takes under seven minutes; one that passed at this commit is not run again. --only
+    Each stage takes under seven minutes; one that passed with this code is not run again. --only
     names some of kernels, device, launches, targets, large, memcheck, tiles, racecheck, initcheck,
     suite, speed-512-100, speed-8192-1000, speed-65536-10000; --out is the folder of the result
     files, of which gpu-proof.json goes into benchmarks/results.
@@ -151,7 +153,7 @@ def stages(device: str, out: Path, *, tiny: bool = False) -> dict[str, list[str]
     sizes = TINY_SIZES[:1] if tiny else SIZES
     return {
         "kernels": pytest_command("tests/test_triton.py", tiny=tiny),
-        "device": pytest_command("tests/test_cuda.py", "tests/test_eager_cuda.py", tiny=tiny),
+        "device": pytest_command(*(f"tests/{name}" for name in TESTS[1:]), tiny=tiny),
         "launches": measured["launches"],
         "targets": measured["targets"],
         "large": measured["large"],
@@ -176,7 +178,7 @@ def supports(proof: Proof, folder: Path) -> bool:
     """
     content = json.loads((folder / f"{proof.results}.json").read_text())
     rows = {row["stage"]: row for row in content["rows"] if row["status"] == "passed"}
-    if not rows.keys() >= set(PROOF) or len({rows[name]["commit"] for name in PROOF}) > 1:
+    if not rows.keys() >= set(PROOF) or len({rows[name]["code"] for name in PROOF}) > 1:
         return False
     environment = content["environment"]
     here = tuple(environment["capability"]), environment["versions"]["triton"]
@@ -185,6 +187,14 @@ def supports(proof: Proof, folder: Path) -> bool:
     # What would be replaced must not be faster.
     replaced = [row for row in rows["targets"]["rows"] if row["contender"] == EAGER]
     return bool(replaced) and all(row["reached"] for row in replaced)
+
+
+def fingerprint() -> str:
+    """Of the code that a proof is about: git may be missing where it runs, or have changes."""
+    root = Path(__file__).parents[1]
+    files = sorted((root / "varcon_loss").glob("**/*.py"))
+    files += [Path(__file__), *(root / "tests" / name for name in TESTS)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -208,13 +218,13 @@ def environment(device: str) -> dict[str, Any]:
 def run(
     out: Path, device: str, only: list[str] | None = None, *, tiny: bool = False
 ) -> list[dict[str, Any]]:
-    """Run the stages that have not passed at this commit, one by one; a row each, saved at its end.
+    """Run the stages that have not passed with this code, one by one; a row each, saved at its end.
 
     On CUDA ``TRITON_INTERPRET`` is taken out of the environment: this is about compiled kernels.
     """
     out.mkdir(parents=True, exist_ok=True)
     commands = stages(device, out, tiny=tiny)
-    commit = environment(device)["commit"]
+    code = fingerprint()
     unknown = set(only or ()) - set(commands)
     if unknown:
         raise ValueError(f"no stage {sorted(unknown)}: there are {', '.join(commands)}")
@@ -224,8 +234,8 @@ def run(
         if only and name not in only:
             continue
         row = json.loads(path.read_text()) if path.exists() else None
-        if row is None or row["status"] != "passed" or row["commit"] != commit:
-            row = _run_stage(name, command, out, device) | {"commit": commit}
+        if row is None or row["status"] != "passed" or row.get("code") != code:
+            row = _run_stage(name, command, out, device) | {"code": code}
             path.write_text(json.dumps(row | {"environment": environment(device)}))
         rows.append(row)
         save(out, device, tiny=tiny)  # a loan may end at any time

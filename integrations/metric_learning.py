@@ -162,7 +162,9 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
         if labels is None or ref_labels is None:
             raise ValueError("VarConLoss needs labels, and ref_labels beside ref_emb")
         _check_distance(self.distance)
-        using_ref = ref_emb is not embeddings or ref_labels is not labels
+        using_ref = ref_emb is not embeddings or (
+            ref_labels is not labels and not torch.equal(ref_labels, labels)
+        )
         if using_ref and self.leave_one_out:
             raise ValueError(
                 "leave_one_out has no meaning with ref_emb or a memory, which hold more than the "

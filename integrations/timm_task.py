@@ -77,7 +77,8 @@ class VarConTrainableModule(nn.Module):
             RuntimeError: it was replaced, and what validates is not what the probe trains.
         """
         now = named_classifier(unwrap_model(self.model))
-        if any(layer is not was for layer, was in zip(now, self._named, strict=True)):
+        same = len(now) == len(self._named)
+        if not same or any(a is not b for a, b in zip(now, self._named, strict=True)):
             raise RuntimeError(
                 "the model's classifier was replaced after VarConTask was made, which trains the "
                 "one it had: make a new VarConTask"

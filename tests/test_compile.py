@@ -289,3 +289,16 @@ def test_export_with_views_and_any_batch_size(views: int, soft: bool) -> None:
     exported = torch.export.export(criterion, batch(5), dynamic_shapes=shapes).module()
     given = batch(11)
     torch.testing.assert_close(exported(*given), criterion(*given))
+
+
+@changing
+def test_a_schedule_that_ends_below_epsilon_is_told() -> None:
+    criterion = VarConLoss(num_classes=3)
+    compiled = torch.compile(criterion, backend="eager")
+    features, labels = torch.randn(6, 4, requires_grad=True), torch.arange(6) % 3
+    for temperature in (0.1, 0.06, 0.05):  # from the second on a symbol
+        criterion.temperature = temperature
+        compiled(features, labels)
+    criterion.temperature = 0.015
+    with pytest.raises(Exception, match="epsilon must be smaller than temperature"):
+        compiled(features, labels)

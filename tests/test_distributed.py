@@ -712,17 +712,24 @@ def failure_before_the_exchange_on_rank(rank: int, world_size: int) -> list[str]
     memory = {"feature_dim": DIM, "centroid_momentum": 0.9}
     outcomes = []
     for first_step_fails in (True, False):
-        for fault in ("epsilon", "memory"):
+        for fault in ("epsilon", "memory", "exchange", "function"):
             options = memory if fault == "memory" else {}
             criterion = VarConLoss(num_classes=NUM_CLASSES, process_group="world", **options)
+            loss, given = criterion, {}
+            if fault == "function":
+                loss, given = varcon_loss, {"num_classes": NUM_CLASSES, "process_group": "world"}
             if not first_step_fails:
-                criterion(features, labels)
+                loss(features, labels, **given)
             if rank == 1 and fault == "epsilon":
                 criterion.temperature = 0.01
-            elif rank == 1:
+            elif rank == 1 and fault == "memory":
                 criterion.centroid_memory = torch.full((NUM_CLASSES, DIM), torch.nan)
+            elif rank == 1 and fault == "exchange":
+                criterion.exchange = "all-together"
+            elif rank == 1:
+                given["temperature"] = 0.01
             try:
-                criterion(features, labels)
+                loss(features, labels, **given)
                 outcomes.append("nothing")
             except (ValueError, RuntimeError) as error:
                 outcomes.append(str(error))
@@ -732,7 +739,7 @@ def failure_before_the_exchange_on_rank(rank: int, world_size: int) -> list[str]
 def test_an_error_before_the_exchange_is_one_on_all_ranks(tmp_path: Path) -> None:
     others, failing = run_ranks(failure_before_the_exchange_on_rank, 2, tmp_path, seconds=20)
     assert all("failed on rank 1" in outcome for outcome in others), others
-    expected = ["epsilon must be smaller", "was never filled"] * 2
+    expected = ["epsilon must", "was never filled", "exchange must be", "epsilon must"] * 2
     for outcome, text in zip(failing, expected, strict=True):
         assert text in outcome
 

@@ -608,13 +608,18 @@ def test_what_an_allocator_leaves_is_refused_and_what_fills_it_is_not(
 
 
 @pytest.mark.parametrize("name", ["centroid_memory", "centroid_seen"])
-def test_half_a_memory_does_not_load(name: str, make_batch: MakeBatch) -> None:
+def test_half_a_memory_is_not_used(name: str, make_batch: MakeBatch) -> None:
     source = make()
     source(*make_batch(dtype=torch.float32))
-    half = {name: source.state_dict()[name]}
-    with pytest.raises(RuntimeError, match="a memory is both"):
-        make().load_state_dict(half, strict=False)
-    make().load_state_dict({}, strict=False)
+    features, labels = make_batch(dtype=torch.float32)
+    criterion, other = make(), {"centroid_memory", "centroid_seen"} - {name}
+    criterion.load_state_dict({name: source.state_dict()[name]}, strict=False)
+    with pytest.raises(RuntimeError, match=f"in part, without {other.pop()}"):
+        criterion.eval()(features, labels)
+    criterion.load_state_dict({}, strict=False)  # says nothing of it
+    for part in (name, *({"centroid_memory", "centroid_seen"} - {name})):  # shards, one again
+        criterion.load_state_dict({part: source.state_dict()[part]}, strict=False)
+    torch.testing.assert_close(criterion(features, labels), source.eval()(features, labels))
 
 
 @pytest.mark.parametrize("filled", ["in place", "by to_empty, then in place", "by to_empty"])
@@ -635,5 +640,6 @@ def test_a_memory_that_nobody_may_look_at(
             warnings.simplefilter("error")
             assert criterion.eval()(features, labels) > 0
     else:
-        with pytest.raises(RuntimeError, match="was never filled"):
-            criterion.eval()(features, labels)
+        for unfilled in (copy.deepcopy(criterion), criterion.double(), criterion.to("cpu")):
+            with pytest.raises(RuntimeError, match="was never filled"):
+                unfilled.eval()(features, labels)

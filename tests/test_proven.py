@@ -79,11 +79,11 @@ FLAWS = (
 @pytest.mark.parametrize("flaw", [None, *FLAWS])
 def test_what_a_default_may_rest_on(flaw: str | None, tmp_path: Path) -> None:
     proof = proven.Proof((9, 0), torch.bfloat16, (64, 256), "3.6", "gpu-proof-h100")
-    rows: list[dict] = [{"stage": name, "status": "passed", "commit": "a"} for name in PROOF]
+    rows: list[dict] = [{"stage": name, "status": "passed", "code": "a"} for name in PROOF]
     faster = {"contender": "varcon-loss eager", "reached": flaw != "slower than eager"}
     rows[PROOF.index("targets")]["rows"] = [faster, {"contender": "others", "reached": False}]
     if flaw == "other code":
-        rows[0]["commit"] = "b"
+        rows[0]["code"] = "b"
     if flaw == "failed":
         rows[1]["status"] = "failed: 1"
     if flaw == "left out":

@@ -39,12 +39,12 @@ def real_number(name: str, value: Any, kind: str = "a number") -> float:
     return float(value)
 
 
-def whole_number(name: str, value: Any) -> int:
+def whole_number(name: str, value: Any, kind: str = "an int or None") -> int:
     """Any whole number, of numpy too, as an int."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
+        raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
     return int(value)
 
 
@@ -98,7 +98,7 @@ def check_temperatures(temperature: Any, epsilon: Any) -> tuple[float, float]:
         raise ValueError(
             f"epsilon must be smaller than temperature, got epsilon={epsilon} and "
             f"temperature={temperature}: tau2 = temperature - epsilon + 2 epsilon p would reach 0. "
-            f"Give epsilon too, as epsilon={temperature / 5:g}"
+            "Give epsilon too, as a fifth of the temperature"
         )
     return temperature, epsilon
 
@@ -137,7 +137,7 @@ def resolve_num_classes(num_classes: Any, weight: Tensor | None) -> int | None:
 
 def check_weight_values(weight: Tensor | None) -> None:
     """Once, where looking at them waits for nothing: NaN would come out much later."""
-    if weight is None or not values_may_be_read(weight):
+    if weight is None or weight.ndim != 1 or not values_may_be_read(weight):
         return
     bad = (~((weight >= 0) & (weight < math.inf))).nonzero()
     if len(bad) > 0:
@@ -148,7 +148,7 @@ def check_weight_values(weight: Tensor | None) -> None:
 
 
 def warn_of_odd_batch(num_samples: int, num_present: int) -> None:
-    """Of a batch from which nothing is learned, and whose loss looks as if all were."""
+    """Of a batch of which no sample is drawn to another, and whose loss looks as if all were."""
     if num_samples < 2 or 1 < num_present < num_samples:
         return
     if num_present == 1:
@@ -157,9 +157,9 @@ def warn_of_odd_batch(num_samples: int, num_present: int) -> None:
         )
     else:
         warn(
-            f"each of the {num_samples} samples is alone in its class, its own centroid: the "
-            "loss is near 0 whatever is learned. Sample several of each class, or use a centroid "
-            "memory or leave_one_out"
+            f"each of the {num_samples} samples is alone in its class, its own centroid: nothing "
+            "draws it to others of its class, and the loss falls to near 0 by spreading samples. "
+            "Sample several of each class, or use a centroid memory"
         )
 
 
@@ -283,10 +283,10 @@ def _way_to_fit(features: Tensor, labels: Tensor, features_name: str, labels_nam
     if labels.ndim != 1 or num_labels == 0:
         return ""
     if features.ndim > 2 and num_labels == num_rows * features.shape[1]:
-        return ": the views of one image share its label"
+        return f": views of an image share its label, or give {features_name}.flatten(0, 1)"
     if features.ndim > 2 and num_labels == features.shape[1]:
         return f": if they are [V, B, ...] give {features_name}.transpose(0, 1)"
-    if features.ndim == 2 and num_rows % num_labels == 0:
+    if features.ndim == 2 and num_rows > num_labels > 1 and num_rows % num_labels == 0:
         views = num_rows // num_labels
         return (
             f": for {views} views, one after the other, give {labels_name}.repeat({views}); or "
@@ -327,8 +327,8 @@ def check_features(features: Any, name: str = "features") -> None:
     """``[N, D]`` or ``[B, V, ...]``, a float dtype."""
     if not isinstance(features, Tensor):
         stacks = isinstance(features, (list, tuple)) and any(torch.is_tensor(x) for x in features)
-        way_out = f"torch.stack({name}, dim=1), if they are views" if stacks else "a tensor"
-        raise TypeError(f"{name} must be a tensor, got {type(features).__name__}: give {way_out}")
+        way_out = f": give torch.stack({name}, dim=1), if they are views" if stacks else ""
+        raise TypeError(f"{name} must be a tensor, got {type(features).__name__}{way_out}")
     if features.dtype not in FEATURE_DTYPES:
         swapped = "" if features.dtype not in LABEL_DTYPES else ": labels are the second argument"
         raise TypeError(

@@ -175,8 +175,10 @@ def announce_failure(group: Any, plans: Plans, wanted: Plan, *, has_reference: b
     if not isinstance(group, dist.ProcessGroup):
         return  # which is what failed
     known = plans.of(group)
-    alike = [other for other in known if other.exchange == wanted.exchange]
-    if wanted.num_classes is not None:
+    alike = list(known)
+    if wanted.exchange in EXCHANGES:  # else that is what is wrong
+        alike = [other for other in alike if other.exchange == wanted.exchange]
+    if type(wanted.num_classes) is int:
         alike = [other for other in alike if other.num_classes == wanted.num_classes]
     if wanted not in known and alike:
         wanted = alike[-1]

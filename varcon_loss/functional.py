@@ -68,27 +68,20 @@ def varcon_loss(
         >>> loss = varcon_loss(features, torch.arange(8) % 3)
         >>> loss.backward()
     """
-    options = check_options(
-        temperature=temperature,
-        epsilon=epsilon,
-        num_classes=num_classes,
-        normalize=normalize,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        weight=weight,
-        leave_one_out=leave_one_out,
-        process_group=process_group,
-        exchange=exchange,
-        impl=impl,
-    )
-    call = Call(
-        features=features,
-        labels=labels,
-        ref_features=ref_features,
-        ref_labels=ref_labels,
-        options=options,
-        plans=PLANS_OF_FUNCTIONS,
-    )
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "epsilon": epsilon,
+        "num_classes": num_classes,
+        "normalize": normalize,
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "weight": weight,
+        "leave_one_out": leave_one_out,
+        "process_group": process_group,
+        "exchange": exchange,
+        "impl": impl,
+    }
+    call = _call_of_function(options, features, labels, ref_features, ref_labels)
     return evaluate(call, need_terms=False)[0]
 
 
@@ -129,15 +122,8 @@ def varcon_terms(
     unknown = {name: value for name, value in options.items() if name not in Options._fields}
     if unknown:
         checks.refuse_unknown("varcon_terms", unknown, Options._fields)
-    checked = check_options(temperature=temperature, epsilon=epsilon, **options)
-    call = Call(
-        features=features,
-        labels=labels,
-        ref_features=ref_features,
-        ref_labels=ref_labels,
-        options=checked,
-        plans=PLANS_OF_FUNCTIONS,
-    )
+    options |= {"temperature": temperature, "epsilon": epsilon}
+    call = _call_of_function(options, features, labels, ref_features, ref_labels)
     _, terms = evaluate(call, need_terms=True)
     assert terms is not None
     return terms
@@ -153,6 +139,28 @@ class Call(NamedTuple):
     options: Options
     plans: Plans  # of exchanges between ranks
     memory: CentroidMemory | None = None
+
+
+def _call_of_function(
+    options: dict[str, Any],
+    features: Tensor,
+    labels: Tensor | None,
+    ref_features: Tensor | None,
+    ref_labels: Tensor | None,
+) -> Call:
+    """Options by name, still to be checked, and the rest."""
+    given: dict[str, Any] = {
+        "features": features,
+        "labels": labels,
+        "ref_features": ref_features,
+        "ref_labels": ref_labels,
+        "plans": PLANS_OF_FUNCTIONS,
+    }
+    try:
+        return Call(**given, options=check_options(**options))
+    except Exception:
+        announce(Call(**given, options=Options(**options)))
+        raise
 
 
 def evaluate(call: Call, *, need_terms: bool) -> tuple[Tensor, VarConTerms | None]:
@@ -180,6 +188,8 @@ def evaluate(call: Call, *, need_terms: bool) -> tuple[Tensor, VarConTerms | Non
             row_weights = weigh_rows(rows.anchors, options.weight, dtype)
             if total is not None and classes is not None and rows.kept is not None:
                 total = denominator_of_kept(classes, rows.kept, options.weight)
+        if classes is not None and torch.is_grad_enabled():
+            _warn_of_odd_batch(call, rows, classes)
         swept, loss = _sweep(call, impl, rows, row_weights, need_terms=need_terms)
         num_ranks = 1 if total is None else world_size(group)
         reduced = reduce_loss(loss, rows.anchors, row_weights, options.reduction, total, num_ranks)
@@ -336,6 +346,16 @@ def _match(
     if call.ref_features is not None:
         return match_reference(anchors, members, classes, call.options, group)
     return match_batch(anchors, classes, call.options)
+
+
+def _warn_of_odd_batch(call: Call, rows: Rows, classes: Classes) -> None:
+    """Where the batch makes its own centroids, and how many is known without a look."""
+    if call.memory is not None or call.ref_features is not None or call.options.leave_one_out:
+        return
+    if classes.slots is None or rows.anchors.valid is not None:
+        return
+    if classes.lookup.gaps == "none":
+        checks.warn_of_odd_batch(len(classes.slots), classes.lookup.size)
 
 
 def _sweep(

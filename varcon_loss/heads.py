@@ -43,7 +43,7 @@ class ProjectionHead(nn.Module):
             raise ValueError(f"kind must be one of {HEAD_KINDS}, got {kind!r}")
         hidden_dim = in_dim if hidden_dim is None else hidden_dim
         for name, width in (("in_dim", in_dim), ("dim", dim), ("hidden_dim", hidden_dim)):
-            whole_number(name, width)
+            whole_number(name, width, "an int")
         if min(in_dim, dim, hidden_dim) < 1:
             raise ValueError(
                 f"widths must be at least 1, got in_dim={in_dim}, dim={dim}, "

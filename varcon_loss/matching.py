@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varcon_loss.checks import warn_of_odd_batch
 from varcon_loss.classes import Classes, centroids_without_self, find_slots
 from varcon_loss.distributed import tell_of_failure
 from varcon_loss.memory import CentroidMemory, remembered_centroids, update_memory
@@ -27,8 +26,6 @@ def match_batch(anchors: Samples, classes: Classes, options: Options) -> Rows:
         return Rows(anchors=anchors, slots=soft, centroids=centroids, weight=weight)
     slots = _slots(anchors, classes)
     if not options.leave_one_out:
-        if classes.lookup.gaps == "none" and anchors.valid is None and classes.slots is not None:
-            warn_of_odd_batch(len(slots), classes.lookup.size)
         return Rows(anchors=anchors, slots=slots, centroids=centroids)
     kept = classes.known_counts() > 1
     own = centroids_without_self(anchors.unit_rows(classes.sums.dtype), classes.sums, slots)
@@ -144,7 +141,7 @@ def _by_slot(
 def _select(
     soft: SoftLabels, weight: Tensor | None, classes: Tensor | None, dtype: torch.dtype
 ) -> tuple[SoftLabels, Tensor | None]:
-    """SoftLabels and weights of ``classes`` ``[S]``; None: of all."""
+    """Soft labels and weights of ``classes`` ``[S]``; None: of all."""
     if classes is None:  # a copy of the weights: autograd keeps them, and the caller's may change
         return soft, None if weight is None else weight.to(dtype, copy=True)
     weight = None if weight is None else weight.to(dtype).index_select(0, classes)

@@ -168,6 +168,7 @@ class VarConLoss(nn.Module):
         self.register_buffer(
             "centroid_seen", torch.zeros(shape[0], dtype=torch.float32) if remembers else None
         )
+        self._awaited: str | None = None  # of the two buffers, if a checkpoint had only the other
         self._unfilled = False  # do buffers hold what an allocator left there?
         self._plans = Plans()
         self._surely_empty = True  # nothing can have filled the memory yet
@@ -288,7 +289,7 @@ class VarConLoss(nn.Module):
         Raises:
             RuntimeError: the loss was made without ``centroid_momentum``.
         """
-        self._unfilled = False
+        self._unfilled, self._awaited = False, None
         memory = self._require_memory()
         memory.unit.zero_()
         memory.seen.zero_()
@@ -313,6 +314,11 @@ class VarConLoss(nn.Module):
     def _memory(self, *, update: bool) -> CentroidMemory | None:
         if self.centroid_momentum is None:
             return None
+        if self._awaited is not None:
+            raise RuntimeError(
+                f"the centroid memory was loaded in part, without {self._awaited}: load that too, "
+                "or call reset_memory()"
+            )
         if self._unfilled and self._was_written():
             self._look_at_memory()
         if self._unfilled:
@@ -462,11 +468,11 @@ class VarConLoss(nn.Module):
         if self.centroid_memory is None or len(missing) == len(_MEMORY):
             return
         if missing:
-            *_, error_messages = args
-            error_messages.append(
-                f"{prefix}{missing[0]} is missing: a memory is both {' and '.join(_MEMORY)}"
-            )
+            # Shards of a checkpoint come one by one: has the other one come before?
+            self._awaited = missing[0] if self._awaited in (None, missing[0]) else None
+            self._look_at_memory()
             return
+        self._awaited = None
         self._look_at_memory()
         if self._unfilled:
             return
@@ -488,12 +494,16 @@ class VarConLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which keep the process group, and whose memory averaging may fill."""
-        unknown = {"_surely_empty": False, "_memory_left": None, "_version_left": None}
+        unknown: dict[str, Any] = {"_surely_empty": False, "_memory_left": None}
+        if not self._unfilled:
+            unknown["_version_left"] = None
         state = super().__getstate__() | unknown
         return state | {"process_group": _SameGroup(self.process_group)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state | {"process_group": state["process_group"].group})
+        if self._unfilled:  # versions of the copy's buffer count from its own start
+            self._version_left = _version(self.centroid_memory)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VarConLoss":
         """As in `torch.nn.Module`, but the memory stays float32, and weights lose no digits."""
@@ -507,12 +517,15 @@ class VarConLoss(nn.Module):
             narrower = after.dtype.itemsize < before.dtype.itemsize
             if narrower or (name in _MEMORY and after.dtype != before.dtype):
                 self._buffers[name] = before.to(after.device)
-        if self.centroid_memory is None:
+        before, after = kept["centroid_memory"], self.centroid_memory
+        if before is None or after is None:
             return self
+        unfilled = self._unfilled
         self._look_at_memory()
-        before = kept["centroid_memory"]
-        if before is not None and before.is_meta and not self.centroid_memory.is_meta:
-            self._unfilled = True  # by `to_empty`
+        if not values_may_be_read(after):  # from the meta device comes what `to_empty` made
+            self._unfilled = unfilled or (before.is_meta and not after.is_meta)
+        elif before.is_meta:
+            self._unfilled = True
         self._surely_empty = empty
         if as_left or self._unfilled:
             self._version_left = _version(self.centroid_memory)

@@ -8,7 +8,9 @@ from torch import Tensor
 
 def values_may_be_read(tensor: Tensor) -> bool:
     """True where looking at values neither synchronises a device nor breaks a compiled graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return type(tensor).__name__ != "FakeTensor"
 
 
 def keepable(tensor: Tensor) -> Tensor:

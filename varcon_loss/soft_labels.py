@@ -109,7 +109,7 @@ def read_soft_labels(
             _refuse(values, lowest, highest, name)
         if bool(valid.all()):
             valid = None
-        if views == 1:
+        if views == 1 and name == "labels":
             warn_of_mask(name, values)
     else:
         broken = ~((lowest >= 0) & (highest < torch.inf))

@@ -29,7 +29,7 @@ class Contender:
         family: all contenders of a family must give the value of its oracle.
         make: builds the loss; called in the process that measures it.
         missing: why it cannot run on a device, or None.
-        shares: does it take class probabilities as labels too?
+        soft: does it take class probabilities as labels too?
     """
 
     family: str
