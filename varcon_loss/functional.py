@@ -352,7 +352,7 @@ def _warn_of_odd_batch(call: Call, rows: Rows, classes: Classes) -> None:
     """Where the batch makes its own centroids, and how many is known without a look."""
     if call.memory is not None or call.ref_features is not None or call.options.leave_one_out:
         return
-    if classes.slots is None or rows.anchors.valid is not None:
+    if torch.compiler.is_compiling() or classes.slots is None or rows.anchors.valid is not None:
         return
     if classes.lookup.gaps == "none":
         checks.warn_of_odd_batch(len(classes.slots), classes.lookup.size)
