@@ -12,7 +12,15 @@ import torch
 
 import varcon_loss
 from tests.conftest import MakeBatch
-from varcon_loss import ProjectionHead, VarConLoss, VarConTerms, varcon_terms
+from varcon_loss import (
+    ProjectionHead,
+    VarConLoss,
+    VarConTerms,
+    checks,
+    implementations,
+    varcon_terms,
+)
+from varcon_loss.rows import TENSORS, rows_of
 
 
 def test_module_and_function_are_the_same(make_batch: MakeBatch) -> None:
@@ -270,3 +278,15 @@ def test_a_memory_keeps_its_number_of_classes() -> None:
     for other in (2, 5, None):
         with pytest.raises(ValueError, match="the centroid memory has 3 classes"):
             criterion.num_classes = other
+
+
+def test_names_that_stand_in_two_places_agree() -> None:
+    """What is saved for a second derivative is read by its place; `checks` imports no sweep."""
+    assert ("auto", *implementations.IMPLEMENTATIONS) == checks.IMPLEMENTATIONS
+    features = torch.randn(4, 3)
+    rows = rows_of(
+        features,
+        dict.fromkeys(TENSORS)
+        | {"w": features, "num_present": torch.tensor(4), "slots": torch.arange(4)},
+    )
+    assert tuple(rows.tensors()) == TENSORS

@@ -221,6 +221,7 @@ def _windows(values: Tensor, rows: Tensor, starts: Tensor, width: int) -> Tensor
 def in_slots(soft: SoftLabels, classes: Tensor) -> SoftLabels:
     """The same shares by slot, where only ``classes`` ``[S]`` have one; others are dropped."""
     if soft.slots is None:
+        assert soft.columns is None
         return changed(soft, columns=classes)
     size = classes.shape[0]
     num_classes = int(torch.maximum(soft.slots.max(), classes.max())) + 1
