@@ -31,7 +31,6 @@ from varcon_loss import VarConLoss
 from varcon_loss.sweeps import fused
 from varcon_loss.sweeps.proven import Proof
 
-NO_DEVICE = "this needs a CUDA device, and torch finds none here"
 LIMIT = 400  # seconds a stage
 OURS, EAGER = "varcon-loss", "varcon-loss eager"
 # What to reach, in bfloat16 with D = 128: (N, K, contender, times as slow as ours at least).
@@ -93,8 +92,8 @@ def command(only: str = "", out: Path = Path("runs/gpu-proof")) -> None:
     import typer  # and no other package of the benchmarks: a machine with a GPU may lack them
 
     if not torch.cuda.is_available():
-        raise typer.BadParameter(NO_DEVICE)
-    main("run", str(out), *(name.strip() for name in only.split(",") if name.strip()))
+        raise typer.BadParameter(measure.NO_DEVICE)
+    main("run", str(out), *only.replace(",", " ").split())
 
 
 def pytest_command(*arguments: str, tiny: bool) -> list[str]:
@@ -171,7 +170,9 @@ PROOF = ("kernels", "device", "targets", "memcheck")
 
 
 def supports(proof: Proof, folder: Path) -> bool:
-    """Does the results file that ``proof`` names say that its device passed, by one and that code?
+    """Does the results file that ``proof`` names say that its device passed?
+
+    All that a proof is made of must be of the same code.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -550,7 +551,7 @@ def main(stage: str = "", *arguments: str) -> None:
         if not arguments:
             raise SystemExit("run needs a folder for the result files: run OUT [STAGE ...]")
         if not torch.cuda.is_available():
-            raise SystemExit(NO_DEVICE)
+            raise SystemExit(measure.NO_DEVICE)
         # A loan that ends kills this process: then the stage that runs must end too.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
         out, *only = arguments

@@ -27,7 +27,6 @@ if not re.match(r"2\.([2-9]|\d\d)", _version):
         f"{_version}: pip install 'pytorch-metric-learning>=2.2,<3'"
     )
 
-import warnings
 from typing import Any
 
 import torch
@@ -286,13 +285,12 @@ def _warn_of_lost_gradient(embeddings: Tensor, ref_emb: Tensor) -> None:
     # second tower: its samples learn as anchors.
     if ref_emb.dtype == embeddings.dtype and torch.equal(ref_emb[: len(embeddings)], embeddings):
         return
-    warnings.warn(
+    checks.warn(
         "VarConLoss gives ref_emb no gradient: it makes the centroids, through which none flows, "
         "so that a second tower does not learn here (it does with SupConLoss). To train both "
         "towers use SelfSupervisedLoss(loss, symmetric=True), or one batch of both, "
         "loss(torch.cat([emb, ref_emb]), torch.cat([labels, ref_labels])). If the reference is "
-        "meant to stay fixed, pass ref_emb.detach()",
-        stacklevel=2,
+        "meant to stay fixed, pass ref_emb.detach()"
     )
 
 

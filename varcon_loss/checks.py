@@ -13,6 +13,7 @@ from torch import Tensor
 
 from varcon_loss.readable import values_may_be_read
 
+# Packages between a caller's line and ours: a warning is about the former.
 _BETWEEN = ("varcon_loss", "torch", "pytorch_metric_learning", "timm")
 REDUCTIONS = ("mean", "sum", "none")
 EXCHANGES = ("auto", "all-reduce", "all-gather")

@@ -98,11 +98,6 @@ def resolve_group(process_group: Any) -> Any | None:
     return process_group
 
 
-def world_size(group: Any) -> int:
-    """How many ranks it has."""
-    return dist.get_world_size(group)
-
-
 def make_plan(
     group: Any,
     plans: Plans,
@@ -172,8 +167,6 @@ def announce_failure(group: Any, plans: Plans, wanted: Plan, *, has_reference: b
     themselves are what is wrong, or the labels that would tell how many classes there are, the
     latest of this loss.
     """
-    if not isinstance(group, dist.ProcessGroup):
-        return  # which is what failed
     known = plans.of(group)
     alike = list(known)
     if wanted.exchange in EXCHANGES:  # else that is what is wrong
@@ -212,7 +205,7 @@ def _handshake(group: Any, device: torch.device, mine: list[int] | None) -> list
     assert len(numbers) <= HANDSHAKE
     numbers += [0] * (HANDSHAKE - len(numbers))
     sent = torch.tensor(numbers, dtype=torch.int64, device=device)
-    received = [torch.empty_like(sent) for _ in range(world_size(group))]
+    received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
     dist.all_gather(received, sent, group=group)
     everyone = [values.tolist() for values in received]
     if mine is not None:
@@ -234,7 +227,7 @@ def tell_of_failure(group: Any, failed: Tensor) -> Tensor:
     Raises:
         RuntimeError: another rank did and this one did not, on a CPU in eager mode.
     """
-    statuses = torch.zeros(world_size(group), device=failed.device)
+    statuses = torch.zeros(dist.get_world_size(group), device=failed.device)
     statuses[dist.get_rank(group)] = failed
     dist.all_reduce(statuses, group=group)
     if values_may_be_read(failed) and not failed:
@@ -325,7 +318,7 @@ def _by_all_reduce(
 ) -> tuple[Classes, Tensor, Tensor]:
     """Classes and denominator of all ranks, and which of them failed ``[W]``."""
     assert plan.num_classes is not None
-    num_ranks, width, num_classes = world_size(group), plan.dim + 1, plan.num_classes
+    num_ranks, width, num_classes = dist.get_world_size(group), plan.dim + 1, plan.num_classes
     tail_rows = -(-(num_ranks + 1) // width)  # a status for each rank, and the denominator
     # Empty slots add zeros to some class.
     table = sum_slots(local, labels, None, num_classes + tail_rows)
@@ -356,7 +349,7 @@ def _by_all_gather(
     """
     # Labels travel as bytes: float32 would round them.
     packed = torch.cat([_bytes(names.unsqueeze(1)), _bytes(values)], dim=1)
-    num_ranks = world_size(group)
+    num_ranks = dist.get_world_size(group)
     gathered = packed.new_empty(num_ranks * len(packed), packed.shape[1])
     # The name since torch 2.14, and the one before it, which warns since then.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

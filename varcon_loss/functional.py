@@ -17,7 +17,6 @@ from varcon_loss.distributed import (
     exchange_classes,
     make_plan,
     resolve_group,
-    world_size,
 )
 from varcon_loss.implementations import choose
 from varcon_loss.matching import match_batch, match_memory, match_reference
@@ -81,7 +80,14 @@ def varcon_loss(
         "exchange": exchange,
         "impl": impl,
     }
-    call = _call_of_function(options, features, labels, ref_features, ref_labels)
+    call = checked_call(
+        options,
+        features=features,
+        labels=labels,
+        ref_features=ref_features,
+        ref_labels=ref_labels,
+        plans=PLANS_OF_FUNCTIONS,
+    )
     return evaluate(call, need_terms=False)[0]
 
 
@@ -123,7 +129,14 @@ def varcon_terms(
     if unknown:
         checks.refuse_unknown("varcon_terms", unknown, Options._fields)
     options |= {"temperature": temperature, "epsilon": epsilon}
-    call = _call_of_function(options, features, labels, ref_features, ref_labels)
+    call = checked_call(
+        options,
+        features=features,
+        labels=labels,
+        ref_features=ref_features,
+        ref_labels=ref_labels,
+        plans=PLANS_OF_FUNCTIONS,
+    )
     _, terms = evaluate(call, need_terms=True)
     assert terms is not None
     return terms
@@ -141,23 +154,15 @@ class Call(NamedTuple):
     memory: CentroidMemory | None = None
 
 
-def _call_of_function(
+def checked_call(
     options: dict[str, Any],
-    features: Tensor,
-    labels: Tensor | None,
-    ref_features: Tensor | None,
-    ref_labels: Tensor | None,
+    *,
+    find_memory: Callable[[], CentroidMemory | None] = lambda: None,
+    **given: Any,
 ) -> Call:
-    """Options by name, still to be checked, and the rest."""
-    given: dict[str, Any] = {
-        "features": features,
-        "labels": labels,
-        "ref_features": ref_features,
-        "ref_labels": ref_labels,
-        "plans": PLANS_OF_FUNCTIONS,
-    }
+    """A call with its ``options`` by name, checked; an error is told to the other ranks."""
     try:
-        return Call(**given, options=check_options(**options))
+        return Call(**given, options=check_options(**options), memory=find_memory())
     except Exception:
         announce(Call(**given, options=Options(**options)))
         raise
@@ -191,7 +196,7 @@ def evaluate(call: Call, *, need_terms: bool) -> tuple[Tensor, VarConTerms | Non
         if classes is not None and torch.is_grad_enabled():
             _warn_of_odd_batch(call, rows, classes)
         swept, loss = _sweep(call, impl, rows, row_weights, need_terms=need_terms)
-        num_ranks = 1 if total is None else world_size(group)
+        num_ranks = 1 if total is None else torch.distributed.get_world_size(group)
         reduced = reduce_loss(loss, rows.anchors, row_weights, options.reduction, total, num_ranks)
         if options.reduction == "none":
             reduced = reduced.view(shape_of_samples(call.features))
@@ -200,10 +205,10 @@ def evaluate(call: Call, *, need_terms: bool) -> tuple[Tensor, VarConTerms | Non
 
 def announce(call: Call) -> None:
     """Tell other ranks, which wait in this step's collective, that this one cannot take part."""
-    try:
-        group = resolve_group(call.options.process_group)
-    except (TypeError, ValueError):  # which is what failed
-        return
+    asked = call.options.process_group
+    if asked is None or not isinstance(asked, (str, torch.distributed.ProcessGroup)):
+        return  # there are none, or that is what failed
+    group = resolve_group(asked)
     if group is not None:
         has_reference = call.ref_features is not None
         announce_failure(group, call.plans, _wanted(call), has_reference=has_reference)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from varcon_loss import checks
 from varcon_loss.distributed import Plans, several_ranks
-from varcon_loss.functional import Call, announce, evaluate
+from varcon_loss.functional import checked_call, evaluate
 from varcon_loss.memory import (
     CentroidMemory,
     Prediction,
@@ -228,22 +228,17 @@ class VarConLoss(nn.Module):
         *,
         need_terms: bool,
     ) -> tuple[Tensor, VarConTerms | None]:
-        given: dict[str, Any] = {
-            "features": features,
-            "labels": labels,
-            "ref_features": ref_features,
-            "ref_labels": ref_labels,
-            "plans": self._plans,
-        }
-        options = self._options()
-        try:
-            checked, memory = check_options(**options), self._memory_of_this_call()
-        except Exception:
-            announce(Call(**given, options=Options(**options)))
-            raise
-        call = Call(**given, options=checked, memory=memory)
+        call = checked_call(
+            self._options(),
+            find_memory=self._memory_of_this_call,
+            features=features,
+            labels=labels,
+            ref_features=ref_features,
+            ref_labels=ref_labels,
+            plans=self._plans,
+        )
         result = evaluate(call, need_terms=need_terms)
-        self._remember_step(memory, labels)
+        self._remember_step(call.memory, labels)
         return result
 
     @property
@@ -522,9 +517,8 @@ class VarConLoss(nn.Module):
             return self
         unfilled = self._unfilled
         self._look_at_memory()
-        if not values_may_be_read(after):  # from the meta device comes what `to_empty` made
-            self._unfilled = unfilled or (before.is_meta and not after.is_meta)
-        elif before.is_meta:
+        came_from_meta = before.is_meta and not after.is_meta  # by `to_empty`
+        if came_from_meta or (unfilled and not values_may_be_read(after)):
             self._unfilled = True
         self._surely_empty = empty
         if as_left or self._unfilled:

@@ -2,11 +2,9 @@
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from varcon_loss import checks
-from varcon_loss.records import changed
 
 
 class Options(NamedTuple):
@@ -43,15 +41,6 @@ def check_options(**given: Any) -> Options:
     checks.check_choices(options.reduction, options.impl)
     num_classes = checks.resolve_num_classes(num_classes, options.weight)
     checks.check_exchange(options.process_group, options.exchange, num_classes)
-    if not torch.compiler.is_compiling() and (
-        temperature is options.temperature
-        and epsilon is options.epsilon
-        and num_classes is options.num_classes
-        and ignore_index is options.ignore_index
-        and normalize is options.normalize
-        and leave_one_out is options.leave_one_out
-    ):
-        return options
     checked = {
         "temperature": temperature,
         "epsilon": epsilon,
@@ -60,4 +49,4 @@ def check_options(**given: Any) -> Options:
         "normalize": normalize,
         "leave_one_out": leave_one_out,
     }
-    return changed(options, **checked)
+    return Options(**{**given, **checked})

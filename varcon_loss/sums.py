@@ -24,9 +24,8 @@ def sum_slots(rows: Tensor, slots: Tensor, valid: Tensor | None, size: int) -> T
     Rows that are not valid must be zero vectors. float32 sums are off by at most what summing
     `ROWS_A_SUM` rows costs, whatever ``N``: sums of so many go on in float64.
     """
-    return (
-        added_rows(rows, slots, size) if torch.compiler.is_compiling() else _add(rows, slots, size)
-    )
+    add = added_rows if torch.compiler.is_compiling() else _add
+    return add(rows, slots, size)
 
 
 def class_counts(slots: Tensor, valid: Tensor | None, size: int, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.common.contenders import CONTENDERS, INTEGERS, Loss
 
+NO_DEVICE = "this needs a CUDA device, and torch finds none here"
 LABELS = ("integer", "mixup", "smooth")
 SMOOTHING = 0.1
 GATE_ROWS = 256  # correctness is judged on the first rows: the oracle is quadratic

@@ -8,6 +8,7 @@ import torch
 import typer
 
 from benchmarks.common.data import DATASETS, ImageData, load
+from benchmarks.common.measure import NO_DEVICE
 from benchmarks.common.methods import METHODS, VARIANTS, check_methods
 
 Data = Annotated[str, typer.Option(help=", ".join(DATASETS))]
@@ -74,4 +75,4 @@ def require(device: str) -> None:
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"--device must be cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("this needs a CUDA device, and torch finds none here")
+        raise typer.BadParameter(NO_DEVICE)

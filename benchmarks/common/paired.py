@@ -1,6 +1,6 @@
 """Statistics of runs that are paired by seed: means, intervals, differences, choices of a rate."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,22 +45,17 @@ def told_apart(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def few_labels(row: dict[str, Any]) -> float:
+def _few_labels(row: dict[str, Any]) -> float:
     """The score by which rates are chosen where features are to serve few labels."""
     parts = [row["linear, 1 a class"], row["linear, 5 a class"]]
     return -1.0 if None in parts else sum(parts)
 
 
-def score_of(kind: str | None) -> Callable[[dict[str, Any]], float]:
-    """What a rate is chosen by, for further read-outs of this kind."""
-    return few_labels if kind == "few-shot" else _score
-
-
 def best_rates(
     rows: Iterable[dict[str, Any]], kind: str | None = None
 ) -> dict[tuple[Any, ...], float]:
-    """The learning rate with the best validation score, by `setting`."""
-    score = score_of(kind)
+    """The learning rate with the best validation score for this ``kind``, by `setting`."""
+    score = _few_labels if kind == "few-shot" else _score
     best: dict[tuple[Any, ...], tuple[float, float]] = {}
     for row in rows:
         if row["split"] == "validation":

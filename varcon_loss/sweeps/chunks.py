@@ -47,7 +47,9 @@ def rows_a_chunk(z: Tensor, num_slots: int, views: int = 1, matrices: int = 1) -
     With so many ``matrices`` ``[n, S]`` at once an accelerator, whose memory they take, does fewer.
     """
     num_rows, dim = z.shape
-    budget = numbers_a_piece(z) if z.device.type == "cpu" else numbers_a_piece(z) // matrices
+    budget = numbers_a_piece(z)
+    if z.device.type != "cpu":
+        budget //= matrices
     num_chunks = max(1, -(-num_rows // max(128, budget // (num_slots + dim))))
     chunk = -(-num_rows // num_chunks)
     return max(1, -(-chunk // views) * views)
