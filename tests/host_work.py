@@ -30,7 +30,7 @@ from tests.counting import Operators
 from varcon_loss import VarConLoss
 from varcon_loss.implementations import IMPLEMENTATIONS
 from varcon_loss.rows import nothing_prevents
-from varcon_loss.sweeps import fused, kernels
+from varcon_loss import fused, kernels
 
 LAUNCHED: collections.Counter[str] = collections.Counter()
 COMPILED: dict[str, set[str]] = collections.defaultdict(set)

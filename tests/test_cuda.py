@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from varcon_loss import VarConLoss, varcon_loss, varcon_terms
-from varcon_loss.sweeps import fused, proven
+from varcon_loss import fused, proven
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

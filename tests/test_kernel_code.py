@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton", minversion="3.8")  # that made the committed table
 pytest.importorskip("typer")
 from benchmarks.kernel_code import DTYPES, TABLE, TARGETS, KernelCode, _innermost_loops
-from varcon_loss.sweeps import fused
+from varcon_loss import fused
 
 COMPILED = os.environ | {"TRITON_INTERPRET": "0"}
 

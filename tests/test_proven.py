@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from benchmarks import gpu_proof
 from benchmarks.gpu_proof import PROOF, supports
 from varcon_loss import varcon_loss
-from varcon_loss.sweeps import fused, proven
+from varcon_loss import fused, proven
 
 pytest.importorskip("triton")
 

@@ -18,7 +18,7 @@ from varcon_loss.classes import Centroids, index_classes
 from varcon_loss.options import Options
 from varcon_loss.rows import Rows
 from varcon_loss.samples import Batch, Samples
-from varcon_loss.sweeps import fused
+from varcon_loss import fused
 from varcon_loss.sweeps.eager import EAGER
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
