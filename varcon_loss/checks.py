@@ -154,7 +154,9 @@ def _check_group(group: Any) -> None:
         return
     if isinstance(group, str):
         if group != "world":
-            raise ValueError(f"process_group must be 'world', a ProcessGroup or None, got {group!r}")
+            raise ValueError(
+                f"process_group must be 'world', a ProcessGroup or None, got {group!r}"
+            )
     elif group != torch.distributed.GroupMember.NON_GROUP_MEMBER:
         raise TypeError(
             "process_group must be 'world', a torch.distributed.ProcessGroup or None, got "

@@ -138,7 +138,9 @@ class Sweep(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        _, z, lengths, left_out, *table, temperature, epsilon, need_grad, need_terms, operands = inputs
+        _, z, lengths, left_out, *table, temperature, epsilon, need_grad, need_terms, operands = (
+            inputs
+        )
         given = (*table, temperature, epsilon, lengths is not None, need_grad, need_terms)
         return _run(z, left_out, *given, operands=operands)
 

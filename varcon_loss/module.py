@@ -336,7 +336,11 @@ class VarConLoss(nn.Module):
                 "overwrite them by rank 0's where the loss is part of the wrapped model: give "
                 "process_group='world', and all ranks remember the same",
             )
-        if not learns and values_may_be_read(memory) and float(torch.linalg.vector_norm(memory)) == 0:
+        if (
+            not learns
+            and values_may_be_read(memory)
+            and float(torch.linalg.vector_norm(memory)) == 0
+        ):
             mode = "" if self.training else " In eval mode it is only read: call train() to learn."
             checks.warn(
                 "the centroid memory is empty, since no training step has filled it yet: the loss "
