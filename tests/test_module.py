@@ -66,7 +66,8 @@ def test_repr_shows_what_was_chosen() -> None:
 
 def test_public_names() -> None:
     assert sorted(varcon_loss.__all__) == [
-        "ProjectionHead", "VarConLoss", "VarConTerms", "__version__", "varcon_loss", "varcon_terms",
+        "LargeBatch", "ProjectionHead", "VarConLoss", "VarConTerms", "__version__",
+        "backward_in_chunks", "varcon_loss", "varcon_terms",
     ]  # fmt: skip
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from varcon_loss import fused
-from varcon_loss.centroids import unit
 from varcon_loss.equations import sweep_by_equations
 from varcon_loss.readable import without_autocast
 from varcon_loss.sweep import sweep

@@ -450,18 +450,8 @@ def terms_of(features: Tensor, scored: Scored) -> VarConTerms:
     if reduced.ndim > 0:  # callers may change one and keep the other
         loss = loss.clone()
     valid = torch.ones_like(loss, dtype=torch.bool) if valid is None else valid
-    kl, nll, confidence, tau2 = terms.view(4, *shape).unbind()
-    return VarConTerms(
-        loss=loss.view(shape),
-        kl=kl,
-        nll=nll,
-        confidence=confidence,
-        tau2=tau2,
-        valid=valid.view(shape),
-        num_classes=table.num_present(),
-        reduced=reduced,
-        impl=impl,
-    )
+    terms, valid = terms.view(4, *shape).unbind(), valid.view(shape)
+    return VarConTerms(loss.view(shape), *terms, valid, table.num_present(), reduced, impl)
 
 
 def _shape(features: Tensor) -> torch.Size:
@@ -523,9 +513,7 @@ def check_call(
         checks.check_memory_fits(width, features, memory)
     num_classes = checks.num_classes_of(options.num_classes, options.weight)
     if options.weight is not None:
-        checks.check_weight_fits(features, options.weight)
-        why = "class weights are constants of the loss"
-        checks.warn_of_no_gradient("weight", options.weight, why)
+        checks.check_device(options.weight, "weight is", features, "the loss module or the weight")
     if labels.ndim == 2 or (ref_labels is not None and ref_labels.ndim == 2):
         num_classes = checks.check_probabilities(
             labels, ref_labels, num_classes, options.leave_one_out

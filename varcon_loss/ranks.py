@@ -8,7 +8,7 @@ raises ends the job, as in DistributedDataParallel.
 
 import sys
 import zlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
