@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from varcon_loss.centroids import Classes, Table, add_rows, name_rows
+from varcon_loss.labels import Labels
 from varcon_loss.readable import values_may_be_read
 
 
@@ -44,12 +45,7 @@ def size_of(group: Any) -> int:
 
 
 def room_of(
-    group: Any,
-    exchanges: Any,
-    num_samples: int,
-    soft: bool,
-    num_classes: int | None,
-    same: dict[str, Any],
+    group: Any, exchanges: Any, num_samples: int, labels: Labels, same: dict[str, Any]
 ) -> int | None:
     """How ranks add up their classes: agreed on once, at their first step, with their options.
 
@@ -57,8 +53,7 @@ def room_of(
         group: of ranks.
         exchanges: what was agreed on before, by group; written to.
         num_samples: of this rank; a later batch must not have more classes.
-        soft: labels are class probabilities, so that a sample may be of any class.
-        num_classes: ``C``, if it is known.
+        labels: of this rank; under class probabilities a sample may be of any class.
         same: what the ranks must have alike: numbers, texts and tensors.
 
     Returns:
@@ -69,13 +64,14 @@ def room_of(
         ValueError: on every rank, if they disagree.
     """
     known = exchanges.setdefault(group, {})
+    soft, num_classes = labels.shares is not None, same["num_classes"]
     key = (soft, num_classes, same["feature width"], same["dtype"])
     if key in known:
         return known[key]
     # A compiled graph breaks here, once. Where nobody compiles its compiler is not imported: that
     # would keep the process group alive.
-    agree = torch.compiler.disable(_agree) if "torch._dynamo" in sys.modules else _agree
-    held = agree(group, num_samples, same | {"num_classes": num_classes})
+    agree: Any = torch.compiler.disable(_agree) if "torch._dynamo" in sys.modules else _agree
+    held = agree(group, num_samples, same)
     room = None
     if num_classes is not None:
         room = 0 if soft or num_classes <= sum(held) else min(num_classes, max(held))
