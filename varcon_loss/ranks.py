@@ -69,26 +69,29 @@ def room_of(
         ValueError: on every rank, if they disagree.
     """
     known = exchanges.setdefault(group, {})
-    key = (soft, num_classes, same["feature width"], same["dtype"])
+    # Not by the kind of labels: in any step each rank may mix, or not.
+    key = (num_classes, same["feature width"], same["dtype"])
     if key in known:
         return known[key]
     # A compiled graph breaks here, once. Where nobody compiles its compiler is not imported: that
     # would keep the process group alive.
     agree = torch.compiler.disable(_agree) if "torch._dynamo" in sys.modules else _agree
-    held = agree(group, num_samples, same | {"num_classes": num_classes})
+    everyone = agree(group, (num_samples, soft), same | {"num_classes": num_classes})
+    held = [samples for samples, _ in everyone]
     room = None
     if num_classes is not None:
-        room = 0 if soft or num_classes <= sum(held) else min(num_classes, max(held))
+        table = num_classes <= sum(held) or any(softs for _, softs in everyone)
+        room = 0 if table else min(num_classes, max(held))
     if any(held):  # a step without samples tells nothing of the next
         known[key] = room
     return room
 
 
-def _agree(group: Any, num_samples: int, same: dict[str, Any]) -> list[int]:
-    """The number of samples of each rank, if all have the rest alike."""
+def _agree(group: Any, own: tuple[int, bool], same: dict[str, Any]) -> list[tuple[int, bool]]:
+    """What each rank has of its own, if all have the rest alike."""
     told = {name: _comparable(value) for name, value in same.items()}
     everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, (num_samples, told), group=group)
+    dist.all_gather_object(everyone, (own, told), group=group)
     for name in told:
         values = [theirs.get(name) for _, theirs in everyone]
         if any(value != values[0] for value in values):
@@ -97,7 +100,7 @@ def _agree(group: Any, num_samples: int, same: dict[str, Any]) -> list[int]:
                 f"ranks disagree on {name} ({listed}): it must be the same on all; a checkpoint "
                 "must be loaded by every rank"
             )
-    return [samples for samples, _ in everyone]
+    return [theirs for theirs, _ in everyone]
 
 
 def _comparable(value: Any) -> Any:
@@ -137,7 +140,7 @@ def over_ranks(
         raise ValueError(
             f"rank {dist.get_rank(group)} has up to {rows.shape[0]} classes, but the first step made "
             f"room for {room} a rank, all that its largest batch could have: start with a full "
-            "batch"
+            "batch, and with class probabilities on one rank if any will follow"
         )
     # Class numbers travel as bits: a float would round them. Row 0 carries the total.
     bits = names.unsqueeze(1).view(rows.dtype)
