@@ -337,7 +337,8 @@ def _refuse_mask(labels: Tensor, name: str) -> None:
 
     An identity matrix is a mask and one-hot labels at once: a warning.
     """
-    if labels.shape[0] != labels.shape[1] or not values_may_be_read(labels):
+    # In this order: an exported graph is for any number of rows.
+    if not values_may_be_read(labels) or labels.shape[0] != labels.shape[1]:
         return
     if not bool((labels.diagonal() == 1).all()) or not torch.equal(labels, labels.T):
         return

@@ -1,11 +1,12 @@
 """Classes over all ranks of a process group, for one collective a step and none in backward.
 
 No gradient flows through centroids, so ranks need each other's class sums and counts, never each
-other's embeddings. A table ``[C, D + 1]`` of all classes is summed where ``C`` is at most the number
-of samples of all ranks; else the rows of the classes that each rank holds are gathered. A rank that
-raises ends the job, as in DistributedDataParallel.
+other's embeddings. A table ``[C, D + 1]`` of all classes is summed where ``C`` is at most the
+number of samples of all ranks; else the rows of the classes that each rank holds are gathered. A
+rank that raises ends the job, as in DistributedDataParallel.
 """
 
+import ctypes
 import sys
 import zlib
 from typing import Any
@@ -64,17 +65,18 @@ def room_of(
         ValueError: on every rank, if they disagree.
     """
     known = exchanges.setdefault(group, {})
-    soft, num_classes = labels.shares is not None, same["num_classes"]
-    key = (soft, num_classes, same["feature width"], same["dtype"])
+    num_classes = same["num_classes"]
+    key = (num_classes, same["feature width"], same["dtype"])
     if key in known:
         return known[key]
+    if labels.shares is not None and num_classes is not None and num_samples > 0:
+        num_samples = max(num_samples, num_classes)  # each may be of any class
     # A compiled graph breaks here, once. Where nobody compiles its compiler is not imported: that
     # would keep the process group alive.
     agree: Any = torch.compiler.disable(_agree) if "torch._dynamo" in sys.modules else _agree
-    held = agree(group, num_samples, same)
-    room = None
+    held, room = agree(group, num_samples, same), None
     if num_classes is not None:
-        room = 0 if soft or num_classes <= sum(held) else min(num_classes, max(held))
+        room = 0 if num_classes <= sum(held) else min(num_classes, max(held))
     if any(held):  # a step without samples tells nothing of the next
         known[key] = room
     return room
@@ -98,8 +100,9 @@ def _agree(group: Any, num_samples: int, same: dict[str, Any]) -> list[int]:
 
 def _comparable(value: Any) -> Any:
     if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        return f"{list(value.shape)} with checksum {zlib.crc32(bytes(flat.tolist()))}"
+        flat = value.detach().cpu().contiguous()
+        bits = ctypes.string_at(flat.data_ptr(), flat.numel() * flat.itemsize)
+        return f"{list(value.shape)} with checksum {zlib.crc32(bits)}"
     return value
 
 
@@ -131,9 +134,9 @@ def over_ranks(
         room = int(largest)
     elif rows.shape[0] > room:
         raise ValueError(
-            f"rank {dist.get_rank(group)} has up to {rows.shape[0]} classes, but the first step made "
-            f"room for {room} a rank, all that its largest batch could have: start with a full "
-            "batch"
+            f"rank {dist.get_rank(group)} has up to {rows.shape[0]} classes, but the first step "
+            f"made room for {room} a rank, all that its largest batch could have: start with a "
+            "full batch, and with class probabilities where some batches have them"
         )
     # Class numbers travel as bits: a float would round them. Row 0 carries the total.
     bits = names.unsqueeze(1).view(rows.dtype)
