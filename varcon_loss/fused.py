@@ -7,6 +7,7 @@ Triton's interpreter (``TRITON_INTERPRET=1``) the kernels run on CPU tensors.
 
 import importlib.util
 import os
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -45,41 +46,30 @@ class Tiles(NamedTuple):
         return numbers * itemsize + 1024
 
 
-# By bytes of an operand, and width up to which. Two blocks of 4 warps share the registers of
-# a multiprocessor: while one waits for its products, the other computes exponentials.
-# `benchmarks/kernel_code.py` shows what the compiler makes of them: no loop spills registers.
+# By bytes of an operand, and width up to which. `benchmarks/kernel_code.py` shows what the compiler
+# makes of them: no loop spills registers, on any device, and up to a width of 128 two blocks share
+# a multiprocessor, so that one computes exponentials while the other waits for its products.
 TILES = {
     2: {
-        64: Tiles(rows=64, keys=128, warps=4, stages=3),
-        128: Tiles(rows=64, keys=128, warps=4, stages=2),
+        64: Tiles(rows=64, keys=64, warps=4, stages=3),
+        128: Tiles(rows=64, keys=64, warps=4, stages=2),
         256: Tiles(rows=64, keys=64, warps=8, stages=2),
         512: Tiles(rows=32, keys=32, warps=8, stages=2),
         1024: Tiles(rows=16, keys=16, warps=8, stages=2),
     },
     4: {
         64: Tiles(rows=64, keys=32, warps=8, stages=2),
-        128: Tiles(rows=64, keys=16, warps=8, stages=2),
+        128: Tiles(rows=32, keys=16, warps=8, stages=2),
         256: Tiles(rows=32, keys=16, warps=8, stages=2),
         512: Tiles(rows=16, keys=16, warps=8, stages=2),
         1024: Tiles(rows=16, keys=16, warps=8, stages=1),
     },
 }
-# The same by the major number of the compute capability, where those would spill.
-OTHER_TILES = {
-    (8, 2, 64): Tiles(rows=64, keys=64, warps=4, stages=3),
-    (8, 2, 128): Tiles(rows=64, keys=64, warps=4, stages=2),
-    (12, 2, 64): Tiles(rows=64, keys=64, warps=4, stages=3),
-    (12, 2, 128): Tiles(rows=64, keys=64, warps=4, stages=2),
-    (10, 2, 128): Tiles(rows=64, keys=64, warps=4, stages=2),
-    (10, 4, 128): Tiles(rows=32, keys=16, warps=8, stages=2),
-    (12, 4, 128): Tiles(rows=32, keys=16, warps=8, stages=2),
-}
 
 
-def choose_tiles(dim: int, itemsize: int, capability: tuple[int, int]) -> Tiles:
+def choose_tiles(dim: int, itemsize: int) -> Tiles:
     """For operands of ``itemsize`` bytes."""
-    width = max(64, _power_of_two(dim))
-    return OTHER_TILES.get((capability[0], itemsize, width), TILES[itemsize][width])
+    return TILES[itemsize][max(64, _power_of_two(dim))]
 
 
 def runs_by_default(features: Tensor, dtype: torch.dtype) -> bool:
@@ -111,7 +101,7 @@ def why_not(features: Tensor, dtype: torch.dtype) -> str | None:
     capability, shared_bytes = _capability(device), _shared_bytes(device)
     if capability < OLDEST_CAPABILITY:
         return f"{device} has compute capability {capability[0]}.{capability[1]}, older than 8.0"
-    needed = choose_tiles(dim, features.itemsize, capability).shared_bytes(
+    needed = choose_tiles(dim, features.itemsize).shared_bytes(
         dim, features.itemsize, capability, float32_precision()
     )
     if needed > shared_bytes:
@@ -189,7 +179,7 @@ def sweep(
     loss, terms = z.new_empty(num_rows), z.new_empty(4, num_rows)
     gradient = z.new_empty((num_rows, dim) if need_grad else 0)
     w = w.contiguous()
-    tiles = choose_tiles(dim, operands.itemsize, _capability(z.device))
+    tiles = choose_tiles(dim, operands.itemsize)
     _launch(
         kernels.sweep_kernel,
         -(-num_rows // tiles.rows),
@@ -198,7 +188,7 @@ def sweep(
         w_ptr=w,
         keys_ptr=w.to(operands),
         key_sum_ptr=w.sum(0),
-        present_ptr=present,
+        bias_ptr=None if present is None else w.new_zeros(num_slots).masked_fill_(~present, -inf),
         num_present_ptr=None if present is None else present.sum(),
         slots_ptr=slots.contiguous(),
         own_ptr=None if own is None else own.contiguous(),
@@ -253,8 +243,6 @@ def _launch(kernel: Any, programs: int, device: torch.device, **arguments: Any) 
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
-    if device.type == "cpu":  # Triton's interpreter
-        return 9, 0
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
 

@@ -54,7 +54,7 @@ def run_sums_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def sweep_kernel(
-    z_ptr, w_ptr, keys_ptr, key_sum_ptr, present_ptr, num_present_ptr, slots_ptr, own_ptr,
+    z_ptr, w_ptr, keys_ptr, key_sum_ptr, bias_ptr, num_present_ptr, slots_ptr, own_ptr,
     loss_ptr, terms_ptr, gradient_ptr,
     num_rows, num_slots, dim, temperature, epsilon,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -85,8 +85,8 @@ def sweep_kernel(
         w_ptr: ``[S, D]`` centroids, float32.
         keys_ptr: ``[S, D]`` the same in the dtype that the matrix units multiply.
         key_sum_ptr: ``[D]`` the sum of ``w``.
-        present_ptr: ``[S]`` bool, with ``HAS_PRESENT``.
-        num_present_ptr: their number, with ``HAS_PRESENT``.
+        bias_ptr: ``[S]`` 0 at classes that are present and -inf at others, with ``HAS_PRESENT``.
+        num_present_ptr: the number of those that are present, with ``HAS_PRESENT``.
         slots_ptr: ``[N]`` the own class.
         own_ptr: ``[N, D]`` own centroids, with ``HAS_OWN``, in place of ``w[slots]``.
         loss_ptr: ``[N]``.
@@ -118,18 +118,22 @@ def sweep_kernel(
     shift = tl.full([BLOCK_N], 0.0 if PLAIN_EXP else float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     mixed = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    keys_at = tl.arange(0, BLOCK_K)[:, None] * dim + dims[None, :]
     for start in range(0, num_slots, BLOCK_K):
         slot = start + tl.arange(0, BLOCK_K)
         taken = slot < num_slots
-        keys_at = slot.to(tl.int64)[:, None] * dim + dims[None, :]
         keys = tl.load(keys_ptr + keys_at, mask=taken[:, None] & dim_mask[None, :], other=0.0)
+        keys_ptr += BLOCK_K * dim
         if UPCAST:
             keys = keys.to(tl.float32)
+        bias = tl.where(taken, 0.0, float("-inf"))
         if HAS_PRESENT:
-            taken = taken & (tl.load(present_ptr + slot, mask=taken, other=0) != 0)
+            bias = tl.load(bias_ptr + slot, mask=taken, other=float("-inf"))
         logits = tl.dot(x, tl.trans(keys), input_precision=PRECISION) * (LOG2_E / temperature)
-        logits += tl.where(taken, 0.0, float("-inf"))[None, :]
-        logits = tl.where(slot[None, :] == slots[:, None], float("-inf"), logits)
+        logits += bias[None, :]
+        # Written so that the compiler keeps no matrix of differences in registers over the loop.
+        is_own = (slots - start)[:, None] == tl.arange(0, BLOCK_K)[None, :]
+        logits = tl.where(is_own, float("-inf"), logits)
         if not PLAIN_EXP:
             higher = tl.maximum(shift, tl.max(logits, 1))
             finite = tl.where(higher == float("-inf"), 0.0, higher)
