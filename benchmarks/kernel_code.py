@@ -3,7 +3,6 @@
 Triton compiles for a named target anywhere; what is read here is the machine code.
 """
 
-import json
 import re
 import subprocess
 import tempfile
@@ -19,7 +18,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 WIDTHS = (64, 128, 256, 512, 1024)
 # What users get by default, and float32 where torch is told to use tf32.
-MODES = ("bf16:none", "fp32:ieee", "fp16:none", "fp32:tf32")
+MODES = (("bf16", "none"), ("fp32", "ieee"), ("fp16", "none"), ("fp32", "tf32"))
 TABLE = Path(__file__).parent / "results" / "kernel-code.json"
 REGISTERS = 65_536  # of a multiprocessor
 THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}  # of one
@@ -45,45 +44,25 @@ class KernelCode(NamedTuple):
 
 
 def command(
-    targets: Annotated[str, typer.Option(help="compute capabilities, as in sm_90")] = ",".join(
-        map(str, TARGETS)
-    ),
-    modes: Annotated[str, typer.Option(help="dtype:precision")] = ",".join(MODES),
-    widths: Annotated[str, typer.Option(help="embedding widths D")] = ",".join(map(str, WIDTHS)),
     out: Annotated[Path, typer.Option(help="folder of the result files")] = TABLE.parent,
 ) -> None:
     """Compile the sweep for GPUs that need not be there: registers, spills, instructions.
 
-    Rows of other targets, modes and widths stay in the table.
+    All that the kernels take, in three minutes.
     """
     # Imported only now: what compiles a kernel needs none of what these import.
-    from benchmarks.common import options, results
+    from benchmarks.common import results
     from benchmarks.common.terminal import console, written
 
-    numbers, names = options.integers(targets), options.names(modes)
-    unknown = [*(set(names) - set(MODES)), *map(str, set(numbers) - set(TARGETS))]
-    if unknown:
-        known = ", ".join((*map(str, TARGETS), *MODES))
-        raise typer.BadParameter(f"got {', '.join(unknown)}; there are {known}")
-    path = out / TABLE.name
-    saved = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = {_place(row): row for row in saved}
-    for mode in names:
-        dtype, precision = mode.split(":")
-        for dim in options.integers(widths):
-            for target in numbers:
-                if not fits(DTYPES[dtype], dim, target, precision):
-                    continue  # `fused.why_not` refuses
-                row = compile_sweep(DTYPES[dtype], dim, target, precision)._asdict()
-                rows[_place(row)] = row
-                console.print(row)
-    in_order = [rows[place] for place in sorted(rows)]
-    written(results.save(path.stem, in_order, results.environment(), out))
-
-
-def _place(row: dict[str, Any]) -> tuple[int, int, int]:
-    mode = f"{row['dtype']}:{row['precision']}"
-    return MODES.index(mode), row["dim"], int(row["target"].removeprefix("sm_"))
+    rows = []
+    for dtype, precision in MODES:
+        for dim in WIDTHS:
+            for target in TARGETS:
+                if fits(DTYPES[dtype], dim, target, precision):  # else `fused.why_not` refuses
+                    rows.append(compile_sweep(DTYPES[dtype], dim, target, precision)._asdict())
+                    console.print(rows[-1])
+    path = results.save(TABLE.stem, rows, results.environment(), out)
+    written(path, path.with_suffix(".csv"))
 
 
 def fits(dtype: torch.dtype, dim: int, target: int, precision: str) -> bool:
@@ -111,7 +90,7 @@ def compile_sweep(
     constants |= dict.fromkeys(absent)
     pointers = {"keys_ptr": NAMES[dtype]}
     pointers |= dict.fromkeys(("slots_ptr", "num_present_ptr"), "i64")
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    options = {"num_warps": tiles.warps, "num_stages": fused.STAGES}
     compiled = compile_kernel(kernels.sweep_kernel, constants, pointers, target, options)
     registers, spills, instructions, spills_in_loop = _read_machine_code(compiled.asm["cubin"])
     threads, shared = 32 * tiles.warps, compiled.metadata.shared
@@ -200,11 +179,7 @@ def read_loop(lines: list[str]) -> tuple[int, int]:
         if (found := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line))
         and labels.get(found[1], number) < number
     ]
-    loops = [
-        body
-        for body in jumps
-        if _count("MUFU.EX2", body) and not _count(r"\bEXIT\b", body)
-    ]
+    loops = [body for body in jumps if _count("MUFU.EX2", body) and not _count(r"\bEXIT\b", body)]
     if not loops:
         raise RuntimeError("no loop with exponentials in the machine code of the sweep")
     loop = min(loops, key=len)

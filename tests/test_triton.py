@@ -4,7 +4,8 @@ The interpreter multiplies bfloat16 operands upcast to float32: true bfloat16 pr
 only on a GPU.
 """
 
-from collections.abc import Iterator
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -101,8 +102,10 @@ def check_sweep(
         with_own: a centroid for each sample.
     """
     z, w = rows(num_rows, dim, 0, operands), rows(size, dim, 1, operands)
-    unit, z = length is None, z * (length or 1.0)
     slots, present = slots_of(num_rows, size), None
+    if num_rows > 1 and size > 1:  # as wrong as can be: the largest of all logits
+        z[0], slots[0] = w[-1], 0
+    unit, z = length is None, z * (length or 1.0)
     if gaps:
         present = torch.zeros(size, dtype=torch.bool, device=DEVICE)
         present[slots] = True
@@ -144,10 +147,89 @@ def test_odd_shapes(num_rows: int, size: int, dim: int) -> None:
         {"with_own": True},
         {"gaps": True, "with_own": True, "length": 0.25},
         {"length": 8.0},
-        {"temperature": 0.02, "epsilon": 0.01},
+        {"temperature": 0.05},
+        {"temperature": 0.01, "epsilon": 0.005},
         {"temperature": 1.5, "epsilon": 0.0},
     ],
     ids=str,
 )
 def test_every_dtype_and_option(operands: torch.dtype, case: dict) -> None:
     check_sweep(37, 70, 24, operands, **case)
+
+
+@pytest.mark.parametrize("operands", [torch.bfloat16, torch.float16])
+def test_the_own_class_is_not_rounded(operands: torch.dtype) -> None:
+    """Rows that the operands cannot express: others' logits move by two roundings, at most."""
+    z, w, slots = rows(40, 24, 0), rows(30, 24, 1), slots_of(40, 30)
+    z = F.normalize(z + 3 * w[slots.flatten()], dim=1)
+    loss, terms, _ = fused.sweep(
+        z, w, None, slots, None, None, 0.1, 0.02, True, False, True, operands
+    )
+    expected, expected_terms = sweep_by_equations(z, w, None, slots, None, None, 0.1, 0.02)
+    roundoff = torch.finfo(operands).eps / 2
+    # -log p = log(1 + sum of the others): relative to their share of the probability.
+    moved = 2 * roundoff / 0.1 * (1 - expected_terms[2]) + 1e-6
+    assert ((terms[1] - expected_terms[1]).abs() <= moved).all()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=4 * roundoff / 0.1)
+
+
+@pytest.mark.parametrize("operands", fused.DTYPES)
+def test_confident_rows_keep_their_gradient(operands: torch.dtype) -> None:
+    """p = 1 to the last digit of float32: what is left of the gradient is right, and is not 0."""
+    z = torch.eye(8, device=DEVICE)
+    w = F.normalize(z - 0.25, dim=1).to(operands).float()
+    slots = torch.arange(8, device=DEVICE).unsqueeze(1)
+    table = (slots, None, None, 0.05, 0.0)
+    _, terms, gradient = fused.sweep(z, w, None, *table, True, True, True, operands)
+    exact = z.double().requires_grad_()
+    expected, expected_terms = sweep_by_equations(exact, w.double(), None, *table)
+    (wanted,) = torch.autograd.grad(expected.sum(), exact)
+    wanted = wanted - (wanted * exact.detach()).sum(1, keepdim=True) * exact.detach()
+    assert terms[2].eq(1).all()
+    torch.testing.assert_close(terms, expected_terms.float(), rtol=1e-5, atol=2e-6)
+    roundoff = max(torch.finfo(operands).eps, 2 * EPS / 0.05)  # of weights, and of logits
+    size = float(wanted.abs().max())
+    assert 1e-12 < size < 1e-6
+    torch.testing.assert_close(gradient, wanted.float(), rtol=roundoff, atol=roundoff * size)
+
+
+def test_forward_alone_and_tensors_of_any_layout() -> None:
+    z, w, slots, own = rows(20, 8, 0), rows(6, 8, 1), slots_of(20, 6), rows(20, 8, 3)
+    rest = (None, 0.1, 0.02, True)
+    present = torch.ones(6, dtype=torch.bool, device=DEVICE)
+
+    def strided(x: Tensor) -> Tensor:
+        return torch.stack((x, x), dim=-1)[..., 0]
+
+    expected = fused.sweep(z, w, present, slots, None, own, *rest[1:], True, True, torch.float32)
+    tensors = (strided(z), strided(w), strided(present), strided(slots), None, strided(own))
+    got = fused.sweep(*tensors, *rest[1:], True, True, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    loss, terms, nothing = fused.sweep(*tensors, *rest[1:], False, True, torch.float32)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(terms, expected[1])
+    assert nothing.numel() == 0
+    sums = [
+        fused.class_sums(x, y, 6) for x, y in ((z, slots[:, 0]), (tensors[0], tensors[3][:, 0]))
+    ]
+    assert torch.equal(*sums)
+
+
+@pytest.mark.parametrize("long_run", [8, 512])
+@pytest.mark.parametrize("sizes", [(0,), (1,), (0, 3, 0, 0), (64, 64), (63, 1, 0, 129), (1,) * 70])
+def test_class_sums(sizes: tuple[int, ...], long_run: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces that start and end anywhere; two runs give the same bits."""
+    monkeypatch.setattr(fused, "LONG_RUN", long_run)
+    slots = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    slots = slots[torch.randperm(len(slots), generator=torch.Generator().manual_seed(0))].to(DEVICE)
+    z = torch.randn(len(slots), 5, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    sums = fused.class_sums(z, slots, len(sizes))
+    expected = torch.zeros(len(sizes), 5, dtype=torch.float64, device=DEVICE)
+    expected.index_add_(0, slots, z.double())
+    torch.testing.assert_close(sums, expected.float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(fused.class_sums(z, slots, len(sizes)), sums)
+
+
+def test_importing_the_package_imports_no_triton() -> None:
+    program = "import sys, varcon_loss, varcon_loss.fused; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -31,18 +31,16 @@ class Tiles(NamedTuple):
     rows: int
     keys: int
     warps: int
-    stages: int
 
     def shared_bytes(
         self, dim: int, itemsize: int, capability: tuple[int, int], precision: str
     ) -> int:
         """What a block of threads needs at most: its rows, the prefetched keys, barriers."""
         width = max(16, _power_of_two(dim))
-        numbers = (self.rows + self.stages * self.keys) * width
-        if itemsize == 4 and width > 512 and precision == "tf32":
-            numbers *= 2  # as compiled, for every target
-        if capability[0] == 10:  # products read both operands, and weights, from there
-            numbers += self.rows * (width + self.keys)
+        in_matrix_units = itemsize == 2 or precision == "tf32"
+        numbers = (self.rows + (STAGES if in_matrix_units else 1) * self.keys) * width
+        if in_matrix_units and capability[0] == 10 and self.rows >= 64:
+            numbers += self.rows * (width + self.keys)  # products read all operands from there
         return numbers * itemsize + 1024
 
 
@@ -51,20 +49,21 @@ class Tiles(NamedTuple):
 # a multiprocessor, so that one computes exponentials while the other waits for its products.
 TILES = {
     2: {
-        64: Tiles(rows=64, keys=64, warps=4, stages=3),
-        128: Tiles(rows=64, keys=64, warps=4, stages=2),
-        256: Tiles(rows=64, keys=64, warps=8, stages=2),
-        512: Tiles(rows=32, keys=32, warps=8, stages=2),
-        1024: Tiles(rows=16, keys=16, warps=8, stages=2),
+        64: Tiles(rows=64, keys=64, warps=4),
+        128: Tiles(rows=64, keys=64, warps=4),
+        256: Tiles(rows=64, keys=64, warps=8),
+        512: Tiles(rows=32, keys=32, warps=8),
+        1024: Tiles(rows=16, keys=16, warps=8),
     },
     4: {
-        64: Tiles(rows=64, keys=32, warps=8, stages=2),
-        128: Tiles(rows=32, keys=16, warps=8, stages=2),
-        256: Tiles(rows=32, keys=16, warps=8, stages=2),
-        512: Tiles(rows=16, keys=16, warps=8, stages=2),
-        1024: Tiles(rows=16, keys=16, warps=8, stages=1),
+        64: Tiles(rows=64, keys=32, warps=8),
+        128: Tiles(rows=32, keys=16, warps=8),
+        256: Tiles(rows=32, keys=16, warps=8),
+        512: Tiles(rows=16, keys=16, warps=8),
+        1024: Tiles(rows=16, keys=16, warps=8),
     },
 }
+STAGES = 2  # tiles of keys in flight
 
 
 def choose_tiles(dim: int, itemsize: int) -> Tiles:
@@ -213,7 +212,7 @@ def sweep(
         # Triton's interpreter multiplies bfloat16 as if its bits were integers.
         UPCAST=z.device.type == "cpu",
         num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        num_stages=STAGES,
     )
     return loss, terms, gradient
 

@@ -80,7 +80,7 @@ def sweep_kernel(
 
         dL/dz = (a p-weighted sum of others + dL/du_y w_y - q_other sum_{k != y} w_k) / tau1
 
-    Args:
+    Tensors:
         z_ptr: ``[N, D]`` rows, float32.
         w_ptr: ``[S, D]`` centroids, float32.
         keys_ptr: ``[S, D]`` the same in the dtype that the matrix units multiply.
