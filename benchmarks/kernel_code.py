@@ -3,6 +3,7 @@
 Triton compiles for a named target anywhere; what is read here is the machine code.
 """
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -55,21 +56,20 @@ def command(
     from benchmarks.common.terminal import console, written
 
     rows = []
-    for dtype, precision in MODES:
-        for dim in WIDTHS:
-            for target in TARGETS:
-                if fits(DTYPES[dtype], dim, target, precision):  # else `fused.why_not` refuses
-                    rows.append(compile_sweep(DTYPES[dtype], dim, target, precision)._asdict())
-                    console.print(rows[-1])
+    for mode, dim, target in itertools.product(MODES, WIDTHS, TARGETS):
+        named = {"dtype": mode[0], "precision": mode[1], "dim": dim, "target": f"sm_{target}"}
+        if most_shared(named) <= SHARED_KIB[target] * 1024:  # else `fused.why_not` refuses
+            rows.append(compile_sweep(DTYPES[mode[0]], dim, target, mode[1])._asdict())
+            console.print(rows[-1])
     path = results.save(TABLE.stem, rows, results.environment(), out)
     written(path, path.with_suffix(".csv"))
 
 
-def fits(dtype: torch.dtype, dim: int, target: int, precision: str) -> bool:
-    """Whether a block of threads on ``target`` can have the shared memory that it needs."""
-    tiles = fused.choose_tiles(dim, dtype.itemsize)
-    needed = tiles.shared_bytes(dim, dtype.itemsize, divmod(target, 10), precision)
-    return needed <= SHARED_KIB[target] * 1024
+def most_shared(row: dict[str, Any]) -> int:
+    """Bytes of shared memory that `fused.why_not` goes by; ``row`` as in the table."""
+    itemsize, capability = DTYPES[row["dtype"]].itemsize, divmod(int(row["target"][3:]), 10)
+    tiles = fused.choose_tiles(row["dim"], itemsize)
+    return tiles.shared_bytes(row["dim"], itemsize, capability, row["precision"])
 
 
 def compile_sweep(

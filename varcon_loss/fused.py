@@ -35,18 +35,20 @@ class Tiles(NamedTuple):
     def shared_bytes(
         self, dim: int, itemsize: int, capability: tuple[int, int], precision: str
     ) -> int:
-        """What a block of threads needs at most: its rows, the prefetched keys, barriers."""
+        """What a block of threads needs at most: its rows, tiles of keys, and barriers."""
         width = max(16, _power_of_two(dim))
-        in_matrix_units = itemsize == 2 or precision == "tf32"
-        numbers = (self.rows + (STAGES if in_matrix_units else 1) * self.keys) * width
-        if in_matrix_units and capability[0] == 10 and self.rows >= 64:
-            numbers += self.rows * (width + self.keys)  # products read all operands from there
+        if itemsize == 4 and precision == "ieee":
+            numbers = (self.rows + self.keys) * width + self.rows * self.keys
+        else:  # matrix units, which those of 10.x feed from there alone
+            numbers = (self.rows + STAGES * self.keys) * width
+            if capability[0] == 10 and self.rows >= 64:
+                numbers += self.rows * width
         return numbers * itemsize + 1024
 
 
 # By bytes of an operand, and width up to which. `benchmarks/kernel_code.py` shows what the compiler
-# makes of them: no loop spills registers, on any device, and up to a width of 128 two blocks share
-# a multiprocessor, so that one computes exponentials while the other waits for its products.
+# makes of them: no loop spills registers, on any device, and half operands up to a width of 128 let
+# two blocks share a multiprocessor: one computes exponentials while the other waits for products.
 TILES = {
     2: {
         64: Tiles(rows=64, keys=64, warps=4),
