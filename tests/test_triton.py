@@ -21,7 +21,6 @@ from varcon_loss.equations import sweep_by_equations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 2.0**-23
-FLOAT32 = {"rtol": 2e-5, "atol": 2e-6}
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +174,7 @@ def test_the_own_class_is_not_rounded(operands: torch.dtype) -> None:
 
 @pytest.mark.parametrize("operands", fused.DTYPES)
 def test_confident_rows_keep_their_gradient(operands: torch.dtype) -> None:
-    """p = 1 to the last digit of float32: what is left of the gradient is right, and is not 0."""
+    """Confidence 1 to the last digit of float32: what is left of the gradient is right."""
     z = torch.eye(8, device=DEVICE)
     w = F.normalize(z - 0.25, dim=1).to(operands).float()
     slots = torch.arange(8, device=DEVICE).unsqueeze(1)
@@ -205,10 +204,9 @@ def test_forward_alone_and_tensors_of_any_layout() -> None:
     tensors = (strided(z), strided(w), strided(present), strided(slots), None, strided(own))
     got = fused.sweep(*tensors, *rest[1:], True, True, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    loss, terms, nothing = fused.sweep(*tensors, *rest[1:], False, True, torch.float32)
+    loss, terms, gradient = fused.sweep(*tensors, *rest[1:], False, False, torch.float32)
     assert torch.equal(loss, expected[0])
-    assert torch.equal(terms, expected[1])
-    assert nothing.numel() == 0
+    assert (terms.shape, gradient.shape) == ((4, 0), (0,))
     sums = [
         fused.class_sums(x, y, 6) for x, y in ((z, slots[:, 0]), (tensors[0], tensors[3][:, 0]))
     ]
@@ -233,3 +231,114 @@ def test_class_sums(sizes: tuple[int, ...], long_run: int, monkeypatch: pytest.M
 def test_importing_the_package_imports_no_triton() -> None:
     program = "import sys, varcon_loss, varcon_loss.fused; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def batch(
+    num_rows: int, num_classes: int, dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(num_rows, dim, generator=generator) * 3
+    labels = torch.randint(num_classes, (num_rows,), generator=generator)
+    return features.to(DEVICE, dtype), labels.to(DEVICE)
+
+
+def compare(features: Tensor, labels: Tensor, **options: Any) -> None:
+    """What a user gets from the kernels and from the equations, under a random upstream."""
+    results, inputs = [], {k: options.pop(k) for k in list(options) if k.startswith("ref_")}
+    for impl in ("reference", "triton"):
+        anchors = features.clone().requires_grad_()
+        criterion = VarConLoss(**options, impl=impl).to(DEVICE)
+        for _ in range(2 if "feature_dim" in options else 1):
+            terms = criterion.terms(anchors, labels, **inputs)
+        assert terms.impl == impl
+        generator = torch.Generator().manual_seed(1)
+        upstream = torch.randn(terms.reduced.shape, generator=generator).to(DEVICE)
+        (gradient,) = torch.autograd.grad(terms.reduced, anchors, upstream)
+        assert gradient.dtype == features.dtype
+        results.append([*terms[:-1], gradient])
+    for expected, got in zip(*results, strict=True):
+        size = float(expected.abs().max().clamp_min(1)) if expected.is_floating_point() else 1.0
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-6 * size)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_classes": 40},
+        {"ignore_index": 3, "weight": torch.linspace(0, 2, 12)},
+        {"leave_one_out": True},
+        {"leave_one_out": True, "num_classes": 15},
+        {"normalize": False, "reduction": "sum"},
+        {"reduction": "none", "temperature": 0.02, "epsilon": 0.01},
+        {"num_classes": 14, "feature_dim": 20, "centroid_momentum": 0.9},
+    ],
+    ids=str,
+)
+def test_options(options: dict) -> None:
+    features, labels = batch(50, 12, 20)
+    if not options.get("normalize", True):
+        features = features / 10
+    compare(features, labels, **options)
+
+
+def test_reference_sets_views_and_strides() -> None:
+    features, labels = batch(20, 4, 24)
+    compare(features, labels, ref_features=2 * features.flip(0), ref_labels=labels.flip(0))
+    compare(features.view(20, 2, 12), labels)
+    compare(features.T.contiguous().T, labels.repeat_interleave(2)[::2])
+
+
+@pytest.mark.parametrize("num_classes", [3, None])
+def test_as_on_a_gpu(num_classes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where values may not be looked at: bad labels are NaN, and the rest as ever."""
+    blind.look_at_nothing(monkeypatch.setattr)
+    features, labels = batch(20, 3, 8)
+    labels[3] = -100
+    compare(features, labels, num_classes=num_classes)
+    compare(features, labels, num_classes=num_classes, leave_one_out=True)
+    if num_classes is None:
+        return
+    labels[5] = 2**40
+    terms = varcon_terms(features.requires_grad_(), labels, num_classes=3, impl="triton")
+    (gradient,) = torch.autograd.grad(terms.reduced, features)
+    assert terms.reduced.isnan()
+    assert terms.loss.isnan().nonzero().flatten().tolist() == [5]
+    assert gradient[5].eq(0).all()
+    assert gradient.isfinite().all()
+
+
+def test_second_derivatives_are_those_of_the_equations() -> None:
+    features, labels = batch(13, 4, 8)
+    labels[::4] = -100
+    found = []
+    for impl in ("reference", "triton"):
+        anchors = features.clone().requires_grad_()
+        loss = varcon_loss(anchors, labels, 0.5, epsilon=0.2, impl=impl)
+        (gradient,) = torch.autograd.grad(loss, anchors, create_graph=True)
+        found.append(torch.autograd.grad(loss + gradient.square().sum(), anchors)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("num_classes", [5, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_as_one_graph(num_classes: int | None, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    criterion = VarConLoss(num_classes=num_classes, impl="triton")
+    compiled = torch.compile(criterion, fullgraph=num_classes is not None, backend="aot_eager")
+    features, labels = batch(24, 5, 16, dtype)
+    features.requires_grad_()
+    expected, got = criterion(features, labels), compiled(features, labels)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, features), torch.autograd.grad(expected, features)
+    )
+
+
+def test_float64_is_an_error_and_wide_rows_too() -> None:
+    labels = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="float64"):
+        varcon_loss(torch.ones(4, 3, device=DEVICE).double(), labels, impl="triton")
+    wide = torch.ones(4, fused.LARGEST_DIM + 1, device=DEVICE)
+    with pytest.raises(ValueError, match="width 1025"):
+        varcon_loss(wide, labels, impl="triton")
+    assert varcon_terms(wide, labels).impl == "eager"

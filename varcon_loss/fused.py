@@ -167,11 +167,10 @@ def sweep(
     need_terms: bool,
     operands: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss ``[N]``, terms ``[4, N]``, gradient ``[N, D]`` (or ``[0]``), as `sweep.sweep`.
+    """As `sweep.sweep`, for integer labels.
 
     The products multiply ``z`` and ``w`` rounded to ``operands``. The logit of the own class and
-    the sum of all logits are computed from float32. The terms cost a kernel nothing:
-    ``need_terms`` changes nothing.
+    the sum of all logits are computed from float32.
     """
     from varcon_loss import kernels
 
@@ -216,7 +215,7 @@ def sweep(
         num_warps=tiles.warps,
         num_stages=STAGES,
     )
-    return loss, terms, gradient
+    return loss, terms if need_terms else terms.new_empty(4, 0), gradient
 
 
 def float32_precision() -> str:
