@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from benchmarks import gpu_proof
 from benchmarks.gpu_proof import EAGER, OURS, Row
+from varcon_loss.proven import Proof
 
 if torch.cuda.is_available():
     pytest.skip("there is a GPU: run the proof itself", allow_module_level=True)
@@ -112,6 +113,43 @@ def test_the_verdict() -> None:
     assert gpu_proof.verdict(content) == "right, but slower than eager in every dtype"
     content["checks"]["memcheck"]["outcome"] = "compute-sanitizer is not installed"
     assert gpu_proof.verdict(content) == "not proven: memcheck did not pass"
+
+
+FLAWS = (
+    "a failed check", "a check left out", "no rows", "slower than eager", "not run", "other device",
+    "other Triton", "other dtype", "too wide", "no file",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("flaw", [None, *FLAWS])
+def test_what_a_default_may_rest_on(flaw: str | None, tmp_path: Path) -> None:
+    proof = Proof((9, 0), torch.bfloat16, (128, 512), "3.6", "gpu-proof-h100")
+    content = content_of()
+    checks, rows = content["checks"], content["rows"]
+    if flaw == "a failed check":
+        checks["tests"]["outcome"] = "failed (1): 1 failed"
+    if flaw == "a check left out":
+        checks.pop("memcheck")
+    if flaw == "no rows":
+        rows.clear()
+    if flaw == "slower than eager":
+        rows[0]["seconds"] = 1.6
+    if flaw == "not run":
+        rows[0]["seconds"] = None
+    changed = {
+        "other device": {"capability": (8, 9)},
+        "other Triton": {"triton": "3.7"},
+        "other dtype": {"dtype": torch.float16},
+        "too wide": {"widths": (128, 1024)},
+        "no file": {"results": "gpu-proof-l4"},
+    }
+    proof = proof._replace(**changed.get(str(flaw), {}))
+    (tmp_path / "gpu-proof-h100.json").write_text(json.dumps(content))
+    if flaw == "no file":
+        with pytest.raises(FileNotFoundError):
+            gpu_proof.supports(proof, tmp_path)
+    else:
+        assert gpu_proof.supports(proof, tmp_path) == (flaw is None)
 
 
 def test_the_report_has_the_table_and_the_verdict(tmp_path: Path) -> None:
