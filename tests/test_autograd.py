@@ -116,7 +116,7 @@ def test_finite_differences_of_the_gradient(impl: str, make_batch: MakeBatch) ->
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         return varcon_loss(
-            x, labels, 0.5, 0.2, impl=impl, reduction="none",
+            x, labels, 0.5, epsilon=0.2, impl=impl, reduction="none",
             ref_features=ref_features.detach(), ref_labels=ref_labels,
         )  # fmt: skip
 
@@ -312,7 +312,7 @@ def test_forward_mode_by_the_equations(kind: str, options: dict) -> None:
         given = reference if kind == "reference set" else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # no gradient goes to the reference set
-            return varcon_loss(x, labels, 0.3, 0.1, impl="reference", **options, **given)
+            return varcon_loss(x, labels, 0.3, epsilon=0.1, impl="reference", **options, **given)
 
     (gradient,) = torch.autograd.grad(loss(leaf := features.clone().requires_grad_()), leaf)
     slope = torch.func.jvp(loss, (features,), (direction,))[1]

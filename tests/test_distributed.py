@@ -680,7 +680,7 @@ def test_join_is_refused() -> None:
 
 def sums_on_rank(rank: int, world_size: int) -> dict[str, list[str]]:
     """Which kernels are launched where ranks gather class sums, by implementation."""
-    from varcon_loss.sweeps import fused
+    from varcon_loss import fused
 
     launched: list[str] = []
     plain = fused._launch

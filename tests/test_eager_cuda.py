@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests import blind
 from varcon_loss import VarConLoss
-from varcon_loss.sweeps import chunks
+from varcon_loss import sweep as chunks
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -18,7 +18,7 @@ from varcon_loss.classes import Centroids, unit_centroids
 from varcon_loss.rows import Rows, Swept
 from varcon_loss.samples import Samples, to_unit
 from varcon_loss.soft_labels import SoftLabels, class_masses, in_slots, soft_sums
-from varcon_loss.sweeps import chunks, products
+from varcon_loss import sweep as chunks, products
 from varcon_loss.sweeps.expectation import sweep_soft_labels
 from varcon_loss.sweeps.expectation_reference import expected_loss_by_equations
 

@@ -27,7 +27,7 @@ def test_agrees_with_the_authors(case: dict, known_classes: bool, impl: str) -> 
         features,
         golden["labels"],
         case["temperature"],
-        case["epsilon"],
+        epsilon=case["epsilon"],
         normalize=False,  # the authors' gradient does not go through a normalisation
         num_classes=int(golden["labels"].max()) + 1 if known_classes else None,
         impl=impl,

@@ -17,18 +17,16 @@ from varcon_loss import (
     VarConLoss,
     VarConTerms,
     checks,
-    implementations,
     varcon_terms,
 )
-from varcon_loss.rows import TENSORS, rows_of
 
 
 def test_module_and_function_are_the_same(make_batch: MakeBatch) -> None:
     features, labels = make_batch()
     options = {"leave_one_out": True, "weight": torch.rand(5), "reduction": "sum"}
-    criterion = VarConLoss(0.2, 0.05, **options)
+    criterion = VarConLoss(0.2, epsilon=0.05, **options)
     assert torch.equal(
-        criterion(features, labels), varcon_terms(features, labels, 0.2, 0.05, **options).reduced
+        criterion(features, labels), varcon_terms(features, labels, 0.2, epsilon=0.05, **options).reduced
     )
     terms = criterion.terms(features, labels)
     assert isinstance(terms, VarConTerms)
@@ -40,7 +38,7 @@ def test_module_and_function_are_the_same(make_batch: MakeBatch) -> None:
 @pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 3.0, 1.0, 1.0])])
 def test_pickles_copies_and_state(weight: torch.Tensor | None, make_batch: MakeBatch) -> None:
     features, labels = make_batch()
-    criterion = VarConLoss(0.3, 0.1, weight=weight, impl="eager", ignore_index=None)
+    criterion = VarConLoss(0.3, epsilon=0.1, weight=weight, impl="eager", ignore_index=None)
     expected = criterion(features, labels)
     for twin in (pickle.loads(pickle.dumps(criterion)), copy.deepcopy(criterion)):
         assert torch.equal(twin(features, labels), expected)
@@ -53,7 +51,7 @@ def test_pickles_copies_and_state(weight: torch.Tensor | None, make_batch: MakeB
 
 def test_repr_shows_what_was_chosen() -> None:
     assert repr(VarConLoss()) == "VarConLoss(temperature=0.1, epsilon=0.02)"
-    text = repr(VarConLoss(0.2, 0.0, weight=torch.ones(3), leave_one_out=True, reduction="sum"))
+    text = repr(VarConLoss(0.2, epsilon=0.0, weight=torch.ones(3), leave_one_out=True, reduction="sum"))
     for part in (
         "temperature=0.2",
         "num_classes=3",
@@ -150,9 +148,9 @@ def test_numbers_of_numpy(make_batch: MakeBatch) -> None:
     torch.testing.assert_close(compiled(features, labels), expected(features, labels))
     assert torch.equal(
         varcon_loss.varcon_loss(
-            features, labels, np.float32(0.25), np.float64(0.0625), num_classes=np.uint8(8)
+            features, labels, np.float32(0.25), epsilon=np.float64(0.0625), num_classes=np.uint8(8)
         ),
-        varcon_loss.varcon_loss(features, labels, 0.25, 0.0625, num_classes=8),
+        varcon_loss.varcon_loss(features, labels, 0.25, epsilon=0.0625, num_classes=8),
     )
     got.temperature = np.float64(0.5)  # a schedule
     expected.temperature = Fraction(1, 2)

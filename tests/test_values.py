@@ -67,7 +67,7 @@ def test_every_option_against_scalar_loops(
         features,
         labels,
         temperature,
-        share * temperature,
+        epsilon=share * temperature,
         num_classes=num_classes + 3 if known else None,
         impl=impl,
         **options,
@@ -99,7 +99,7 @@ def test_against_high_precision() -> None:
     kl = (1 / normaliser) * (-mpmath.log(normaliser) + nll)
     kl += 2 * (scale / normaliser) * (mpmath.log(scale / normaliser) - log_p_other)
     for impl in IMPLEMENTATIONS:
-        terms = varcon_terms(features, labels, temperature, epsilon, impl=impl)
+        terms = varcon_terms(features, labels, temperature, epsilon=epsilon, impl=impl)
         # log_softmax, which the reference reads from the paper, rounds nll to a multiple of 1e-16.
         exact = impl != "reference"
         assert float(terms.nll[0]) == pytest.approx(
@@ -135,7 +135,7 @@ def test_gradient_matches_finite_differences(impl: str, make_batch: MakeBatch) -
     for normalize in (True, False):
         for temperature, epsilon in ((0.1, 0.02), (0.7, 0.6), (0.5, 0.0)):
             criterion = VarConLoss(
-                temperature, epsilon, normalize=normalize, reduction="none", impl=impl
+                temperature, epsilon=epsilon, normalize=normalize, reduction="none", impl=impl
             )
 
             def losses(x: Tensor, criterion: VarConLoss = criterion) -> Tensor:
@@ -178,7 +178,7 @@ def test_closed_form_gradient_equals_autograd_of_the_equations(
     for impl in IMPLEMENTATIONS:
         x = features.clone().requires_grad_()
         losses = varcon_loss(
-            x, labels, temperature, share * temperature, reduction="none", impl=impl, **options
+            x, labels, temperature, epsilon=share * temperature, reduction="none", impl=impl, **options
         )
         losses.backward(upstream)
         assert x.grad is not None
@@ -227,7 +227,7 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, make_batch: MakeBat
     features, labels = make_batch(1000, 17)
     results = []
     for budget in (1, 2**30):
-        monkeypatch.setattr("varcon_loss.sweeps.chunks.CHUNK_CPU", budget)
+        monkeypatch.setattr("varcon_loss.sweep.CHUNK_CPU", budget)
         features.grad = None
         terms = varcon_terms(features, labels, impl="eager")
         terms.reduced.backward()
@@ -260,7 +260,7 @@ def test_large_logits_without_normalisation(impl: str) -> None:
 def test_tiny_temperature(impl: str, make_batch: MakeBatch) -> None:
     """exp(1 / tau2) would overflow float32 by far."""
     features, labels = make_batch(30, 5, dtype=torch.float32)
-    terms = varcon_terms(features, labels, 1e-3, 5e-4, impl=impl)
+    terms = varcon_terms(features, labels, 1e-3, epsilon=5e-4, impl=impl)
     terms.reduced.backward()
     assert features.grad is not None
     assert terms.loss.isfinite().all()

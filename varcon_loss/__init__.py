@@ -1,9 +1,8 @@
 """VarCon: variational supervised contrastive learning (arXiv 2506.07413) as a PyTorch loss."""
 
-from varcon_loss.functional import varcon_loss, varcon_terms
 from varcon_loss.heads import ProjectionHead
+from varcon_loss.loss import VarConTerms, varcon_loss, varcon_terms
 from varcon_loss.module import VarConLoss
-from varcon_loss.reduction import VarConTerms
 
 __version__ = "0.1.0"
 __all__ = [

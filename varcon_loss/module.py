@@ -1,5 +1,7 @@
 """The loss as a module."""
 
+import copy
+import weakref
 from collections.abc import Callable
 from typing import Any, Never
 
@@ -7,20 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from varcon_loss import checks
-from varcon_loss.distributed import Plans, several_ranks
-from varcon_loss.functional import checked_call, evaluate
-from varcon_loss.memory import (
-    CentroidMemory,
-    Prediction,
-    can_be_remembered,
-    lengthened,
-    predict,
+from varcon_loss.centroids import unit
+from varcon_loss.loss import (
+    FUNCTION_OPTIONS,
+    Options,
+    Scored,
+    VarConTerms,
+    evaluate,
+    flatten_views,
+    loss_of,
+    terms_of,
 )
-from varcon_loss.norms import directions
-from varcon_loss.options import Options, check_options
+from varcon_loss.memory import Prediction, predict
+from varcon_loss.ranks import group_of, several_ranks, size_of
 from varcon_loss.readable import values_may_be_read, without_autocast
-from varcon_loss.reduction import VarConTerms
-from varcon_loss.samples import are_soft, flatten_views, shape_of_samples
+
+OF_MEMORY = ("feature_dim", "centroid_momentum")
 
 
 class VarConLoss(nn.Module):
@@ -52,18 +56,17 @@ class VarConLoss(nn.Module):
             while its class still counts among the others.
         process_group: ``"world"`` or a `torch.distributed.ProcessGroup`: centroids over all its
             ranks. Ranks exchange class sums and counts, never embeddings, in one collective a step
-            (two without ``num_classes``) and none in backward. The call returns
+            (two without ``num_classes``) and none in backward; at their first step they compare
+            their options. The call returns
             ``W * local sum / global weight`` (``"sum"``: ``W * local sum``), ``W`` the number of
             ranks, so that its mean over ranks is the loss of the concatenated batch, and DDP's or
             FSDP's averaging makes the gradient exact. ``"none"`` and the per-sample terms are
             local and unscaled. Ranks exchange in training steps only: in eval mode, or without
             gradients, each rank evaluates its own batch by itself, with its own centroids (or the
-            memory) and a plain local mean, so that one rank alone may validate. Every rank must
-            take the same number of training steps: one that stops early leaves the others waiting
-            until their group's timeout. ``"world"`` is looked up at each call (without
+            memory) and a plain local mean, so that one rank alone may validate; the backward of
+            such a loss is an error. Every rank must take the same number of training steps: one
+            that stops early leaves the others waiting until their group's timeout. ``"world"`` is looked up at each call (without
             initialised processes it means this one alone), so the module can be pickled.
-        exchange: ``"all-reduce"`` (a table of all classes), ``"all-gather"`` (rows of the classes
-            each rank holds) or ``"auto"``: the smaller, chosen by all ranks at their first step.
         impl: ``"eager"`` (one pass, any device), ``"triton"`` (fused kernels for CUDA devices; not
             for float64, nor rows wider than 1,024), ``"auto"`` (``"triton"`` where a proof on such
             a device is in the repository, none yet; else ``"eager"``) or ``"reference"`` (the
@@ -71,7 +74,8 @@ class VarConLoss(nn.Module):
             equations whichever is chosen.
         feature_dim: width ``D`` of the embeddings; ``centroid_momentum`` needs it, nothing else.
         centroid_momentum: an extension of the paper, for many classes in small batches: remember
-            one centroid a class (``centroid_memory``, a float32 buffer ``[num_classes, D]``).
+            one centroid a class (``centroid_memory``, a float32 buffer ``[num_classes, D]``; a row
+            of zeros is a class not seen, and rows are made unit when they are read).
             In training mode with gradients enabled each call first moves the centroids of the
             classes present, ``w <- unit(m w + (1 - m) mean)``, a class seen first takes its mean;
             the softmax then runs over every class seen so far. In eval mode or without gradients
@@ -86,7 +90,7 @@ class VarConLoss(nn.Module):
         features: ``[N, D]``, or ``[B, V, ...]`` for ``V`` views of each sample (trailing dimensions
         are flattened), float16, bfloat16, float32 or float64, with or without autocast.
         labels: ``[N]`` or ``[B]``, any integer dtype but uint64, on the same device; or class
-            probabilities ``[N, C]`` or ``[B, C]``, any float dtype, at least 0 (an extension of the
+            probabilities ``[N, C]`` or ``[B, C]``, any float dtype, 0 to 1 (an extension of the
             paper: the loss is its expectation under them, and each sample counts for the centroids
             by its shares). A row of zeros takes no part; the mean divides by the rows that do, or
             by the weights of their shares.
@@ -108,13 +112,12 @@ class VarConLoss(nn.Module):
 
     weight: Tensor | None
     centroid_memory: Tensor | None
-    centroid_seen: Tensor | None
 
     def __init__(
         self,
         temperature: float = 0.1,
+        *positional: Never,
         epsilon: float = 0.02,
-        *,
         num_classes: int | None = None,
         normalize: bool = True,
         reduction: str = "mean",
@@ -122,28 +125,20 @@ class VarConLoss(nn.Module):
         weight: Tensor | None = None,
         leave_one_out: bool = False,
         process_group: object | None = None,
-        exchange: str = "auto",
         impl: str = "auto",
         feature_dim: int | None = None,
         centroid_momentum: float | None = None,
         **unknown: Never,
     ) -> None:
         super().__init__()
+        if positional:
+            checks.refuse_positional_options("VarConLoss", positional)
         if unknown:
-            checks.refuse_unknown("VarConLoss", unknown, (*Options._fields, *_OF_MEMORY))
-        options = check_options(
-            temperature=temperature,
-            epsilon=epsilon,
-            num_classes=num_classes,
-            normalize=normalize,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            weight=weight,
-            leave_one_out=leave_one_out,
-            process_group=process_group,
-            exchange=exchange,
-            impl=impl,
-        )
+            known = (*FUNCTION_OPTIONS, *OF_MEMORY)
+            checks.refuse_unknown("VarConLoss", unknown, known, temperature)
+        self.temperature, self.epsilon = temperature, epsilon
+        checks.check_temperatures(self.temperature, self.epsilon)
+        checks.option("weight", weight)
         checks.warn_of_no_gradient("weight", weight, "class weights are constants of the loss")
         checks.check_weight_values(weight)
         if weight is not None and weight.is_meta:
@@ -152,37 +147,27 @@ class VarConLoss(nn.Module):
                 "criterion.weight, before the first call",
             )
         self.register_buffer("weight", None if weight is None else weight.detach().clone())
-        for name, value in options._asdict().items():
-            if name != "weight":
-                setattr(self, name, value)
-
-        self.feature_dim, self.centroid_momentum = checks.check_memory_options(
-            self.num_classes, feature_dim, centroid_momentum, self.leave_one_out
+        self.num_classes = checks.num_classes_of(checks.option("num_classes", num_classes), weight)
+        self.normalize, self.reduction, self.ignore_index = normalize, reduction, ignore_index
+        self.leave_one_out, self.process_group, self.impl = leave_one_out, process_group, impl
+        self.feature_dim = feature_dim
+        momentum = checks.check_memory_options(
+            self.num_classes, self.feature_dim, centroid_momentum, self.leave_one_out
         )
-        remembers = centroid_momentum is not None
-        shape = (self.num_classes or 0, feature_dim or 0)
-        # Small steps towards each batch are lost in half precision: float32 whatever the default.
-        self.register_buffer(
-            "centroid_memory", torch.zeros(shape, dtype=torch.float32) if remembers else None
-        )
-        self.register_buffer(
-            "centroid_seen", torch.zeros(shape[0], dtype=torch.float32) if remembers else None
-        )
-        self._awaited: str | None = None  # of the two buffers, if a checkpoint had only the other
-        self._unfilled = False  # do buffers hold what an allocator left there?
-        self._plans = Plans()
-        self._surely_empty = True  # nothing can have filled the memory yet
-        # A few classes and their centroids, as the last training step left them.
-        self._memory_left: tuple[Tensor, Tensor] | None = None
-        # Of the memory's buffer, as made or as a training step left it.
-        self._version_left = _version(self.centroid_memory)
-        self._memory_checked = self._warned_of_ranks = False
+        memory = None
+        if momentum is not None:
+            # Small steps towards each batch are lost in half precision: float32 always.
+            memory = torch.zeros(self.num_classes or 0, feature_dim or 0, dtype=torch.float32)
+        self.register_buffer("centroid_memory", memory)
+        self.centroid_momentum = momentum
+        self._exchanges = weakref.WeakKeyDictionary()  # agreed on with other ranks, by group
+        self._warned = False  # of ranks that remember by themselves
 
     def forward(
         self,
         features: Tensor,
         labels: Tensor | None = None,
-        *,
+        *positional: Never,
         ref_features: Tensor | None = None,
         ref_labels: Tensor | None = None,
         **unknown: Never,
@@ -193,31 +178,33 @@ class VarConLoss(nn.Module):
             features: ``[N, D]`` or ``[B, V, ...]``.
             labels: ``[N]`` or ``[B]`` integers, or class probabilities ``[N, C]`` or ``[B, C]``;
                 required.
+            *positional: nothing, or a mask of None; what other losses take there is an error that
+                says what it becomes here.
             ref_features: ``[M, D]`` or with views; centroids come from these instead of
                 ``features``, and ``K`` counts their classes. No gradient flows to them: to train
                 two towers call the loss both ways.
             ref_labels: ``[M]`` integers or ``[M, C]``; must contain every label of ``labels``.
-            **unknown: nothing; what SupCon's call takes is refused with what it becomes here.
+            **unknown: nothing, or ``mask=None``; else an error that says what it becomes here.
         """
-        if unknown:
-            checks.refuse_unknown("the call", unknown, ("ref_features", "ref_labels"))
-        return self._evaluate(features, labels, ref_features, ref_labels, need_terms=False)[0]
+        if positional or unknown:
+            checks.refuse_arguments("the call", positional, unknown)
+        scored = self._evaluate(features, labels, ref_features, ref_labels, need_terms=False)
+        return loss_of(features, scored)
 
     def terms(
         self,
         features: Tensor,
         labels: Tensor | None = None,
-        *,
+        *positional: Never,
         ref_features: Tensor | None = None,
         ref_labels: Tensor | None = None,
         **unknown: Never,
     ) -> VarConTerms:
         """As the call, with the per-sample terms that one logs; the loss is ``.reduced``."""
-        if unknown:
-            checks.refuse_unknown("terms", unknown, ("ref_features", "ref_labels"))
-        _, terms = self._evaluate(features, labels, ref_features, ref_labels, need_terms=True)
-        assert terms is not None
-        return terms
+        if positional or unknown:
+            checks.refuse_arguments("terms", positional, unknown)
+        scored = self._evaluate(features, labels, ref_features, ref_labels, need_terms=True)
+        return terms_of(features, scored)
 
     def _evaluate(
         self,
@@ -227,31 +214,62 @@ class VarConLoss(nn.Module):
         ref_labels: Tensor | None,
         *,
         need_terms: bool,
-    ) -> tuple[Tensor, VarConTerms | None]:
-        call = checked_call(
-            self._options(),
-            find_memory=self._memory_of_this_call,
-            features=features,
-            labels=labels,
-            ref_features=ref_features,
-            ref_labels=ref_labels,
-            plans=self._plans,
+    ) -> Scored:
+        learns, memory = self.training and torch.is_grad_enabled(), None
+        if self.centroid_momentum is not None:
+            memory = self._memory()
+            self._warn_of_memory(memory, learns)
+        options = self._options(learns)
+        sets = (features, labels, ref_features, ref_labels)
+        scored = evaluate(*sets, options, memory, self._exchanges, need_terms=need_terms)
+        if not self.training:
+            self._watch_eval_mode(scored[0], None if memory is None else scored[3])
+        return scored
+
+    def _options(self, learns: bool) -> Options:
+        """Of a call; one that does not learn neither moves the memory nor exchanges."""
+        return Options(
+            self.temperature,
+            self.epsilon,
+            self.num_classes,
+            self.normalize,
+            self.reduction,
+            self.ignore_index,
+            self.weight,
+            self.leave_one_out,
+            self.process_group if learns else None,
+            self.impl,
+            self.centroid_momentum if learns else None,
         )
-        result = evaluate(call, need_terms=need_terms)
-        self._remember_step(call.memory, labels)
-        return result
 
     @property
     def centroids(self) -> Tensor:
         """Remembered centroids ``[C, D]``, float32, unit length; zero rows for classes not seen.
 
+        What is read is a copy: a write into it changes nothing. Assign to set them,
+        ``criterion.centroids = means``, rows of any length; zero rows forget their class.
+
         Raises:
             AttributeError: the loss was made without ``centroid_momentum``.
+            ValueError: what is assigned has another shape.
         """
         if self.centroid_momentum is None:
             raise AttributeError(_NO_MEMORY)
-        memory = self._require_memory()
-        return directions(memory.unit)
+        memory = self._memory()
+        return unit(memory, memory.dtype)[0]
+
+    def _set_centroids(self, means: Any) -> None:
+        if self.centroid_momentum is None:
+            raise AttributeError(_NO_MEMORY)
+        memory = self._memory()
+        if not isinstance(means, Tensor) or means.shape != memory.shape:
+            got = list(means.shape) if isinstance(means, Tensor) else type(means).__name__
+            raise ValueError(
+                f"centroids must be a tensor {list(memory.shape)}, [num_classes, feature_dim], "
+                f"got {got}: give a row for each class, zeros for a class not known"
+            )
+        with torch.no_grad():
+            memory.copy_(unit(means.detach(), torch.promote_types(means.dtype, memory.dtype))[0])
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Prediction:
@@ -270,11 +288,13 @@ class VarConLoss(nn.Module):
         """
         memory = self._require_memory()
         checks.check_features(features)
-        rows, shape = flatten_views(features), shape_of_samples(features)
-        checks.check_memory(rows, memory.unit)
-        self._warn_if_empty(memory)
-        with without_autocast(features):
-            found = predict(rows, memory, self.temperature, normalize=self.normalize)
+        rows, shape = flatten_views(features), features.shape[: 1 if features.ndim == 2 else 2]
+        checks.check_memory_fits(rows.shape[1], features, memory)
+        self._warn_of_memory(memory, learns=False)
+        with without_autocast(features.device.type):
+            dtype = torch.promote_types(features.dtype, memory.dtype)
+            z = unit(rows, dtype)[0] if self.normalize else rows.to(dtype)
+            found = predict(z, memory, self.temperature)
         return Prediction(label=found.label.view(shape), confidence=found.confidence.view(shape))
 
     @torch.no_grad()
@@ -284,12 +304,7 @@ class VarConLoss(nn.Module):
         Raises:
             RuntimeError: the loss was made without ``centroid_momentum``.
         """
-        self._unfilled, self._awaited = False, None
-        memory = self._require_memory()
-        memory.unit.zero_()
-        memory.seen.zero_()
-        self._surely_empty, self._memory_left = True, None
-        self._version_left = _version(memory.unit)
+        self._require_memory().zero_()
 
     def reset_parameters(self) -> None:
         """As in modules with weights, after `to_empty`: an empty memory, if there is one.
@@ -299,131 +314,56 @@ class VarConLoss(nn.Module):
         if self.centroid_momentum is not None:
             self.reset_memory()
 
-    def _options(self) -> dict[str, Any]:
-        """Of this call, by name, not checked."""
-        options = {name: getattr(self, name) for name in Options._fields}
-        if not self._learns():
-            options["process_group"] = None
-        return options
-
-    def _memory(self, *, update: bool) -> CentroidMemory | None:
+    def _require_memory(self) -> Tensor:
         if self.centroid_momentum is None:
-            return None
-        if self._awaited is not None:
-            raise RuntimeError(
-                f"the centroid memory was loaded in part, without {self._awaited}: load that too, "
-                "or call reset_memory()"
-            )
-        if self._unfilled and self._was_written():
-            self._look_at_memory()
-        if self._unfilled:
-            raise RuntimeError(
-                "the centroid memory was never filled, and holds what no training leaves there: "
-                "it was made on the meta device or by `empty`. Call reset_parameters() once the "
-                "model has its device (with transformers in _init_weights), or load a checkpoint "
-                "that has the memory"
-            )
-        self._keep_memory_wide()
-        assert self.centroid_memory is not None
-        assert self.centroid_seen is not None
-        return CentroidMemory(
-            unit=self.centroid_memory,
-            seen=self.centroid_seen,
-            momentum=self.centroid_momentum,
-            update=update,
-        )
+            raise RuntimeError(_NO_MEMORY)
+        return self._memory()
 
-    def _keep_memory_wide(self) -> None:
-        """Back to float32, which it moves in by small steps, from whatever cast it was given."""
-        for name in _MEMORY:
-            buffer = getattr(self, name)
-            if buffer is not None and buffer.dtype != torch.float32:
-                self._buffers[name] = buffer.float()
-
-    def _learns(self) -> bool:
-        """Does a call now move the memory, and take part in the exchange between ranks?"""
-        return self.training and torch.is_grad_enabled()
-
-    def _memory_of_this_call(self) -> CentroidMemory | None:
-        memory = self._memory(update=self._learns())
-        if memory is not None and not torch.compiler.is_compiling():
-            if not memory.update:
-                self._warn_if_empty(memory)
-            else:
-                if self.process_group is None and several_ranks():
-                    self._check_nobody_wrote(memory)
-                if self._was_written():  # averages of copies are shorter than 1
-                    with torch.no_grad():
-                        memory.unit.copy_(lengthened(memory.unit))
+    def _memory(self) -> Tensor:
+        """The buffer, in float32 whatever cast it was given."""
+        memory = self.centroid_memory
+        assert memory is not None
+        if memory.dtype != torch.float32:
+            memory = self._buffers["centroid_memory"] = memory.float()
         return memory
 
-    def _was_written(self) -> bool:
-        """Has anybody else written to the memory since it was made or a training step left it?"""
-        return not torch.compiler.is_compiling() and (
-            self._version_left is None or _version(self.centroid_memory) != self._version_left
-        )
-
-    def _remember_step(self, memory: CentroidMemory | None, labels: Tensor | None) -> None:
-        if memory is None or not memory.update:
-            return
-        self._surely_empty = False
+    def _warn_of_memory(self, memory: Tensor, learns: bool) -> None:
         if torch.compiler.is_compiling():
             return
-        self._version_left = _version(memory.unit)
-        if self.process_group is None and several_ranks():
-            assert labels is not None
-            labels = labels[:CLASSES_WATCHED]
-            labels = labels.argmax(1) if are_soft(labels) else labels
-            classes = labels.to(torch.int64).clamp(0, len(memory.seen) - 1)
-            self._memory_left = (classes, memory.unit.index_select(0, classes))
-
-    def _warn_if_empty(self, memory: CentroidMemory) -> None:
-        """Looks at the memory where that synchronises nothing."""
-        empty = self._surely_empty and not self._was_written()
-        if values_may_be_read(memory.seen):
-            empty = not bool(memory.seen.any())
-        if empty:
+        if learns and self.process_group is None and not self._warned and several_ranks():
+            self._warned = True
             checks.warn(
-                "the centroid memory is empty, since no training step has filled it yet: the loss "
-                "is 0, no sample takes part, and predict knows no class",
-            )
-
-    def _check_nobody_wrote(self, memory: CentroidMemory) -> None:
-        """Is the memory as the last training step left it? On a GPU asked once: it synchronises."""
-        if not self._warned_of_ranks:
-            self._warned_of_ranks = True
-            checks.warn(
-                "each rank remembers only the centroids of its own samples: give "
+                "each rank remembers only the centroids of its own samples, and DDP or Lightning "
+                "overwrite them by rank 0's where the loss is part of the wrapped model: give "
                 "process_group='world', and all ranks remember the same",
             )
-        if self._memory_left is None or (self._memory_checked and memory.unit.is_cuda):
-            return
-        if memory.unit.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        self._memory_checked = True
-        classes, left = self._memory_left
-        if classes.device == memory.unit.device and not torch.equal(memory.unit[classes], left):
-            raise RuntimeError(
-                "the centroid memory was written to between two training steps, and what this "
-                "rank had learned is gone: DDP and Lightning overwrite it by rank 0's where the "
-                "loss is part of the wrapped model. Give process_group='world', so that all ranks "
-                "remember the same, or keep the loss outside the wrapped model"
+        if not learns and values_may_be_read(memory) and float(torch.linalg.vector_norm(memory)) == 0:
+            mode = "" if self.training else " In eval mode it is only read: call train() to learn."
+            checks.warn(
+                "the centroid memory is empty, since no training step has filled it yet: the loss "
+                f"is 0, no sample takes part, and predict knows no class.{mode}",
             )
 
-    def _require_memory(self) -> CentroidMemory:
-        memory = self._memory(update=False)
-        if memory is None:
-            raise RuntimeError(_NO_MEMORY)
-        return memory
+    def _watch_eval_mode(self, reduced: Tensor, known: Tensor | None) -> None:
+        """Training in eval mode would neither exchange nor learn: it says so."""
+        if not reduced.requires_grad or torch.compiler.is_compiling():
+            return
+        if self.process_group is not None and size_of(group_of(self.process_group)) > 1:
+            reduced.register_hook(_refuse_eval_mode)
+        if known is not None and values_may_be_read(known) and not bool(known.all()):
+            checks.warn(
+                "samples of classes that the centroid memory has not seen take no part, and in "
+                "eval mode it does not learn them: call train() for training steps, and "
+                "torch.no_grad() for validation",
+            )
 
-    def join_hook(self, **_: Any) -> None:
-        """Refuse `torch.distributed.algorithms.Join`, which calls this."""
-        raise NotImplementedError(
-            "VarConLoss cannot be shadowed by torch.distributed.algorithms.Join: its exchange "
-            "stands between the forward and the backward of DDP, which Join shadows in one. Give "
-            "every rank the same number of training steps: DistributedSampler pads, and "
-            "drop_last=True drops"
+    def _replicate_for_data_parallel(self) -> "VarConLoss":
+        checks.warn(
+            "nn.DataParallel makes centroids of each replica's part of the batch, and only the "
+            "first replica's memory is kept: use nn.parallel.DistributedDataParallel with "
+            "process_group='world', or call the loss outside the wrapped model",
         )
+        return super()._replicate_for_data_parallel()
 
     def __getattr__(self, name: str) -> Any:
         if name == "centroids":  # the property has raised
@@ -431,105 +371,72 @@ class VarConLoss(nn.Module):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and isinstance(value, Tensor):
-            checks.check_weight_values(value)
-        elif name in ("temperature", "epsilon"):  # a schedule may count with numpy
-            value = checks.real_number(name, value)
-        elif name in ("normalize", "leave_one_out"):
-            value = checks.switch(name, value)
-        elif name == "num_classes" and self.__dict__.get("centroid_momentum") is not None:
-            checks.check_memory_size(value, self.centroid_memory)
-        if name in ("leave_one_out", "centroid_momentum") and "centroid_momentum" in self.__dict__:
-            now = {key: getattr(self, key) for key in ("leave_one_out", "centroid_momentum")}
-            now[name] = value
-            if now["centroid_momentum"] is not None and self.centroid_memory is None:
-                raise AttributeError(_NO_MEMORY)
-            checks.check_memory_options(self.num_classes, self.feature_dim, **now)
+        if name == "centroids":  # before Module takes a Parameter for one of its own
+            return self._set_centroids(value)
+        if name in Options._fields or name in OF_MEMORY:
+            value = self._checked(name, value)
         super().__setattr__(name, value)
-        if name in _MEMORY and isinstance(value, Tensor):  # some loaders assign
-            self._look_at_memory()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
-        self._keep_memory_wide()  # with assign=True it is what was saved
-        missing = [name for name in _MEMORY if prefix + name not in state_dict]
-        if self.centroid_memory is None or len(missing) == len(_MEMORY):
-            return
-        if missing:
-            # Shards of a checkpoint come one by one: has the other one come before?
-            self._awaited = missing[0] if self._awaited in (None, missing[0]) else None
-            self._look_at_memory()
-            return
-        self._awaited = None
-        self._look_at_memory()
-        if self._unfilled:
-            return
-        unit = lengthened(self.centroid_memory)  # an average of copies is shorter than 1
-        if local_metadata.get("assign_to_params_buffers", False):
-            self._buffers["centroid_memory"] = unit  # what was assigned is the caller's
-        else:
-            with torch.no_grad():
-                self.centroid_memory.copy_(unit)
+    def _checked(self, name: str, value: Any) -> Any:
+        """An option as it is kept, beside the ones that are there."""
+        if name == "centroid_momentum":
+            return value if value is None else self._checked_momentum(value, self.leave_one_out)
+        value = checks.option(name, value)
+        if name == "weight":
+            checks.check_weight_values(value)
+        if self.__dict__.get("centroid_momentum") is None:
+            return value
+        if name == "leave_one_out":
+            self._checked_momentum(self.centroid_momentum, value)
+        elif name == "num_classes" and value != len(self._memory()):
+            raise ValueError(
+                f"num_classes cannot become {value}: the centroid memory has "
+                f"{len(self._memory())} classes. Make a new loss"
+            )
+        return value
 
-    def _look_at_memory(self) -> None:
-        """Has somebody else filled it, or nobody? Looks where that synchronises nothing."""
-        self._surely_empty, self._memory_left, self._version_left = False, None, None
-        unit, seen = self.centroid_memory, self.centroid_seen
-        assert unit is not None
-        assert seen is not None
-        readable = values_may_be_read(unit) and values_may_be_read(seen)
-        self._unfilled = readable and not can_be_remembered(unit, seen)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies, which keep the process group, and whose memory averaging may fill."""
-        unknown: dict[str, Any] = {"_surely_empty": False, "_memory_left": None}
-        if not self._unfilled:
-            unknown["_version_left"] = None
-        state = super().__getstate__() | unknown
-        return state | {"process_group": _SameGroup(self.process_group)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state | {"process_group": state["process_group"].group})
-        if self._unfilled:  # versions of the copy's buffer count from its own start
-            self._version_left = _version(self.centroid_memory)
+    def _checked_momentum(self, momentum: Any, leave_one_out: bool) -> float | None:
+        if self.centroid_memory is None:
+            raise AttributeError(_NO_MEMORY)
+        return checks.check_memory_options(
+            self.num_classes, self.feature_dim, momentum, leave_one_out
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VarConLoss":
-        """As in `torch.nn.Module`, but the memory stays float32, and weights lose no digits."""
-        kept = {name: getattr(self, name) for name in (*_MEMORY, "weight")}
-        as_left, empty = not self._was_written(), self._surely_empty
+        """As in `torch.nn.Module`, but the memory stays float32, and weights lose no digits.
+
+        What `to_empty` leaves in the memory is emptied.
+        """
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, before in kept.items():
-            after = getattr(self, name)
-            if before is None:
-                continue
+            after = self._buffers[name]
+            assert after is not None
             narrower = after.dtype.itemsize < before.dtype.itemsize
-            if narrower or (name in _MEMORY and after.dtype != before.dtype):
+            if narrower or (name == "centroid_memory" and after.dtype != before.dtype):
                 self._buffers[name] = before.to(after.device)
-        before, after = kept["centroid_memory"], self.centroid_memory
-        if before is None or after is None:
-            return self
-        unfilled = self._unfilled
-        self._look_at_memory()
-        came_from_meta = before.is_meta and not after.is_meta  # by `to_empty`
-        if came_from_meta or (unfilled and not values_may_be_read(after)):
-            self._unfilled = True
-        self._surely_empty = empty
-        if as_left or self._unfilled:
-            self._version_left = _version(self.centroid_memory)
+        if self.centroid_memory is not None and _makes_values(fn):
+            self.reset_memory()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which agree anew with other ranks."""
+        return super().__getstate__() | {"_exchanges": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"_exchanges": weakref.WeakKeyDictionary()})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "VarConLoss":
+        memo[id(self.process_group)] = self.process_group  # a copy has the same ranks
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
     def extra_repr(self) -> str:
         """What was chosen, where it differs from the defaults."""
         shown = []
-        for name, default in (Options._field_defaults | _OF_MEMORY).items():
-            value = getattr(self, name)
+        for name in (*FUNCTION_OPTIONS, *OF_MEMORY):
+            value, default = getattr(self, name), Options._field_defaults.get(name)
             if name == "weight":
                 shown += [] if value is None else [f"weight=[{len(value)}]"]
             elif value != default or name in ("temperature", "epsilon"):
@@ -537,32 +444,22 @@ class VarConLoss(nn.Module):
         return ", ".join(shown)
 
 
-class _SameGroup:
-    """A copy has the same group; a pickle only the name of one."""
-
-    def __init__(self, group: object) -> None:
-        self.group = group
-
-    def __deepcopy__(self, _: Any) -> "_SameGroup":
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self.group is not None and not isinstance(self.group, str):
-            raise TypeError(
-                "a VarConLoss with a ProcessGroup handle cannot be pickled: make it with "
-                "process_group='world', or set criterion.process_group after loading"
-            )
-        return _SameGroup, (self.group,)
+def _makes_values(fn: Callable[[Tensor], Tensor]) -> bool:
+    """True for `to_empty`: it alone gives storage to a tensor that has none."""
+    try:
+        return not fn(torch.empty(1, device="meta")).is_meta
+    except (NotImplementedError, RuntimeError):
+        return False
 
 
-def _version(tensor: Tensor | None) -> int | None:
-    """How often it was written to; None where torch does not count."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
+def _refuse_eval_mode(gradient: Tensor) -> None:
+    raise RuntimeError(
+        "this loss was computed in eval mode, where ranks do not exchange their centroids: its "
+        "gradient is that of each rank's own batch alone. Call train() on the loss (or the model "
+        "that holds it) for training steps, and torch.no_grad() for validation"
+    )
 
 
-CLASSES_WATCHED = 16
 _NO_MEMORY = (
     "this loss remembers no centroids: make it with num_classes, feature_dim and centroid_momentum"
 )
-_MEMORY = ("centroid_memory", "centroid_seen")
-_OF_MEMORY = {"feature_dim": None, "centroid_momentum": None}  # arguments of the module alone

@@ -1,0 +1,530 @@
+"""The loss as functions, and the flow of every call: labels, centroids, sweep, reduction."""
+
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, Never, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from varcon_loss import checks, fused
+from varcon_loss.centroids import Classes, Table, own_without_self, sum_classes, table_of, unit
+from varcon_loss.compiled import losses
+from varcon_loss.labels import Labels, read_labels
+from varcon_loss.memory import table_of_memory, update
+from varcon_loss.ranks import group_of, over_ranks, room_of, size_of
+from varcon_loss.readable import values_may_be_read, without_autocast
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class VarConTerms(NamedTuple):
+    """The loss with everything one logs, from one sweep.
+
+    Per-sample tensors have shape ``[N]``, or ``[B, V]`` for features with views, and are float32
+    or wider. Samples that take no part (see ``valid``) are 0 in all of them.
+
+    Attributes:
+        loss: per-sample loss ``L_i`` (Eq. 7), without class weights; differentiable.
+        kl: ``KL(q || p)``, detached.
+        nll: ``-log p(y | z)``, detached.
+        confidence: ``p(y | z)`` (Eq. 8), detached.
+        tau2: adaptive temperature (Eq. 13), detached.
+        valid: bool; False for samples that are ignored, or that ``leave_one_out`` leaves without
+            another member of their class.
+        num_classes: 0-d int64, the number ``K`` of classes that the softmax ran over. A mean
+            ``nll`` that stays near ``log K`` means that the embeddings have collapsed.
+        reduced: what `VarConLoss.forward` returns: class weights and ``reduction`` applied.
+        impl: the implementation that ran.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    nll: Tensor
+    confidence: Tensor
+    tau2: Tensor
+    valid: Tensor
+    num_classes: Tensor
+    reduced: Tensor
+    impl: str
+
+
+class Options(NamedTuple):
+    """The options of the loss, under their public names."""
+
+    temperature: float = 0.1
+    epsilon: float = 0.02
+    num_classes: int | None = None  # C
+    normalize: bool = True
+    reduction: str = "mean"
+    ignore_index: int | None = -100
+    weight: Tensor | None = None  # [C]
+    leave_one_out: bool = False
+    process_group: object | None = None
+    impl: str = "auto"
+    centroid_momentum: float | None = None  # None: a memory, if there is one, is only read
+
+
+FUNCTION_OPTIONS = Options._fields[:-1]
+_EXCHANGES: dict[Any, Any] = weakref.WeakKeyDictionary()  # of the functions, by process group
+
+
+def varcon_loss(
+    features: Tensor,
+    labels: Tensor | None = None,
+    temperature: float = 0.1,
+    *positional: Never,
+    epsilon: float = 0.02,
+    num_classes: int | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    weight: Tensor | None = None,
+    leave_one_out: bool = False,
+    process_group: object | None = None,
+    impl: str = "auto",
+    ref_features: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    **unknown: Never,
+) -> Tensor:
+    """VarCon loss (arXiv 2506.07413, Eq. 7) as a function; see `VarConLoss` for the arguments.
+
+    Example:
+        >>> import torch
+        >>> from varcon_loss import varcon_loss
+        >>> features = torch.randn(8, 16, requires_grad=True)
+        >>> loss = varcon_loss(features, torch.arange(8) % 3)
+        >>> loss.backward()
+    """
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "epsilon": epsilon,
+        "num_classes": num_classes,
+        "normalize": normalize,
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "weight": weight,
+        "leave_one_out": leave_one_out,
+        "process_group": process_group,
+        "impl": impl,
+    }
+    checked = _checked("varcon_loss", positional, options | unknown)
+    sets = (features, labels, ref_features, ref_labels)
+    return loss_of(features, evaluate(*sets, checked, None, _EXCHANGES, need_terms=False))
+
+
+def _takes_what(model: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Signature and defaults of ``model``, for readers, editors and type checkers."""
+
+    def borrow(function: Callable[..., R]) -> Callable[P, R]:
+        returns = inspect.signature(function).return_annotation
+        signature = inspect.signature(model).replace(return_annotation=returns)
+        function.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return borrow
+
+
+@_takes_what(varcon_loss)
+def varcon_terms(
+    features: Tensor,
+    labels: Tensor | None = None,
+    temperature: float = 0.1,
+    *positional: Any,
+    ref_features: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    **options: Any,
+) -> VarConTerms:
+    """`varcon_loss` with everything one logs; the loss is ``.reduced``. See `VarConTerms`.
+
+    Example:
+        >>> import torch
+        >>> from varcon_loss import varcon_terms
+        >>> features = torch.randn(8, 16, requires_grad=True)
+        >>> terms = varcon_terms(features, torch.arange(8) % 3)
+        >>> terms.reduced.backward()
+        >>> terms.tau2.shape
+        torch.Size([8])
+    """
+    checked = _checked("varcon_terms", positional, {"temperature": temperature} | options)
+    sets = (features, labels, ref_features, ref_labels)
+    return terms_of(features, evaluate(*sets, checked, None, _EXCHANGES, need_terms=True))
+
+
+def _checked(where: str, positional: tuple[Any, ...], options: dict[str, Any]) -> Options:
+    if positional:
+        checks.refuse_positional_options(where, positional)
+    unknown = {name: value for name, value in options.items() if name not in FUNCTION_OPTIONS}
+    if unknown:
+        known = ("features", "labels", *FUNCTION_OPTIONS, "ref_features", "ref_labels")
+        checks.refuse_unknown(where, unknown, known, options["temperature"])
+    given = {name: options[name] for name in FUNCTION_OPTIONS if name in options}
+    return Options(**{name: checks.option(name, value) for name, value in given.items()})
+
+
+def evaluate(
+    features: Tensor,
+    labels: Any,
+    ref_features: Tensor | None,
+    ref_labels: Any,
+    options: Options,
+    memory: Tensor | None,
+    exchanges: Any,
+    *,
+    need_terms: bool,
+) -> "Scored":
+    """The flow of every call: labels, class sums, centroids, sweep, reduction.
+
+    Args:
+        features: of the anchors; this and the next three as callers give them.
+        labels: of the anchors.
+        ref_features: of a reference set, if centroids come from one.
+        ref_labels: of the reference set.
+        options: of the loss.
+        memory: ``[C, D]``, if centroids come from one.
+        exchanges: what this loss has agreed on with other ranks.
+        need_terms: else the terms are empty.
+    """
+    options, dtype = check_call(features, labels, ref_features, ref_labels, options, memory)
+    group = group_of(options.process_group)
+    with without_autocast(features.device.type):
+        impl = choose(options.impl, features, labels, dtype)
+        anchors = members = read(features, labels, options, dtype, ref_labels)
+        if ref_features is not None:
+            members = read(ref_features, ref_labels, options, dtype, labels, of="ref_")
+        classes = total = slots = None
+        if memory is None or options.centroid_momentum is not None:
+            classes, slots = add_up(members, options, memory, impl)
+        if group is not None and classes is not None:
+            total = count(anchors, options.weight, members)
+            same = alike(options, memory, members[1], reference=ref_features is not None)
+            given = (len(members[1]), members[3].shares is not None, options.num_classes)
+            room = room_of(group, exchanges, *given, same)
+            classes, total = over_ranks(group, room, classes, total, options.num_classes)
+        table = table_for(classes, memory, options, dtype)
+        if ref_features is not None:
+            anchors, classes = with_reference(anchors, table, members[3]), None
+        elif memory is not None:
+            anchors = known_to_memory(anchors, table)
+        elif group is None and not options.leave_one_out:
+            warn_of_odd_batch(anchors, table)
+        if table.names is None or classes is None or table.names is not classes.names:
+            slots = None  # of another table
+        return score(
+            anchors, table, classes, slots, total, options, impl, size_of(group), need_terms=need_terms
+        )
+
+
+# Features without views, z, their lengths, and labels.
+Embedded = tuple[Tensor, Tensor, Tensor | None, Labels]
+# The reduced loss, the loss and terms of each row, which take part, in which table, and who swept.
+Scored = tuple[Tensor, Tensor, Tensor, Tensor | None, Table, str]
+
+
+def read(
+    features: Tensor,
+    labels: Tensor,
+    options: Options,
+    dtype: torch.dtype,
+    other_labels: Tensor | None = None,
+    of: str = "",
+) -> Embedded:
+    """Features without views ``[N, D]``, ``z`` ``[N, D]``, lengths ``[N]``, and labels read.
+
+    Rows that take no part are zero vectors in ``z``, whatever they held: they add nothing to any
+    sum. ``other_labels`` are those that may say how many classes there are.
+    """
+    views = 1 if features.ndim == 2 else features.shape[1]
+    rows, columns_of = flatten_views(features), None
+    if other_labels is not None and other_labels.is_floating_point():
+        columns_of = "labels" if of else "ref_labels"
+    with torch.no_grad():
+        given = (options.num_classes, options.ignore_index, dtype, f"{of}labels", columns_of)
+        read = read_labels(labels, views, *given)
+        taking_part = rows.detach()  # `no_grad` stops no derivative of the forward mode
+        if read.valid is not None:
+            taking_part = torch.where(read.valid.unsqueeze(1), taking_part, 0.0)
+        if options.normalize:
+            return rows, *unit(taking_part, dtype), read
+        return rows, taking_part.to(dtype), None, read
+
+
+@torch.no_grad()
+def add_up(
+    members: Embedded, options: Options, memory: Tensor | None, impl: str
+) -> tuple[Classes, Tensor | None]:
+    """The classes of the ``members``, and their rows: see `sum_classes`."""
+    _, z, _, labels = members
+    every = memory is not None and not values_may_be_read(z)
+    return sum_classes(z, labels, options.num_classes, every=every, impl=impl)
+
+
+@torch.no_grad()
+def count(anchors: Embedded, weight: Tensor | None, members: Embedded) -> Tensor:
+    """What these anchors add to the denominator of a mean, 0-d; NaN where labels are broken."""
+    _, z, _, labels = anchors
+    weights = labels.weights(weight, z.dtype)
+    total = z.new_full((), z.shape[0]) if weights is None else weights.sum()
+    for broken in (labels.broken, members[3].broken):
+        if broken is not None:
+            total = total.masked_fill(broken.any(), torch.nan)
+    return total
+
+
+@torch.no_grad()
+def table_for(
+    classes: Classes | None, memory: Tensor | None, options: Options, dtype: torch.dtype
+) -> Table:
+    """The centroids of the batch, or of a memory after it has learned from ``classes``."""
+    if memory is not None:
+        if classes is not None and options.centroid_momentum is not None:
+            update(memory, classes, options.centroid_momentum)
+        return table_of_memory(memory, dtype)
+    assert classes is not None
+    return table_of(classes, dtype)
+
+
+def alike(
+    options: Options, memory: Tensor | None, z: Tensor, *, reference: bool
+) -> dict[str, Any]:
+    """What ranks whose losses are averaged must have alike."""
+    own = ("num_classes", "process_group", "impl")
+    same = {name: getattr(options, name) for name in Options._fields if name not in own}
+    widths = {"feature width": z.shape[1], "dtype": z.dtype}
+    return same | widths | {"ref_features, given or not": reference, "centroid memory": memory}
+
+
+@torch.no_grad()
+def with_reference(anchors: Embedded, table: Table, reference: Labels) -> Embedded:
+    """The anchors, each of which must find its class in the table of a reference set.
+
+    Raises:
+        ValueError: one does not, where values may be read. Elsewhere its loss is NaN.
+    """
+    *embedded, labels = anchors
+    lacking = table.lacks(labels)
+    if labels.valid is not None:
+        lacking = lacking & labels.valid
+    if not values_may_be_read(lacking):
+        labels = labels.narrowed(~lacking).broken_where(lacking)
+        if reference.broken is not None:  # an invalid reference is in every loss
+            labels = labels.broken_where(reference.broken.any())
+    elif bool(lacking.any()):
+        absent, way_out = table.missing(labels), "mark anchors without one with ignore_index"
+        if labels.shares is not None:
+            way_out = "give anchors without one a row of zeros"
+        listed = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
+        raise ValueError(
+            f"ref_labels lack label {listed}, which labels contain: every anchor needs a "
+            f"reference of its class ({way_out})"
+        )
+    return *embedded, labels
+
+
+@torch.no_grad()
+def known_to_memory(anchors: Embedded, table: Table) -> Embedded:
+    """The anchors, of which those of classes never seen take no part."""
+    rows, z, lengths, labels = anchors
+    known = table.knows(labels)
+    if not (values_may_be_read(known) and bool(known.all())):
+        # A row that is not finite takes part, so that it shows.
+        labels = labels.narrowed(known | ~z.sum(1).isfinite())
+    return rows, z, lengths, labels
+
+
+def score(
+    anchors: Embedded,
+    table: Table,
+    classes: Classes | None,
+    slots: Tensor | None,
+    total: Tensor | None,
+    options: Options,
+    impl: str,
+    num_ranks: int,
+    *,
+    need_terms: bool,
+) -> Scored:
+    """Loss and terms ``[N]`` of the anchors against the table, and the reduced loss.
+
+    Args:
+        anchors: as `read` gives them.
+        table: the centroids.
+        classes: of all samples that count for the loss; None: of others, or not known.
+        slots: of integer labels in the table, ``[N, 1]``, if they are known.
+        total: the denominator of the mean, where more than these anchors count; None: they alone.
+        options: of the loss.
+        impl: who sweeps.
+        num_ranks: whose losses are averaged.
+        need_terms: else the terms are empty.
+    """
+    rows, z, lengths, labels = anchors
+    weight, soft, own, kept = options.weight, labels.shares is not None, None, None
+    with torch.no_grad():
+        if options.leave_one_out and classes is not None:
+            slots = table.find(labels.class_of().unsqueeze(1)) if slots is None else slots
+            own, kept = own_without_self(z, slots.squeeze(1), classes), classes.counts > 1
+            labels = labels.narrowed(kept.index_select(0, slots.squeeze(1)))
+        if total is not None:
+            if classes is not None and not soft:  # some classes may take no part
+                kept = table.holds(classes) if kept is None else kept
+                total = classes.total(kept, weight) + 0 * total  # NaN stays
+            if not values_may_be_read(total):
+                labels = labels.broken_where(total.isnan())
+        row_weights = labels.weights(weight, z.dtype)
+    given = (rows, z, lengths, labels.valid)
+    constants = (own, options.temperature, options.epsilon)
+    if weight is not None and soft:
+        # Each class of a row has its own weight, which the terms do not have.
+        placed = table.place(labels.weighted(weight), None)
+        weighted, terms = losses(*given, *placed, *constants, need_terms=False, impl=impl)
+        loss = weighted
+    if weight is None or not soft or need_terms:
+        placed = table.place(labels, slots)
+        loss, terms = losses(*given, *placed, *constants, need_terms=need_terms, impl=impl)
+    if weight is None:
+        weighted = loss
+    elif not soft:
+        weighted = loss * row_weights
+    if labels.broken is not None:
+        loss, weighted = (x.masked_fill(labels.broken, torch.nan) for x in (loss, weighted))
+    reduced = reduce(weighted, row_weights, options.reduction, total, num_ranks)
+    return reduced, loss, terms, labels.valid, table, impl
+
+
+def reduce(
+    loss: Tensor, row_weights: Tensor | None, reduction: str, total: Tensor | None, num_ranks: int
+) -> Tensor:
+    """``[N]`` -> ``[]``, or ``[N]`` for ``"none"``.
+
+    The mean is ``sum(weight * loss) / sum(weight)``, and 0 where nothing has weight. Over several
+    ranks the denominator is what they have together, and mean and sum are multiplied by their
+    number, so that what DDP and FSDP average is the loss, and the gradient, of the whole batch.
+
+    Args:
+        loss: ``[N]``, weighted, 0 where not valid.
+        row_weights: ``[N]``, 0 where not valid; None: all are 1.
+        reduction: of the public arguments.
+        total: 0-d, the denominator where more than these rows count; None: they alone.
+        num_ranks: how many there are.
+    """
+    if reduction == "none":
+        return loss
+    if num_ranks > 1:
+        loss = loss * num_ranks
+    if reduction == "sum":
+        return loss.sum()
+    if total is None:
+        if row_weights is None:
+            return loss.mean() if loss.numel() > 0 else loss.sum()
+        total = row_weights.sum()
+    return loss.sum() / torch.where(total == 0, 1, total)
+
+
+def loss_of(features: Tensor, scored: Scored) -> Tensor:
+    """What a call returns: ``"none"`` has the shape of the samples, which may have views."""
+    reduced = scored[0]
+    return reduced if reduced.ndim == 0 else reduced.view(_shape(features))
+
+
+def terms_of(features: Tensor, scored: Scored) -> VarConTerms:
+    """The public record, in the shape of the samples."""
+    _, loss, terms, valid, table, impl = scored
+    shape = _shape(features)
+    reduced = loss_of(features, scored)
+    if reduced.ndim > 0:  # callers may change one and keep the other
+        loss = loss.clone()
+    valid = torch.ones_like(loss, dtype=torch.bool) if valid is None else valid
+    kl, nll, confidence, tau2 = terms.view(4, *shape).unbind()
+    return VarConTerms(
+        loss=loss.view(shape),
+        kl=kl,
+        nll=nll,
+        confidence=confidence,
+        tau2=tau2,
+        valid=valid.view(shape),
+        num_classes=table.num_present(),
+        reduced=reduced,
+        impl=impl,
+    )
+
+
+def _shape(features: Tensor) -> torch.Size:
+    return features.shape[: 1 if features.ndim == 2 else 2]
+
+
+def flatten_views(features: Tensor) -> Tensor:
+    """``[B, V, ...]`` -> ``[B * V, D]``; ``[N, D]`` as it is."""
+    if features.ndim == 2:
+        return features
+    # `numel` of a symbolic number is a constant for torch.export.
+    return features.reshape(features.shape[0] * features.shape[1], features.shape[2:].numel())
+
+
+def choose(impl: str, features: Tensor, labels: Tensor, dtype: torch.dtype) -> str:
+    """What ``impl`` means for these samples, computed in ``dtype``.
+
+    Raises:
+        ValueError: the one that was named cannot run here.
+    """
+    if impl in ("eager", "reference"):
+        return impl
+    soft = labels.is_floating_point()
+    if impl == "auto":
+        return "triton" if not soft and fused.runs_by_default(features, dtype) else "eager"
+    obstacle = fused.why_not(features, dtype)
+    if soft:
+        obstacle = "it takes integer labels, and these are class probabilities"
+    if obstacle is not None:
+        raise ValueError(f"impl={impl!r} cannot run here: {obstacle}; use impl='auto'")
+    return impl
+
+
+def check_call(
+    features: Tensor,
+    labels: Any,
+    ref_features: Tensor | None,
+    ref_labels: Any,
+    options: Options,
+    memory: Tensor | None,
+) -> tuple[Options, torch.dtype]:
+    """The options with ``num_classes`` where it is known, and the dtype of the computation.
+
+    Raises:
+        TypeError, ValueError: of what was given, by name.
+    """
+    checks.check_samples(features, labels)
+    checks.check_reference_set(
+        ref_features, ref_labels, options.leave_one_out, memory is not None
+    )
+    checks.check_temperatures(options.temperature, options.epsilon)
+    width = features.shape[1 if features.ndim == 2 else 2 :].numel()
+    dtype = torch.promote_types(torch.float32, features.dtype)
+    checks.warn_of_no_gradient("labels", labels, "class probabilities are constants of the loss")
+    if ref_features is not None:
+        checks.check_samples(ref_features, ref_labels, of="ref_")
+        checks.check_reference_fits(width, features, ref_features)
+        dtype = torch.promote_types(dtype, ref_features.dtype)
+    if memory is not None:
+        checks.check_memory_fits(width, features, memory)
+    num_classes = checks.num_classes_of(options.num_classes, options.weight)
+    if options.weight is not None:
+        checks.check_weight_fits(features, options.weight)
+    if labels.ndim == 2 or (ref_labels is not None and ref_labels.ndim == 2):
+        num_classes = checks.check_probabilities(
+            labels, ref_labels, num_classes, options.leave_one_out
+        )
+    if num_classes != options.num_classes:  # `_replace` is not traced by torch 2.6
+        kept = {name: getattr(options, name) for name in Options._fields}
+        options = Options(**{**kept, "num_classes": num_classes})
+    return options, dtype
+
+
+def warn_of_odd_batch(anchors: Embedded, table: Table) -> None:
+    """Where the batch makes its own centroids, and how many is known without a look."""
+    labels = anchors[3]
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or labels.shares is not None:
+        return
+    if labels.valid is None and table.present is None:
+        checks.warn_of_odd_batch(len(anchors[1]), len(table.w))

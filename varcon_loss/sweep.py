@@ -1,0 +1,214 @@
+"""One pass over the centroids gives the loss and its gradient, in closed form, on any device.
+
+With ``u = z . w / tau1``, and for a sample that has the share ``Y_r`` of class ``r``, whose loss as
+if ``r`` were its class is ``L_r`` (Eq. 7) with the slope ``s_r``,
+
+    dL/du_k = A p_k - Y_k s_k + Y_k K q_other_k - B,    A = sum_r Y_r s_r,  B = sum_r Y_r q_other_r
+
+so two matrix products a chunk of rows do everything, ``z -> u`` and ``dL/du -> dL/dz``. An integer
+label is one share of 1. The chunk's logits stay in the cache. The sum of all keys yields
+``sum_k u_k`` and applies ``- B`` to all classes at once.
+"""
+
+import torch
+from torch import Tensor
+
+from varcon_loss.objective import RowObjective, row_objective, row_slope
+from varcon_loss.readable import values_may_be_read
+
+# Numbers of one chunk's logits and rows. 4 MiB of float32 stay in a CPU's caches (2^18 and 2^22
+# were both slower at N = 8192, K = 1000); an accelerator wants fewer, larger launches.
+CHUNK_CPU = 2**20
+CHUNK_ACCELERATOR = 2**25
+SMALLEST = 128
+LARGEST_KEPT = 2**25 - 2**16  # bytes; glibc learns nothing from larger blocks
+# Sums of 2^31 exponentials of this are finite in float32.
+LARGEST_PLAIN_LOGIT = 40.0
+# Far below any sum of exponentials here; only where there are none is the sum smaller.
+TINY = 1e-30
+
+
+def sweep(
+    z: Tensor,
+    w: Tensor,
+    present: Tensor | None,
+    slots: Tensor | None,
+    shares: Tensor | None,
+    own: Tensor | None,
+    temperature: float,
+    epsilon: float,
+    unit: bool,
+    need_grad: bool,
+    need_terms: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss ``[N]``, its terms and its gradient; see `sweep_by_equations` for the other arguments.
+
+    Args:
+        unit: rows ``z`` have unit length, or are zero. The gradient is then that of unnormalised
+            rows, times their length.
+        need_grad: else the gradient is empty.
+        need_terms: else the terms are ``[4, 0]``.
+
+    Returns:
+        ``[N]``; KL, NLL, confidence and tau2 ``[4, N]``; ``[N, D]``.
+    """
+    keys = w / temperature
+    num_others = w.shape[0] - 1 if present is None else present.sum().sub_(1).clamp_min_(0)
+    if isinstance(num_others, Tensor):
+        readable = values_may_be_read(num_others)
+        num_others = int(num_others) if readable else num_others.to(z.dtype)
+    plain = unit and 1 / temperature <= LARGEST_PLAIN_LOGIT
+    constants = (
+        keys, keys.sum(0), present, num_others, plain, unit, temperature, epsilon,
+        need_grad, need_terms,
+    )  # fmt: skip
+    num_rows, dim = z.shape
+    matrices = 1 if slots is not None else 8  # [n, S] at a time
+    budget = (CHUNK_CPU if z.device.type == "cpu" else CHUNK_ACCELERATOR) // matrices
+    num_chunks = max(1, -(-num_rows // max(SMALLEST, budget // (w.shape[0] + dim))))
+    if num_chunks == 1:
+        return _chunk(*constants, None, None, z, slots, shares, own)
+
+    chunk = -(-num_rows // num_chunks)
+    if z.device.type == "cpu":
+        # A block freed at once, never written, raises what glibc hands back to the system. Else a
+        # step has up to 150,000 page faults (half of the time at N = 65,536, K = 1000).
+        z.new_empty(min((matrices + 2) * chunk * w.shape[0], LARGEST_KEPT // z.itemsize))
+    buffer = z.new_empty(chunk, w.shape[0])
+    loss, terms = z.new_empty(num_rows), z.new_empty(4, num_rows if need_terms else 0)
+    gradient = z.new_empty(z.shape if need_grad else 0)
+    for start in range(0, num_rows, chunk):
+        rows = slice(start, start + chunk)
+        given = [None if x is None else x[rows] for x in (z, slots, shares, own)]
+        out = gradient[rows] if need_grad else None
+        part = _chunk(*constants, buffer[: given[0].shape[0]], out, *given)
+        loss[rows] = part[0]
+        if need_terms:
+            terms[:, rows] = part[1]
+    return loss, terms, gradient
+
+
+def _chunk(
+    keys: Tensor,
+    key_sum: Tensor,
+    present: Tensor | None,
+    num_others: Tensor | int,
+    plain: bool,
+    project: bool,
+    temperature: float,
+    epsilon: float,
+    need_grad: bool,
+    need_terms: bool,
+    buffer: Tensor | None,
+    gradient: Tensor | None,
+    z: Tensor,
+    slots: Tensor | None,
+    shares: Tensor | None,
+    own: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sweep` of the rows ``z`` ``[n, D]``.
+
+    ``keys`` ``[S, D]`` are the centroids divided by the temperature, ``num_others`` is ``K - 1``.
+    With ``plain`` exp is safe with no maximum subtracted: ``|u| <= 1 / tau1``. With ``project`` the
+    gradient passes through a normalisation. ``buffer`` and ``gradient`` are room for results.
+
+    Small batches feel every call into torch more than its arithmetic, hence columns ``[n, 1]``
+    rather than vectors, and operations in place.
+    """
+    u = torch.mm(z, keys.T, out=buffer)
+    every = torch.mv(z, key_sum).unsqueeze(1)
+    at_slots = u if slots is None else u.gather(1, slots)  # [n, M]
+    own_logit = at_slots
+    if own is not None:
+        own_logit = (z * own).sum(1, keepdim=True).div_(temperature)
+
+    # Own classes stay out of the sum over the rest, so that 1 - p is never a subtraction. Where a
+    # row has several, each has the other ones added.
+    several, total, shift, own_masked = shares is not None, None, None, own_logit
+    if slots is not None:
+        u.scatter_(1, slots, -torch.inf)
+    if several and present is not None:
+        there = present if slots is None else present[slots]
+        own_masked = own_logit.masked_fill(~there, -torch.inf)
+    if not plain:
+        if slots is None:
+            shift = own_masked.amax(1, keepdim=True)
+        else:
+            shift = (u if present is None else u.masked_fill_(~present, -torch.inf)).amax(1, keepdim=True)
+            if several:
+                shift = torch.maximum(shift, own_masked.amax(1, keepdim=True))
+        shift.masked_fill_(shift == -torch.inf, 0.0)
+    weights = u
+    if slots is not None:
+        weights = (u if shift is None else u.sub_(shift)).exp_()
+        if present is None or not plain:
+            total = weights.sum(1, keepdim=True)
+        else:
+            total = torch.mv(weights, present.to(z.dtype)).unsqueeze(1)
+    if several:
+        own_weights = (own_masked if shift is None else own_masked - shift).exp()
+        rest = _sum_of_others(own_weights)
+        lse_others = (rest if total is None else rest.add_(total)).log_()
+    else:
+        assert total is not None
+        own_weights, lse_others = total, total.log()
+    if shift is not None:
+        lse_others += shift
+
+    row = row_objective(own_logit, lse_others, every - at_slots, num_others, temperature, epsilon)
+    loss, terms = _expected(row, shares, need_terms)
+    if not need_grad:
+        return loss, terms, z.new_empty(0)
+
+    # weights -> dL/du. The keys of empty rows are zero, whatever their weights.
+    slope, p_rest = row_slope(row, epsilon), torch.sigmoid(row.margin)
+    q_other = row.q_other
+    if shares is None:
+        b, at_own = q_other, row.q_rest - (slope.mul_(p_rest)) + q_other
+        if slots is not None:
+            weights.mul_(slope / total.clamp_min_(TINY))
+    else:
+        slope, q_other = slope * shares, q_other * shares
+        a, b = slope.sum(1, keepdim=True), q_other.sum(1, keepdim=True)
+        # A p_k - Y_k s_k is a difference of nearly equal numbers where the model is confident.
+        at_own = torch.where(
+            row.margin < 0,
+            _sum_of_others(slope) - p_rest * a,
+            row.confidence * a - slope,
+        )
+        at_own += row.q_rest * shares + q_other
+        if slots is not None:
+            total = total + own_weights.sum(1, keepdim=True)
+            weights.mul_(a / total.clamp_min_(TINY))
+    if slots is None:
+        weights = at_own
+    else:
+        weights.scatter_(1, slots, b if own is not None else at_own)
+    g = torch.mm(weights, keys, out=gradient).addcmul_(b, key_sum, value=-1)
+    if own is not None:
+        g.addcmul_(own, at_own - b, value=1 / temperature)
+    if project:
+        # dL/dx = (g - (g . z) z) / |x|
+        g.addcmul_(z, (g * z).sum(1, keepdim=True), value=-1)
+    return loss, terms, g
+
+
+def _expected(
+    row: RowObjective, shares: Tensor | None, need_terms: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss ``[n]`` and terms ``[4, n]`` under the shares ``[n, M]`` of classes."""
+    loss = row.kl + row.nll
+    columns = (row.kl, row.nll, row.confidence, row.tau2) if need_terms else ()
+    if shares is None:
+        loss = loss.squeeze_(1)  # in place: callers may not change a view
+        return loss, torch.cat(columns).view(4, -1) if columns else loss.new_empty(4, 0)
+    loss = (loss * shares).sum(1)
+    terms = [(x * shares).sum(1) for x in columns]
+    return loss, torch.stack(terms) if terms else loss.new_empty(4, 0)
+
+
+def _sum_of_others(x: Tensor) -> Tensor:
+    """For each entry of ``[n, M]`` the sum of the rest of its row, with no cancellation."""
+    largest = x.argmax(1, keepdim=True)
+    rest = x.scatter(1, largest, 0.0).sum(1, keepdim=True)
+    return (rest + x.gather(1, largest) - x).scatter_(1, largest, rest)
