@@ -237,7 +237,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 def verdict(content: dict[str, Any]) -> str:
     """Right or not, and for which dtypes and widths not slower than eager."""
-    wrong = [name for name in CHECKS if content["checks"][name]["outcome"] != "passed"]
+    wrong = [name for name in CHECKS if _outcome(content, name) != "passed"]
     if wrong:
         return f"not proven: {', '.join(wrong)} did not pass"
     proofs = proofs_of(content)
@@ -249,10 +249,13 @@ def verdict(content: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def _outcome(content: dict[str, Any], check: str) -> str:
+    return content["checks"].get(check, {}).get("outcome", "not run")
+
+
 def proofs_of(content: dict[str, Any], results: str = "gpu-proof") -> list[Proof]:
     """What ``content`` of a results file proves: entries of `varcon_loss.proven.PROVEN`."""
-    outcomes = [content["checks"].get(name, {}).get("outcome") for name in CHECKS]
-    if set(outcomes) != {"passed"}:
+    if any(_outcome(content, name) != "passed" for name in CHECKS):
         return []
     env, proofs = content["environment"], []
     triton = ".".join(env["versions"]["triton"].split(".")[:2])

@@ -81,13 +81,11 @@ def compile_sweep(
     tiles = fused.choose_tiles(dim, dtype.itemsize)
     constants = {
         "BLOCK_N": tiles.rows, "BLOCK_K": tiles.keys, "BLOCK_D": max(16, dim),
-        "HAS_PRESENT": True, "HAS_OWN": False, "PLAIN_EXP": dtype != torch.float16,
+        "HAS_OWN": False, "PLAIN_EXP": dtype != torch.float16,
         "PROJECT": True, "NEED_GRAD": True, "UPCAST": False,
         "PRECISION": "ieee" if precision == "none" else precision,
     } | flags  # fmt: skip
-    absent = [] if constants["HAS_OWN"] else ["own_ptr"]
-    absent += [] if constants["HAS_PRESENT"] else ["bias_ptr", "num_present_ptr"]
-    constants |= dict.fromkeys(absent)
+    constants |= {} if constants["HAS_OWN"] else {"own_ptr": None}
     pointers = {"keys_ptr": NAMES[dtype]}
     pointers |= dict.fromkeys(("slots_ptr", "num_present_ptr"), "i64")
     options = {"num_warps": tiles.warps, "num_stages": fused.STAGES}

@@ -80,7 +80,7 @@ def test_what_the_checks_run_is_there() -> None:
         assert "tests/test_triton.py::" in done.stdout
 
 
-def content_of(**changes: Any) -> dict[str, Any]:
+def content_of() -> dict[str, Any]:
     """A results file that proves bfloat16 with D from 128 to 768, and float32 with D = 128."""
     rows = [
         {
@@ -96,60 +96,48 @@ def content_of(**changes: Any) -> dict[str, Any]:
     environment = {"capability": [9, 0], "versions": {"torch": "2.9.0", "triton": "3.6.0"}}
     environment |= {"device": "H100", "threads": 1, "date": "2026-01-01", "commit": "unknown"}
     checks = {name: {"outcome": "passed", "seconds": 9} for name in gpu_proof.CHECKS}
-    content = {"environment": environment, "checks": checks, "rows": rows} | changes
+    content = {"environment": environment, "checks": checks, "rows": rows}
     return content | {"verdict": gpu_proof.verdict(content)}
 
 
-def test_the_verdict() -> None:
+PROOF = Proof((9, 0), torch.bfloat16, (128, 512), "3.6", "gpu-proof-h100")
+FLOAT32_ALONE = "right, and not slower than eager: float32 with D from 128 to 128"
+
+
+@pytest.mark.parametrize(
+    ("flaw", "verdict"),
+    [
+        ("tests", "not proven: tests did not pass"),
+        ("memcheck", "not proven: memcheck did not pass"),
+        ("no rows", "right, but slower than eager in every dtype"),
+        ("slower", FLOAT32_ALONE),
+        ("not run", FLOAT32_ALONE),
+    ],
+)
+def test_what_is_no_proof(flaw: str, verdict: str, tmp_path: Path) -> None:
     content = content_of()
-    proven = "right, and not slower than eager: bfloat16 with D from 128 to 768, float32 with D"
-    assert content["verdict"].startswith(proven)
-    for row in content["rows"]:
-        if row["contender"] == EAGER and row["dtype"] == "bfloat16" and row["dim"] == 768:
-            row["seconds"] = 0.9
-    assert gpu_proof.verdict(content).startswith("right, and not slower than eager: float32")
-    for row in content["rows"]:
-        row["seconds"] = None
-    assert gpu_proof.verdict(content) == "right, but slower than eager in every dtype"
-    content["checks"]["memcheck"]["outcome"] = "compute-sanitizer is not installed"
-    assert gpu_proof.verdict(content) == "not proven: memcheck did not pass"
-
-
-FLAWS = (
-    "a failed check", "a check left out", "no rows", "slower than eager", "not run", "other device",
-    "other Triton", "other dtype", "too wide", "no file",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("flaw", [None, *FLAWS])
-def test_what_a_default_may_rest_on(flaw: str | None, tmp_path: Path) -> None:
-    proof = Proof((9, 0), torch.bfloat16, (128, 512), "3.6", "gpu-proof-h100")
-    content = content_of()
-    checks, rows = content["checks"], content["rows"]
-    if flaw == "a failed check":
-        checks["tests"]["outcome"] = "failed (1): 1 failed"
-    if flaw == "a check left out":
-        checks.pop("memcheck")
-    if flaw == "no rows":
-        rows.clear()
-    if flaw == "slower than eager":
-        rows[0]["seconds"] = 1.6
-    if flaw == "not run":
-        rows[0]["seconds"] = None
-    changed = {
-        "other device": {"capability": (8, 9)},
-        "other Triton": {"triton": "3.7"},
-        "other dtype": {"dtype": torch.float16},
-        "too wide": {"widths": (128, 1024)},
-        "no file": {"results": "gpu-proof-l4"},
-    }
-    proof = proof._replace(**changed.get(str(flaw), {}))
-    (tmp_path / "gpu-proof-h100.json").write_text(json.dumps(content))
-    if flaw == "no file":
-        with pytest.raises(FileNotFoundError):
-            gpu_proof.supports(proof, tmp_path)
+    if flaw in content["checks"]:
+        content["checks"].pop(flaw)
+    elif flaw == "no rows":
+        content["rows"].clear()
     else:
-        assert gpu_proof.supports(proof, tmp_path) == (flaw is None)
+        content["rows"][0]["seconds"] = {"slower": 1.6, "not run": None}[flaw]
+    assert gpu_proof.verdict(content) == verdict
+    (tmp_path / "gpu-proof-h100.json").write_text(json.dumps(content))
+    assert not gpu_proof.supports(PROOF, tmp_path)
+
+
+def test_what_a_default_may_rest_on(tmp_path: Path) -> None:
+    proven = "bfloat16 with D from 128 to 768, float32 with D from 128 to 128"
+    assert content_of()["verdict"] == f"right, and not slower than eager: {proven}"
+    (tmp_path / "gpu-proof-h100.json").write_text(json.dumps(content_of()))
+    assert gpu_proof.supports(PROOF, tmp_path)
+    for other in (
+        {"capability": (8, 9)}, {"triton": "3.7"}, {"dtype": torch.float16}, {"widths": (128, 1024)}
+    ):  # fmt: skip
+        assert not gpu_proof.supports(PROOF._replace(**other), tmp_path)
+    with pytest.raises(FileNotFoundError):
+        gpu_proof.supports(PROOF._replace(results="gpu-proof-l4"), tmp_path)
 
 
 def test_the_report_has_the_table_and_the_verdict(tmp_path: Path) -> None:

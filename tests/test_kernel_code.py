@@ -41,7 +41,7 @@ rows = [
     for target in (89, 90)
 ]
 # The compiler has rules that the interpreter lacks: every option, the sums.
-compile_sweep(torch.float16, 64, HAS_PRESENT=False, HAS_OWN=True, PROJECT=False, NEED_GRAD=False)
+compile_sweep(torch.float16, 64, HAS_OWN=True, PROJECT=False, NEED_GRAD=False)
 for order in ({"HAS_ORDER": True}, {"HAS_ORDER": False, "order_ptr": None}):
     constants = {"BLOCK_N": 32, "BLOCK_D": 128, "dim": 1} | order  # a launch makes 1 a constant
     pointers = {"order_ptr": "i64", "borders_ptr": "i32"}

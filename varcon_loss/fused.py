@@ -179,6 +179,9 @@ def sweep(
     loss, terms = z.new_empty(num_rows), z.new_empty(4, num_rows)
     gradient = z.new_empty((num_rows, dim) if need_grad else 0)
     w = w.contiguous()
+    bias, num_present = w.new_zeros(num_slots), slots.new_full((), num_slots)
+    if present is not None:
+        bias, num_present = bias.masked_fill_(~present, -inf), present.sum()
     tiles = choose_tiles(dim, operands.itemsize)
     _launch(
         kernels.sweep_kernel,
@@ -188,8 +191,8 @@ def sweep(
         w_ptr=w,
         keys_ptr=w.to(operands),
         key_sum_ptr=w.sum(0),
-        bias_ptr=None if present is None else w.new_zeros(num_slots).masked_fill_(~present, -inf),
-        num_present_ptr=None if present is None else present.sum(),
+        bias_ptr=bias,
+        num_present_ptr=num_present,
         slots_ptr=slots.contiguous(),
         own_ptr=None if own is None else own.contiguous(),
         loss_ptr=loss,
@@ -203,7 +206,6 @@ def sweep(
         BLOCK_N=tiles.rows,
         BLOCK_K=tiles.keys,
         BLOCK_D=max(16, _power_of_two(dim)),
-        HAS_PRESENT=present is not None,
         HAS_OWN=own is not None,
         # A small logit's exponential fits float32, but as an operand of a product not float16.
         PLAIN_EXP=unit and 1 / temperature <= LARGEST_PLAIN_LOGIT and operands != torch.float16,
