@@ -127,7 +127,7 @@ def check_sweep(
     torch.testing.assert_close(terms, expected_terms, **tolerance)
     # The slopes add up to 2 and what comes by tau2; float32 rounds the logits.
     roundoff = 0.0 if operands == torch.float32 else torch.finfo(operands).eps / 2
-    most = 3 * (roundoff + 2 * EPS * (length or 1.0) / temperature) / temperature
+    most = 3 * (roundoff + 4 * EPS * (length or 1.0) / temperature) / temperature
     assert ((gradient - expected_gradient).norm(dim=1) <= most).all()
 
 
@@ -167,7 +167,7 @@ def test_the_own_class_is_not_rounded(operands: torch.dtype) -> None:
     expected, expected_terms = sweep_by_equations(z, w, None, slots, None, None, 0.1, 0.02)
     roundoff = torch.finfo(operands).eps / 2
     # -log p = log(1 + sum of the others): relative to their share of the probability.
-    moved = 2 * roundoff / 0.1 * (1 - expected_terms[2]) + 1e-6
+    moved = 2 * roundoff / 0.1 * (1 - expected_terms[2]) + 40 * EPS
     assert ((terms[1] - expected_terms[1]).abs() <= moved).all()
     torch.testing.assert_close(loss, expected, rtol=0, atol=4 * roundoff / 0.1)
 
@@ -186,7 +186,7 @@ def test_confident_rows_keep_their_gradient(operands: torch.dtype) -> None:
     wanted = wanted - (wanted * exact.detach()).sum(1, keepdim=True) * exact.detach()
     assert terms[2].eq(1).all()
     torch.testing.assert_close(terms, expected_terms.float(), rtol=1e-5, atol=2e-6)
-    roundoff = max(torch.finfo(operands).eps, 2 * EPS / 0.05)  # of weights, and of logits
+    roundoff = max(torch.finfo(operands).eps, 8 * EPS / 0.05)  # of weights, and of logits
     size = float(wanted.abs().max())
     assert 1e-12 < size < 1e-6
     torch.testing.assert_close(gradient, wanted.float(), rtol=roundoff, atol=roundoff * size)
