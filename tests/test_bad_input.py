@@ -24,7 +24,6 @@ X, Y = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
         (X, None, ValueError, "labels is None: VarCon is a supervised loss"),
         (X, Y.tolist(), TypeError, "labels must be a tensor, got list"),
         (X, Y[:5], ValueError, r"labels must have shape \[6\].*got \[5\]"),
-        (X, Y[:, None], ValueError, r"labels must have shape \[6\].*got \[6, 1\]"),
         (X, Y.float(), TypeError, "labels must be integers.*got torch.float32"),
         (X, Y.bool(), TypeError, "labels must be integers.*got torch.bool"),
         (X, Y.to(torch.uint64), TypeError, "but uint64.*got torch.uint64"),
@@ -39,8 +38,8 @@ X, Y = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
         (
             X[:, None].repeat(1, 3, 1),
             Y[:, None].repeat(1, 3),
-            ValueError,
-            r"\[6, 3\] give each view .* labels.flatten\(\)",
+            TypeError,
+            r"\[6, 3\] .* give each view .* labels.flatten\(\)",
         ),
     ],
 )
@@ -88,8 +87,6 @@ def test_samples(features, labels, error, message, impl) -> None:
         ),
         ({"process_group": "all"}, ValueError, "process_group must be 'world'.*got 'all'"),
         ({"process_group": 3}, TypeError, "process_group must be 'world'.*got int"),
-        ({"exchange": "gather"}, ValueError, "exchange must be one of .*got 'gather'"),
-        ({"exchange": "all-reduce"}, ValueError, "give num_classes"),
     ],
 )
 def test_options_fail_when_the_loss_is_made_and_in_the_function(options, error, message) -> None:
@@ -174,7 +171,9 @@ def test_an_ignore_index_that_no_label_can_have() -> None:
     [
         (X, Y.tolist(), r"give torch.as_tensor\(labels\)"),
         (X, Y.float(), r"give labels.long\(\)"),
-        (X, Y[:, None], r"give labels.squeeze\(1\)"),
+        (X, torch.eye(3).long()[Y], r"give a table \[N, C\].*float.*argmax\(1\)"),
+        (torch.randn(2, 4, 5), Y.view(2, 3)[:, [0, 1, 2, 0, 1]], r"features.transpose\(1, 2\).flatten\(0, 1\) and labels.flatten"),
+        (torch.randn(2, 4, 3, 5), torch.zeros(2, 3, 5).long(), r"features.movedim\(1, -1\).flatten\(0, 2\) and labels.flatten"),
         (X, Y[:3], r"2 views, one after the other, give labels.repeat\(2\)"),
         (X.view(3, 2, 4), Y, "views of an image share its label"),
         (X.view(2, 3, 4), Y[:3], r"features.transpose\(0, 1\)"),
@@ -227,13 +226,86 @@ def test_batches_from_which_nothing_is_learned_are_told() -> None:
             VarConLoss()(X, torch.arange(6))
 
 
-def test_a_mask_of_pairs_is_told() -> None:
-    mask = (Y[:, None] == Y).float()
-    with pytest.warns(UserWarning, match="SupCon's mask of pairs"):
-        VarConLoss()(X, mask)
+MASK = Y[:, None] == Y
+
+
+@pytest.mark.parametrize("views", [False, True])
+@pytest.mark.parametrize("mask", [MASK, MASK.float(), MASK.long()], ids=["bool", "float", "int"])
+def test_a_mask_of_pairs_is_refused(mask: torch.Tensor, views: bool) -> None:
+    features = X[:, None].repeat(1, 2, 1) if views else X
+    for call in (VarConLoss(), varcon_loss, varcon_terms):
+        with pytest.raises(TypeError, match=r"mask of samples .* labels=mask.int\(\).argmax\(1\)"):
+            call(features, mask)
+    labels = mask.int().argmax(1)
+    torch.testing.assert_close(VarConLoss()(features, labels), VarConLoss()(features, Y))
+
+
+def test_an_identity_matrix_is_a_mask_and_one_hot_labels() -> None:
+    with pytest.warns(UserWarning, match="SupCon's mask of samples of one class"):
+        VarConLoss()(X, torch.eye(6))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         VarConLoss()(X, torch.rand(6, 6))
+
+
+def test_what_changes_nothing_is_taken() -> None:
+    expected = VarConLoss(0.2, epsilon=0.04)(X, Y)
+    same = VarConLoss(0.2, epsilon=0.04, contrast_mode="all", base_temperature=0.2)
+    for loss in (
+        same(X, Y),
+        same(X, Y, None),
+        same(X, Y, mask=None),
+        same.terms(X, Y, mask=None).reduced,
+        same(X, Y[:, None]),
+        same(X, labels=Y, mask=None),
+    ):
+        assert torch.equal(loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        (lambda: VarConLoss(0.1, 0.07), ("epsilon", "base_temperature")),
+        (lambda: VarConLoss(0.2, 0.2, 0.2), ("epsilon", "base_temperature", "contrast_mode")),
+        (lambda: VarConLoss(0.07, "all", 0.07), ("contrast_mode", "base_temperature")),
+        (lambda: varcon_loss(X, Y, 0.1, 0.07), ("epsilon", "base_temperature")),
+        (lambda: varcon_terms(X, Y, 0.1, 0.07), ("epsilon", "base_temperature")),
+        (lambda: VarConLoss()(X, Y, (Y, Y, Y)), ("pytorch-metric-learning", "mask")),
+        (lambda: VarConLoss()(X, X, Y, Y), ("ref_features",)),
+        (lambda: VarConLoss()(X, None, MASK), ("mask", "labels")),
+        (lambda: VarConLoss()(X, Y, reduction="sum"), ("reduction", "made")),
+        (lambda: VarConLoss()(X, targets=Y), ("labels",)),
+        (lambda: VarConLoss()(X, target_labels=Y), ("labels",)),
+        (lambda: VarConLoss()(X, indexes=Y), ("labels",)),
+        (lambda: VarConLoss(tau=0.1), ("temperature",)),
+        (lambda: VarConLoss(temp=0.1), ("temperature",)),
+        (lambda: VarConLoss(contrast_mode="one"), ("ref_features",)),
+        (lambda: VarConLoss(base_temperature=0.07), ("temperature / base_temperature",)),
+        (lambda: VarConLoss(torch.device("cpu")), ("features' device",)),
+        (lambda: VarConLoss(torch.nn.Linear(2, 2)), ("integrations.text",)),
+        (lambda: VarConLoss()(X), ("SupConLoss",)),
+        (lambda: VarConLoss()(X, bogus=1), ("features, labels, ref_features, ref_labels",)),
+    ],
+)
+def test_every_form_of_other_losses_is_answered(call, names) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    for name in names:
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([[3.0, 5.0]] * 6), 2 * torch.eye(3)[Y], torch.tensor([[0.5, 1.5]] * 6)]
+)
+def test_class_numbers_are_no_probabilities(labels: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"class probabilities, from 0 to 1, got .*\.long\(\)"):
+        varcon_loss(X, labels)
+
+
+def test_a_negative_label_is_perhaps_none() -> None:
+    with pytest.raises(ValueError, match=r"got -1: give ignore_index=-1") as caught:
+        varcon_loss(X, torch.where(Y == 2, -1, Y), num_classes=3)
+    assert "raise num_classes" not in str(caught.value)
 
 
 def test_a_head_names_the_width_it_takes() -> None:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests import blind
 from tests.conftest import MakeBatch
 from varcon_loss import VarConLoss, varcon_terms
 
@@ -130,55 +129,6 @@ def test_a_filled_memory_is_quiet(impl: str, make_batch: MakeBatch) -> None:
         criterion(features, labels)
 
 
-def test_an_empty_memory_is_known_without_looking() -> None:
-    """As on a GPU, where looking would synchronise: tensors without values, looking raises."""
-    criterion = make("eager").to("meta")
-    features, labels = torch.zeros(4, 16, device="meta"), torch.zeros(4, device="meta").long()
-    with pytest.warns(UserWarning, match="memory is empty"):
-        criterion.eval()(features, labels)
-    criterion.train()(features, labels)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        criterion.eval()(features, labels)
-        copy.deepcopy(criterion)(features, labels)
-
-
-def test_made_again_after_a_meta_device(make_batch: MakeBatch) -> None:
-    with torch.device("meta"):
-        criterion = make("eager")
-    criterion.to_empty(device="cpu")
-    criterion.centroid_memory.fill_(7)
-    criterion.centroid_seen.fill_(3)  # what uninitialised memory may hold
-    features, labels = make_batch()
-    for use in (lambda: criterion(features, labels), lambda: criterion.predict(features)):
-        with pytest.raises(RuntimeError, match=r"never filled.*Call reset_parameters\(\)"):
-            use()
-    criterion.reset_parameters()
-    assert not criterion.centroid_memory.any()
-    assert not criterion.centroid_seen.any()
-    criterion(features, labels)
-    VarConLoss().reset_parameters()
-
-
-@pytest.mark.parametrize("seen", [3.0, -1.0, 1e-41, float("nan")])
-def test_what_a_loader_assigns_is_looked_at(seen: float, make_batch: MakeBatch) -> None:
-    """Loaders of transformers make models on the meta device, and leave out what a file lacks."""
-    features, labels = make_batch()
-    trained = make()
-    trained(features, labels)
-    with torch.device("meta"):
-        criterion = make()
-    criterion.centroid_memory = torch.full((8, 6), float("nan") if seen == 1e-41 else 7.7)
-    criterion.centroid_seen = torch.full((8,), seen)
-    with pytest.raises(RuntimeError, match="never filled"):
-        criterion(features, labels)
-    criterion.centroid_memory = trained.centroid_memory.clone()
-    criterion.centroid_seen = trained.centroid_seen.clone()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert criterion.eval()(features, labels) == trained.eval()(features, labels)
-
-
 def test_class_weights_without_values_are_told() -> None:
     with torch.device("meta"), pytest.warns(UserWarning, match="meta device and has no values"):
         VarConLoss(weight=torch.ones(3))
@@ -235,7 +185,7 @@ def test_the_memory_is_float32_whatever_happens(dtype: torch.dtype, make_batch) 
         for _ in range(3):
             criterion(features, labels)
         held = criterion.centroid_memory.clone()
-        assert held.dtype == criterion.centroid_seen.dtype == torch.float32
+        assert held.dtype == torch.float32
         criterion(features.detach().flip(0), labels)
         step = (criterion.get_buffer("centroid_memory") - held).abs().max()
         assert 1e-6 < step < 1e-2  # bfloat16 would stand still at this momentum
@@ -331,7 +281,7 @@ def test_state(impl: str, make_batch: MakeBatch) -> None:
     criterion = make(impl)
     features, labels = make_batch(24, 5)
     criterion(features, labels)
-    assert set(criterion.state_dict()) == {"centroid_memory", "centroid_seen"}
+    assert set(criterion.state_dict()) == {"centroid_memory"}
 
     loaded = make(impl)
     buffer = io.BytesIO()
@@ -373,32 +323,6 @@ def test_averaged_copies(make_batch: MakeBatch) -> None:
     terms = twin.eval().terms(features, labels)
     torch.testing.assert_close(terms.confidence, expected.confidence)
     torch.testing.assert_close(terms.reduced, expected.reduced)
-    loaded = make()
-    loaded.load_state_dict(twin.state_dict())
-    torch.testing.assert_close(loaded.centroid_memory, twin.centroids)
-    again = make()
-    again.load_state_dict(loaded.state_dict())
-    assert torch.equal(again.centroid_memory, loaded.centroid_memory)
-
-
-def test_averages_written_in_place_have_unit_length_when_training_goes_on(
-    make_batch: MakeBatch,
-) -> None:
-    features, labels = make_batch(dtype=torch.float32)
-    criterion = VarConLoss(num_classes=5, feature_dim=16, centroid_momentum=0.9)
-    criterion(features, labels)
-    other = copy.deepcopy(criterion)
-    other(features.flip(0), labels)
-    with torch.no_grad():
-        for mine, theirs in zip(criterion.buffers(), other.buffers(), strict=True):
-            mine.lerp_(theirs, 0.5)
-    loaded = copy.deepcopy(criterion)
-    loaded.load_state_dict(criterion.state_dict())
-    assert criterion.centroid_memory is not None
-    assert (criterion.centroid_memory.norm(dim=1) < 0.9999).any()
-    assert torch.equal(criterion(features[:4], labels[:4]), loaded(features[:4], labels[:4]))
-    lengths = criterion.centroid_memory.norm(dim=1)
-    torch.testing.assert_close(lengths, torch.ones(5))
 
 
 def test_labels_may_be_reused_before_backward(impl: str, make_batch: MakeBatch) -> None:
@@ -498,7 +422,7 @@ def test_predict(make_batch: MakeBatch) -> None:
             ValueError,
             "needs num_classes and feature_dim",
         ),
-        ({"feature_dim": 0}, ValueError, "feature_dim must be a positive int or None, got 0"),
+        ({"feature_dim": 0}, ValueError, "feature_dim must be at least 1, got 0"),
         (
             {"centroid_momentum": 0.9, "leave_one_out": True},
             ValueError,
@@ -533,45 +457,6 @@ def test_a_memory_of_one_class_has_nothing_to_tell_apart(impl: str) -> None:
     assert (gradient == 0).all()
 
 
-def average(criterion: VarConLoss) -> dict[str, Tensor]:
-    """What an average of copies may be: every centroid shorter than 1."""
-    return {
-        name: value * 0.3 if value.ndim > 1 else value
-        for name, value in criterion.state_dict().items()
-    }
-
-
-@pytest.mark.parametrize("way", ["loaded", "assigned", "in place", "copy, in place", "compiled"])
-def test_averaged_memories_have_unit_length_when_training_goes_on(
-    way: str, make_batch: MakeBatch
-) -> None:
-    features, labels = make_batch(dtype=torch.float32)
-    source = make()
-    for _ in range(3):
-        source(features, labels)
-    some = labels < 2  # the other classes stay as they are
-    expected = copy.deepcopy(source)(features[some], labels[some])
-    averaged, criterion = average(source), make()
-    if way == "loaded":
-        criterion.load_state_dict(averaged)
-    elif way == "assigned":
-        criterion.centroid_memory = averaged["centroid_memory"]
-        criterion.centroid_seen = averaged["centroid_seen"]
-    else:  # as many writes as there were steps: what counts them must not be misled
-        criterion = copy.deepcopy(source) if way == "copy, in place" else source
-        call = torch.compile(criterion, backend="aot_eager") if way == "compiled" else criterion
-        if way == "compiled":
-            call.eval()
-            call(features, labels)
-            call.train()
-        for _ in range(3):
-            assert criterion.centroid_memory is not None
-            criterion.centroid_memory.copy_(averaged["centroid_memory"])
-        torch.testing.assert_close(call(features[some], labels[some]), expected)
-        return
-    torch.testing.assert_close(criterion(features[some], labels[some]), expected)
-
-
 @pytest.mark.parametrize("copies", range(2, 21))
 def test_averages_of_checkpoints_load(copies: int, make_batch: MakeBatch) -> None:
     """`sum(x / n)` of ones is not 1 to the last bit."""
@@ -584,62 +469,141 @@ def test_averages_of_checkpoints_load(copies: int, make_batch: MakeBatch) -> Non
     torch.testing.assert_close(criterion.eval()(features, labels), source.eval()(features, labels))
 
 
-def test_what_an_allocator_leaves_is_refused_and_what_fills_it_is_not(
-    make_batch: MakeBatch,
-) -> None:
-    features, labels = make_batch(dtype=torch.float32)
-    source = make()
-    expected = source(features, labels)
-    del expected
-    filled = {name: value.clone() for name, value in source.state_dict().items()}
-    source.to_empty(device="cpu")
-    for buffer in source.buffers():
-        buffer.fill_(7.0)  # this may not be what to_empty leaves
-    source.to("cpu")  # here it is looked at
-    with pytest.raises(RuntimeError, match="was never filled"):
-        source(features, labels)
-    with torch.device("meta"):
-        criterion = make()
-    criterion.to_empty(device="cpu")
-    for name, buffer in criterion.named_buffers():
-        buffer.fill_(7.0)
-        buffer.copy_(filled[name])  # as DDP's broadcast and distributed checkpoints do
-    assert criterion.eval()(features, labels).isfinite()
-
-
-@pytest.mark.parametrize("name", ["centroid_memory", "centroid_seen"])
-def test_half_a_memory_is_not_used(name: str, make_batch: MakeBatch) -> None:
-    source = make()
-    source(*make_batch(dtype=torch.float32))
-    features, labels = make_batch(dtype=torch.float32)
-    criterion, other = make(), {"centroid_memory", "centroid_seen"} - {name}
-    criterion.load_state_dict({name: source.state_dict()[name]}, strict=False)
-    with pytest.raises(RuntimeError, match=f"in part, without {other.pop()}"):
-        criterion.eval()(features, labels)
-    criterion.load_state_dict({}, strict=False)  # says nothing of it
-    for part in (name, *({"centroid_memory", "centroid_seen"} - {name})):  # shards, one again
-        criterion.load_state_dict({part: source.state_dict()[part]}, strict=False)
-    torch.testing.assert_close(criterion(features, labels), source.eval()(features, labels))
-
-
-@pytest.mark.parametrize("filled", ["in place", "by to_empty, then in place", "by to_empty"])
-def test_a_memory_that_nobody_may_look_at(
-    filled: str, monkeypatch: pytest.MonkeyPatch, make_batch: MakeBatch
-) -> None:
-    features, labels = make_batch(dtype=torch.float32)
-    source = make()
-    source(features, labels)
-    blind.look_at_nothing(monkeypatch.setattr)
-    with torch.device("meta" if "to_empty" in filled else "cpu"):
-        criterion = make()
-    criterion.to_empty(device="cpu")
-    if "in place" in filled:
-        for name, buffer in criterion.named_buffers():
-            buffer.copy_(source.state_dict()[name])
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert criterion.eval()(features, labels) > 0
+def write(way: str, criterion: VarConLoss, rows: Tensor) -> VarConLoss:
+    """The criterion with these rows in its memory, by whoever may write there."""
+    if way == "data assigned":
+        criterion.centroid_memory.data = rows.clone()
+    elif way == "data copied":
+        criterion.centroid_memory.data.copy_(rows)
+    elif way == "buffer assigned":
+        criterion.centroid_memory = rows.clone()
+    elif way == "in place":
+        with torch.no_grad():
+            criterion.centroid_memory.copy_(rows)
+    elif way == "loaded":
+        criterion.load_state_dict({"centroid_memory": rows})
+    elif way == "loaded by assignment":
+        criterion.load_state_dict({"centroid_memory": rows.clone()}, assign=True)
+    elif way == "centroids":
+        criterion.centroids = rows
+    elif way == "centroids, a parameter":
+        criterion.centroids = torch.nn.Parameter(rows)
     else:
-        for unfilled in (copy.deepcopy(criterion), criterion.double(), criterion.to("cpu")):
-            with pytest.raises(RuntimeError, match="was never filled"):
-                unfilled.eval()(features, labels)
+        criterion = copy.deepcopy(criterion)
+        criterion.get_buffer("centroid_memory").mul_(0).add_(rows)
+    return criterion
+
+
+WAYS = (
+    "data assigned", "data copied", "buffer assigned", "in place", "loaded",
+    "loaded by assignment", "centroids", "centroids, a parameter", "in a copy",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_of_any_length_are_directions(way: str, compiled: bool, make_batch: MakeBatch) -> None:
+    """Whoever wrote them, averages of copies too; a row of zeros is a class not seen."""
+    features, labels = make_batch(24, 5, dtype=torch.float32)
+    source = make()
+    for seed in range(3):
+        source(*make_batch(24, 8, dtype=torch.float32, seed=seed))
+    scale = torch.linspace(0.3, 3, 8).unsqueeze(1)
+    scale[2] = 0
+    source.centroid_memory[2] = 0
+    criterion = write(way, make(), source.centroid_memory * scale)
+    call = torch.compile(criterion, backend="aot_eager") if compiled else criterion
+    for training in (True, False, True):
+        expected = source.train(training)(features, labels)
+        torch.testing.assert_close(call.train(training)(features, labels), expected)
+    torch.testing.assert_close(criterion.centroids, source.centroids)
+    assert torch.equal(criterion.predict(features).label, source.predict(features).label)
+
+
+def test_a_class_forgotten_by_hand_is_learned_anew(make_batch: MakeBatch) -> None:
+    features, labels = make_batch(24, 5, dtype=torch.float32)
+    criterion = make()
+    criterion(features, labels)
+    criterion.centroid_memory[1] = 0
+    loaded = make()
+    loaded.load_state_dict(criterion.state_dict())
+    for twin in (criterion.to("cpu"), copy.deepcopy(criterion), loaded):
+        with torch.no_grad():
+            terms = twin.terms(features, labels)
+        assert torch.equal(terms.valid, labels != 1)
+        assert terms.num_classes == 4
+        assert not (twin.predict(features).label == 1).any()
+        twin(features, labels)
+        assert twin.centroids.norm(dim=1).count_nonzero() == 5
+
+
+def test_centroids_are_set_by_assignment() -> None:
+    criterion = make(num_classes=3, feature_dim=2)
+    criterion.centroids = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]]).double()
+    assert criterion.centroids.tolist() == [[0.6000000238418579, 0.800000011920929], [0, 0], [0, -1]]
+    assert [name for name, _ in criterion.named_parameters()] == []
+    criterion.centroids[:] = 5.0  # of a copy
+    assert criterion.centroids[1].tolist() == [0, 0]
+    for wrong in (torch.ones(2, 2), torch.ones(3), [[1.0, 0.0]] * 3):
+        with pytest.raises(ValueError, match=r"centroids must be a tensor \[3, 2\]"):
+            criterion.centroids = wrong
+    with pytest.raises(AttributeError, match="remembers no centroids"):
+        VarConLoss().centroids = torch.ones(3, 2)
+
+
+@pytest.mark.parametrize("holder", [False, True])
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_what_an_allocator_leaves_is_no_class(holder: bool, device: str, make_batch) -> None:
+    with torch.device(device), pytest.MonkeyPatch.context() as patch:
+        criterion = make()
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), criterion) if holder else criterion
+        patch.setattr(torch, "empty_like", torch.ones_like)
+        model.to_empty(device="cpu")
+    assert not criterion.centroid_memory.any()
+    criterion(*make_batch())
+    assert criterion.centroid_memory.any()
+
+
+def test_what_a_loader_allocates_is_no_class(make_batch: MakeBatch) -> None:
+    trained = make()
+    trained(*make_batch())
+    for rows in (torch.full((8, 16), 7.0), torch.full((8, 16), float("nan")), torch.ones(8, 16)):
+        with torch.device("meta"):
+            criterion = make()
+        with pytest.warns(UserWarning, match=r"emptied: .* call reset_parameters\(\)"):
+            criterion.load_state_dict({"centroid_memory": rows}, assign=True)
+        assert not criterion.centroid_memory.any()
+        criterion.load_state_dict(trained.state_dict(), assign=True)
+        assert torch.equal(criterion.centroids, trained.centroids)
+
+
+def test_a_checkpoint_of_another_width_leaves_the_memory_empty(make_batch: MakeBatch) -> None:
+    """Some loaders catch the error of `load_state_dict`."""
+    trained = make()
+    trained(*make_batch())
+    criterion = make(feature_dim=12)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        criterion.load_state_dict(trained.state_dict())
+    with pytest.warns(UserWarning, match="memory is empty"):
+        assert (criterion.predict(torch.randn(4, 12)).label == -1).all()
+
+
+def test_training_in_eval_mode_says_so(make_batch: MakeBatch) -> None:
+    features, labels = make_batch(24, 8)
+    criterion = make().eval()
+    with pytest.warns(UserWarning, match=r"empty.* In eval mode it is only read"):
+        criterion(features, labels)
+    criterion.train()(features[labels < 4], labels[labels < 4])
+    criterion.eval()
+    with pytest.warns(UserWarning, match=r"in eval mode it does not learn .*call train\(\)"):
+        criterion(features, labels).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(features[labels < 4], labels[labels < 4]).backward()  # as SAM's second forward
+        with torch.no_grad():
+            criterion(features, labels)
+
+
+def test_data_parallel_says_what_to_use() -> None:
+    with pytest.warns(UserWarning, match="DistributedDataParallel"):
+        make()._replicate_for_data_parallel()

@@ -16,7 +16,6 @@ from varcon_loss import (
     ProjectionHead,
     VarConLoss,
     VarConTerms,
-    checks,
     varcon_terms,
 )
 
@@ -115,7 +114,7 @@ def test_the_default_head_starts_spread_out() -> None:
         (lambda c, x: varcon_terms(x), "labels is None: VarCon is a supervised loss"),
         (lambda c, x: c(x, mask=x @ x.T), "'mask': samples are compared with classes, .* labels="),
         (lambda c, x: c.terms(x, mask=x @ x.T), "'mask': samples are compared with classes"),
-        (lambda c, x: c(x, None, target=x), "no argument 'target': it takes ref_features, ref_lab"),
+        (lambda c, x: c(x, None, foo=x), "no argument 'foo': it takes features, labels, ref_feat"),
         (lambda c, x: c(x, None, ref_label=x), "'ref_label': did you mean ref_labels"),
         (lambda c, x: VarConLoss(contrast_mode="one"), "'contrast_mode': every view is an anchor"),
         (
@@ -276,15 +275,3 @@ def test_a_memory_keeps_its_number_of_classes() -> None:
     for other in (2, 5, None):
         with pytest.raises(ValueError, match="the centroid memory has 3 classes"):
             criterion.num_classes = other
-
-
-def test_names_that_stand_in_two_places_agree() -> None:
-    """What is saved for a second derivative is read by its place; `checks` imports no sweep."""
-    assert ("auto", *implementations.IMPLEMENTATIONS) == checks.IMPLEMENTATIONS
-    features = torch.randn(4, 3)
-    rows = rows_of(
-        features,
-        dict.fromkeys(TENSORS)
-        | {"w": features, "num_present": torch.tensor(4), "slots": torch.arange(4)},
-    )
-    assert tuple(rows.tensors()) == TENSORS

@@ -178,9 +178,12 @@ def sum_classes(
     size = num_classes if names is None else names.shape[0]
     assert size is not None
     if counts is None:
-        ones = z.new_ones(slots.shape) if labels.shares is None else labels.shares
-        if labels.valid is not None:
-            ones = ones * labels.valid.unsqueeze(1)
+        if labels.shares is not None:
+            ones = labels.shares  # of rows that take no part: zeros
+        elif labels.valid is not None:
+            ones = labels.valid.to(z.dtype)
+        else:
+            ones = z.new_ones(slots.shape)
         if slots.shape[0] >= 2**24:  # adding 1 to a float32 of 2^24 changes nothing
             ones = ones.to(widest(z.device))
         counts = add_rows(ones.flatten(), slots.flatten(), size).to(z.dtype)

@@ -56,21 +56,22 @@ def losses(
         impl: ``"eager"``, ``"triton"`` or ``"reference"``.
     """
     table = (w, present, slots, shares, own)
+    left_out = None if valid is None else ~valid
     if impl == "reference":
         if slots is not None:
             table = (w, present, slots.clone(), shares, own)  # callers may reuse their labels
         if torch.compiler.is_compiling():
             features = differentiable_once(features)
-        return by_equations(features, lengths is not None, valid, *table, temperature, epsilon)
+        return by_equations(features, lengths is not None, left_out, *table, temperature, epsilon)
     need_grad = features.requires_grad and torch.is_grad_enabled()
     operands = features.dtype if impl == "triton" else None
     if torch.compiler.is_compiling():
         # Numbers would be compiled in; a tensor on the CPU is read without waiting.
         zero = torch.zeros((), dtype=torch.float64, device="cpu")
         temperatures = torch.stack((zero + temperature, zero + epsilon))
-        given = (features, z, lengths, valid, *table, temperatures)
+        given = (features, z, lengths, left_out, *table, temperatures)
         return sweep_operator(*given, need_grad, need_terms, operands)[:2]
-    given = (features, z, lengths, valid, *table, temperature, epsilon)
+    given = (features, z, lengths, left_out, *table, temperature, epsilon)
     if not need_grad or torch._C._are_functorch_transforms_active():
         return Sweep.apply(*given, need_grad, need_terms, operands)[:2]
     with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
@@ -78,46 +79,46 @@ def losses(
 
 
 def by_equations(
-    features: Tensor, normalize: bool, valid: Tensor | None, *table: Any
+    features: Tensor, normalize: bool, left_out: Tensor | None, *table: Any
 ) -> tuple[Tensor, Tensor]:
     """`losses` by the paper's equations, and under autograd."""
     z = features.to(table[0].dtype)
-    if valid is not None:
-        z = torch.where(valid.unsqueeze(1), z, 0.0)
+    if left_out is not None:
+        z = z.masked_fill(left_out.unsqueeze(1), 0.0)
     if normalize:
         # Dividing by the (constant) largest entry first only keeps extreme features in range.
         largest = torch.linalg.vector_norm(z.detach(), ord=float("inf"), dim=1, keepdim=True)
         scaled = z / largest.masked_fill(largest == 0, torch.inf)
         z = torch.nn.functional.normalize(scaled, dim=1)
     loss, terms = sweep_by_equations(z, *table)
-    if valid is None:
+    if left_out is None:
         return loss, terms
-    return torch.where(valid, loss, 0.0), torch.where(valid, terms, 0.0)
+    return loss.masked_fill(left_out, 0.0), terms.masked_fill(left_out, 0.0)
 
 
 def _run(
-    z: Tensor, valid: Tensor | None, *given: Any, operands: torch.dtype | None
+    z: Tensor, left_out: Tensor | None, *given: Any, operands: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if operands is None:
         loss, terms, gradient = sweep(z, *given)
     else:
         loss, terms, gradient = fused.sweep(z, *given, operands)
-    if valid is not None:
-        loss.masked_fill_(~valid, 0.0)
+    if left_out is not None:
+        loss.masked_fill_(left_out, 0.0)
         if terms.numel() > 0:
-            terms.masked_fill_(~valid, 0.0)
+            terms.masked_fill_(left_out, 0.0)
     return loss, terms, gradient
 
 
 def pull(
-    gradient: Tensor, lengths: Tensor | None, valid: Tensor | None, upstream: Tensor, dtype: Any
+    gradient: Tensor, lengths: Tensor | None, left_out: Tensor | None, upstream: Tensor, dtype: Any
 ) -> Tensor:
-    """The gradient of the features ``[N, D]``; exactly 0 where not valid, whatever is upstream."""
+    """The gradient of the features ``[N, D]``; exactly 0 where left out, whatever is upstream."""
     if lengths is not None:
         # A length without a finite inverse belongs to a gradient of 0, which must stay 0.
         upstream = upstream / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
     result = (gradient * upstream.unsqueeze(1)).to(dtype)
-    return result if valid is None else result.masked_fill_(~valid.unsqueeze(1), 0.0)
+    return result if left_out is None else result.masked_fill_(left_out.unsqueeze(1), 0.0)
 
 
 # Backward reads nothing that a caller can change in place; only a second derivative does.
@@ -137,14 +138,14 @@ class Sweep(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        _, z, lengths, valid, *table, temperature, epsilon, need_grad, need_terms, operands = inputs
+        _, z, lengths, left_out, *table, temperature, epsilon, need_grad, need_terms, operands = inputs
         given = (*table, temperature, epsilon, lengths is not None, need_grad, need_terms)
-        return _run(z, valid, *given, operands=operands)
+        return _run(z, left_out, *given, operands=operands)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        features, _, lengths, valid, *table, temperature, epsilon, _, _, _ = inputs
-        ctx.save_for_backward(output[2], lengths, valid, features, *table)
+        features, _, lengths, left_out, *table, temperature, epsilon, _, _, _ = inputs
+        ctx.save_for_backward(output[2], lengths, left_out, features, *table)
         ctx.numbers = temperature, epsilon
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -153,19 +154,18 @@ class Sweep(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 14
-        gradient, lengths, valid, features, *table = ctx.saved_tensors
+        gradient, lengths, left_out, features, *table = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return pull(gradient, lengths, valid, upstream, features.dtype), *(None,) * 13
+            return pull(gradient, lengths, left_out, upstream, features.dtype), *(None,) * 13
+
+        if torch.is_autocast_enabled(features.device.type):  # it leaves float64 alone
+            table = [x.double() if x is not None and x.is_floating_point() else x for x in table]
 
         def loss(x: Tensor) -> Tensor:  # to be differentiated again
-            given = [x, *table]
-            if torch.is_autocast_enabled(x.device.type):  # it leaves float64 alone
-                given = [t.double() if t is not None and t.is_floating_point() else t for t in given]
-            x, *parts = given
-            return by_equations(x, lengths is not None, valid, *parts, *ctx.numbers)[0]
+            return by_equations(x, lengths is not None, left_out, *table, *ctx.numbers)[0]
 
         with without_autocast(features.device.type):
-            return torch.func.vjp(loss, features)[1](upstream)[0], *(None,) * 13
+            return torch.func.vjp(loss, features)[1](upstream.to(table[0].dtype))[0], *(None,) * 13
 
 
 @torch.library.custom_op("varcon_loss::sweep", mutates_args=())
@@ -173,7 +173,7 @@ def sweep_operator(
     features: Tensor,
     z: Tensor,
     lengths: Tensor | None,
-    valid: Tensor | None,
+    left_out: Tensor | None,
     w: Tensor,
     present: Tensor | None,
     slots: Tensor | None,
@@ -186,7 +186,7 @@ def sweep_operator(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Sweep` for compiled graphs, which neither look inside nor break for it."""
     given = (w, present, slots, shares, own, *temperatures.tolist(), lengths is not None)
-    return _run(z, valid, *given, need_grad, need_terms, operands=operands)
+    return _run(z, left_out, *given, need_grad, need_terms, operands=operands)
 
 
 @sweep_operator.register_fake
@@ -200,8 +200,8 @@ def _(features: Tensor, z: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    features, _, lengths, valid, *_ = inputs
-    ctx.save_for_backward(features, output[2], lengths, valid)
+    features, _, lengths, left_out, *_ = inputs
+    ctx.save_for_backward(features, output[2], lengths, left_out)
 
 
 def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -219,11 +219,11 @@ def pull_once(
     features: Tensor,
     gradient: Tensor,
     lengths: Tensor | None,
-    valid: Tensor | None,
+    left_out: Tensor | None,
     upstream: Tensor,
 ) -> Tensor:
     """`pull` for a compiled backward."""
-    return pull(gradient, lengths, valid, upstream, features.dtype)
+    return pull(gradient, lengths, left_out, upstream, features.dtype)
 
 
 @pull_once.register_fake

@@ -25,9 +25,9 @@ class Labels(NamedTuple):
         return self.classes.squeeze(1)
 
     def weights(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """What each sample counts in a mean, ``[N]``: 0 where it takes no part; None: 1 each."""
+        """What each valid sample counts in a mean, ``[N]``, 0 for the others; None: 1."""
         if weight is None:
-            return None if self.valid is None else self.valid.to(dtype)
+            return None
         weight = weight.to(dtype)
         if self.shares is None:
             rows = weight.index_select(0, self.class_of())
@@ -94,7 +94,8 @@ def read_labels(
     if labels.is_floating_point():
         read = _read_shares(labels, dtype, name)
     else:
-        read = _read_integers(labels.to(torch.int64), num_classes, ignore_index, name, columns_of)
+        labels = labels.to(torch.int64).flatten()  # a column is as good
+        read = _read_integers(labels, num_classes, ignore_index, name, columns_of)
     if views == 1:
         return read
     return Labels(*(None if x is None else x.repeat_interleave(views, 0) for x in read))

@@ -266,7 +266,9 @@ def count(anchors: Embedded, weight: Tensor | None, members: Embedded) -> Tensor
     """What these anchors add to the denominator of a mean, 0-d; NaN where labels are broken."""
     _, z, _, labels = anchors
     weights = labels.weights(weight, z.dtype)
-    total = z.new_full((), z.shape[0]) if weights is None else weights.sum()
+    if weights is None:
+        weights = z.new_full((1,), z.shape[0]) if labels.valid is None else labels.valid.to(z.dtype)
+    total = weights.sum()
     for broken in (labels.broken, members[3].broken):
         if broken is not None:
             total = total.masked_fill(broken.any(), torch.nan)
@@ -330,7 +332,8 @@ def known_to_memory(anchors: Embedded, table: Table) -> Embedded:
     known = table.knows(labels)
     if not (values_may_be_read(known) and bool(known.all())):
         # A row that is not finite takes part, so that it shows.
-        labels = labels.narrowed(known | ~z.sum(1).isfinite())
+        row_sums = z.sum(1)
+        labels = labels.narrowed(known | (row_sums - row_sums != 0))
     return rows, z, lengths, labels
 
 
@@ -388,13 +391,19 @@ def score(
     elif not soft:
         weighted = loss * row_weights
     if labels.broken is not None:
-        loss, weighted = (x.masked_fill(labels.broken, torch.nan) for x in (loss, weighted))
-    reduced = reduce(weighted, row_weights, options.reduction, total, num_ranks)
+        plain, loss = loss, loss.masked_fill(labels.broken, torch.nan)
+        same = weighted is plain
+        weighted = loss if same else weighted.masked_fill(labels.broken, torch.nan)
+    if total is None and row_weights is not None:
+        total = row_weights.sum()
+    elif total is None and labels.valid is not None:
+        total = labels.valid.sum()
+    reduced = reduce(weighted, total, options.reduction, num_ranks, counted=weight is None)
     return reduced, loss, terms, labels.valid, table, impl
 
 
 def reduce(
-    loss: Tensor, row_weights: Tensor | None, reduction: str, total: Tensor | None, num_ranks: int
+    loss: Tensor, total: Tensor | None, reduction: str, num_ranks: int, *, counted: bool
 ) -> Tensor:
     """``[N]`` -> ``[]``, or ``[N]`` for ``"none"``.
 
@@ -404,10 +413,10 @@ def reduce(
 
     Args:
         loss: ``[N]``, weighted, 0 where not valid.
-        row_weights: ``[N]``, 0 where not valid; None: all are 1.
+        total: 0-d, the sum of the weights; None: of ``N`` ones.
         reduction: of the public arguments.
-        total: 0-d, the denominator where more than these rows count; None: they alone.
         num_ranks: how many there are.
+        counted: the weights are all 1.
     """
     if reduction == "none":
         return loss
@@ -416,10 +425,8 @@ def reduce(
     if reduction == "sum":
         return loss.sum()
     if total is None:
-        if row_weights is None:
-            return loss.mean() if loss.numel() > 0 else loss.sum()
-        total = row_weights.sum()
-    return loss.sum() / torch.where(total == 0, 1, total)
+        return loss.mean() if loss.numel() > 0 else loss.sum()
+    return loss.sum() / (total.clamp_min(1) if counted else torch.where(total == 0, 1, total))
 
 
 def loss_of(features: Tensor, scored: Scored) -> Tensor:
@@ -472,7 +479,8 @@ def choose(impl: str, features: Tensor, labels: Tensor, dtype: torch.dtype) -> s
         return impl
     soft = labels.is_floating_point()
     if impl == "auto":
-        return "triton" if not soft and fused.runs_by_default(features, dtype) else "eager"
+        on_cuda = features.device.type == "cuda" and not soft
+        return "triton" if on_cuda and fused.runs_by_default(features, dtype) else "eager"
     obstacle = fused.why_not(features, dtype)
     if soft:
         obstacle = "it takes integer labels, and these are class probabilities"
@@ -500,17 +508,19 @@ def check_call(
     )
     checks.check_temperatures(options.temperature, options.epsilon)
     width = features.shape[1 if features.ndim == 2 else 2 :].numel()
-    dtype = torch.promote_types(torch.float32, features.dtype)
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     checks.warn_of_no_gradient("labels", labels, "class probabilities are constants of the loss")
     if ref_features is not None:
         checks.check_samples(ref_features, ref_labels, of="ref_")
         checks.check_reference_fits(width, features, ref_features)
-        dtype = torch.promote_types(dtype, ref_features.dtype)
+        dtype = torch.float64 if ref_features.dtype == torch.float64 else dtype
     if memory is not None:
         checks.check_memory_fits(width, features, memory)
     num_classes = checks.num_classes_of(options.num_classes, options.weight)
     if options.weight is not None:
         checks.check_weight_fits(features, options.weight)
+        why = "class weights are constants of the loss"
+        checks.warn_of_no_gradient("weight", options.weight, why)
     if labels.ndim == 2 or (ref_labels is not None and ref_labels.ndim == 2):
         num_classes = checks.check_probabilities(
             labels, ref_labels, num_classes, options.leave_one_out

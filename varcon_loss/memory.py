@@ -15,15 +15,12 @@ from varcon_loss.readable import values_may_be_read
 PREDICT_ROWS = 4096  # logits of this many rows are held at a time
 
 
-def update(memory: Tensor, classes: Classes, momentum: float) -> Tensor:
+def update(memory: Tensor, classes: Classes, momentum: float) -> None:
     """Move centroids towards the batch's means, in place: ``w <- unit(m w + (1 - m) mean)``.
 
     A class seen first takes its mean. A class whose sum is zero, or not finite, keeps what it had.
     A class that has less than one sample in all moves by so much less: smoothing gives each class a
     little of every sample, which says little about it.
-
-    Returns:
-        The classes whose sums are not finite, ``[S]`` bool.
     """
     names = classes.names
     if names is None and torch.compiler.is_compiling():
@@ -41,7 +38,6 @@ def update(memory: Tensor, classes: Classes, momentum: float) -> Tensor:
         memory.copy_(new)
     else:
         memory.index_copy_(0, names, new)
-    return lengths.isnan()
 
 
 def table_of_memory(memory: Tensor, dtype: torch.dtype) -> Table:

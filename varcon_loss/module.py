@@ -1,6 +1,5 @@
 """The loss as a module."""
 
-import copy
 import weakref
 from collections.abc import Callable
 from typing import Any, Never
@@ -419,18 +418,33 @@ class VarConLoss(nn.Module):
             self.reset_memory()
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """A memory on the meta device takes only what training leaves: rows of length 0 to 1.
+
+        Some loaders allocate what a checkpoint lacks, and load that.
+        """
+        before = self.centroid_memory
+        super()._load_from_state_dict(*args, **kwargs)
+        after = self.centroid_memory
+        if before is None or after is None or not before.is_meta or after.is_meta:
+            return
+        lengths = torch.linalg.vector_norm(after.float(), dim=1)
+        if not bool((lengths <= 1 + 1e-3).all()):
+            self.reset_memory()
+            checks.warn(
+                "the centroid memory that was loaded holds rows longer than 1, which no training "
+                "leaves there, and is emptied: if the checkpoint lacks it, call "
+                "reset_parameters() (with transformers in _init_weights)"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which agree anew with other ranks."""
-        return super().__getstate__() | {"_exchanges": None}
+        """For copies and pickles, which agree anew with the ranks of the same group."""
+        group = _SameGroup(self.process_group)
+        return super().__getstate__() | {"process_group": group, "_exchanges": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state | {"_exchanges": weakref.WeakKeyDictionary()})
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "VarConLoss":
-        memo[id(self.process_group)] = self.process_group  # a copy has the same ranks
-        memo[id(self)] = twin = type(self).__new__(type(self))
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return twin
+        group, exchanges = state["process_group"].group, weakref.WeakKeyDictionary()
+        super().__setstate__(state | {"process_group": group, "_exchanges": exchanges})
 
     def extra_repr(self) -> str:
         """What was chosen, where it differs from the defaults."""
@@ -442,6 +456,16 @@ class VarConLoss(nn.Module):
             elif value != default or name in ("temperature", "epsilon"):
                 shown.append(f"{name}={value!r}")
         return ", ".join(shown)
+
+
+class _SameGroup:
+    """A process group, which a copy shares."""
+
+    def __init__(self, group: object) -> None:
+        self.group = group
+
+    def __deepcopy__(self, _: object) -> "_SameGroup":
+        return self
 
 
 def _makes_values(fn: Callable[[Tensor], Tensor]) -> bool:
