@@ -1,5 +1,6 @@
 """The proof of the kernels on a GPU, without one: what it measures runs, at tiny sizes."""
 
+import functools
 import json
 import os
 import re
@@ -138,6 +139,28 @@ def test_what_a_default_may_rest_on(tmp_path: Path) -> None:
         assert not gpu_proof.supports(PROOF._replace(**other), tmp_path)
     with pytest.raises(FileNotFoundError):
         gpu_proof.supports(PROOF._replace(results="gpu-proof-l4"), tmp_path)
+
+
+def test_the_command_ends_with_a_table_and_a_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit, match="CUDA device"):
+        gpu_proof.command(tmp_path)
+    measured = functools.partial(gpu_proof.measured, device="cpu", names=(OURS, EAGER))
+    environment = content_of()["environment"]
+    for name, value in (
+        ("CHECKS", dict.fromkeys(gpu_proof.CHECKS, (sys.executable, "-c", ""))),
+        ("ROWS", (Row(64, 10, 16, "float32"),)), ("ROUNDS", 1), ("measured", measured),
+        ("environment", lambda: environment),
+    ):  # fmt: skip
+        monkeypatch.setattr(gpu_proof, name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu_proof.command(tmp_path)
+    printed, saved = capsys.readouterr().out, json.loads((tmp_path / "gpu-proof.json").read_text())
+    assert [row["status"] for row in saved["rows"]] == ["ok", "ok"]
+    assert "tests: passed" in printed
+    assert "64 x 10, D 16, float32" in printed
+    assert f"Verdict: {saved['verdict']}" in printed
 
 
 def test_the_report_has_the_table_and_the_verdict(tmp_path: Path) -> None:
