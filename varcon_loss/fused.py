@@ -47,7 +47,7 @@ class Tiles(NamedTuple):
 
 
 # By bytes of an operand, and width up to which. `benchmarks/kernel_code.py` shows what the compiler
-# makes of them: no loop spills registers, on any device, and half operands up to a width of 128 let
+# makes of them: no default spills registers in its loop, and half operands up to a width of 128 let
 # two blocks share a multiprocessor: one computes exponentials while the other waits for products.
 TILES = {
     2: {
