@@ -172,8 +172,16 @@ def test_an_ignore_index_that_no_label_can_have() -> None:
         (X, Y.tolist(), r"give torch.as_tensor\(labels\)"),
         (X, Y.float(), r"give labels.long\(\)"),
         (X, torch.eye(3).long()[Y], r"give a table \[N, C\].*float.*argmax\(1\)"),
-        (torch.randn(2, 4, 5), Y.view(2, 3)[:, [0, 1, 2, 0, 1]], r"features.transpose\(1, 2\).flatten\(0, 1\) and labels.flatten"),
-        (torch.randn(2, 4, 3, 5), torch.zeros(2, 3, 5).long(), r"features.movedim\(1, -1\).flatten\(0, 2\) and labels.flatten"),
+        (
+            torch.randn(2, 4, 5),
+            Y.view(2, 3)[:, [0, 1, 2, 0, 1]],
+            r"features.transpose\(1, 2\).flatten\(0, 1\) and labels.flatten",
+        ),
+        (
+            torch.randn(2, 4, 3, 5),
+            torch.zeros(2, 3, 5).long(),
+            r"features.movedim\(1, -1\).flatten\(0, 2\) and labels.flatten",
+        ),
         (X, Y[:3], r"2 views, one after the other, give labels.repeat\(2\)"),
         (X.view(3, 2, 4), Y, "views of an image share its label"),
         (X.view(2, 3, 4), Y[:3], r"features.transpose\(0, 1\)"),

@@ -540,7 +540,11 @@ def test_a_class_forgotten_by_hand_is_learned_anew(make_batch: MakeBatch) -> Non
 def test_centroids_are_set_by_assignment() -> None:
     criterion = make(num_classes=3, feature_dim=2)
     criterion.centroids = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]]).double()
-    assert criterion.centroids.tolist() == [[0.6000000238418579, 0.800000011920929], [0, 0], [0, -1]]
+    assert criterion.centroids.tolist() == [
+        [0.6000000238418579, 0.800000011920929],
+        [0, 0],
+        [0, -1],
+    ]
     assert [name for name, _ in criterion.named_parameters()] == []
     criterion.centroids[:] = 5.0  # of a copy
     assert criterion.centroids[1].tolist() == [0, 0]

@@ -25,7 +25,8 @@ def test_module_and_function_are_the_same(make_batch: MakeBatch) -> None:
     options = {"leave_one_out": True, "weight": torch.rand(5), "reduction": "sum"}
     criterion = VarConLoss(0.2, epsilon=0.05, **options)
     assert torch.equal(
-        criterion(features, labels), varcon_terms(features, labels, 0.2, epsilon=0.05, **options).reduced
+        criterion(features, labels),
+        varcon_terms(features, labels, 0.2, epsilon=0.05, **options).reduced,
     )
     terms = criterion.terms(features, labels)
     assert isinstance(terms, VarConTerms)
@@ -50,7 +51,9 @@ def test_pickles_copies_and_state(weight: torch.Tensor | None, make_batch: MakeB
 
 def test_repr_shows_what_was_chosen() -> None:
     assert repr(VarConLoss()) == "VarConLoss(temperature=0.1, epsilon=0.02)"
-    text = repr(VarConLoss(0.2, epsilon=0.0, weight=torch.ones(3), leave_one_out=True, reduction="sum"))
+    text = repr(
+        VarConLoss(0.2, epsilon=0.0, weight=torch.ones(3), leave_one_out=True, reduction="sum")
+    )
     for part in (
         "temperature=0.2",
         "num_classes=3",
@@ -63,7 +66,8 @@ def test_repr_shows_what_was_chosen() -> None:
 
 def test_public_names() -> None:
     assert sorted(varcon_loss.__all__) == [
-        "ProjectionHead", "VarConLoss", "VarConTerms", "__version__", "varcon_loss", "varcon_terms",
+        "LargeBatch", "ProjectionHead", "VarConLoss", "VarConTerms", "__version__",
+        "backward_in_chunks", "varcon_loss", "varcon_terms",
     ]  # fmt: skip
 
 

@@ -178,7 +178,13 @@ def test_closed_form_gradient_equals_autograd_of_the_equations(
     for impl in IMPLEMENTATIONS:
         x = features.clone().requires_grad_()
         losses = varcon_loss(
-            x, labels, temperature, epsilon=share * temperature, reduction="none", impl=impl, **options
+            x,
+            labels,
+            temperature,
+            epsilon=share * temperature,
+            reduction="none",
+            impl=impl,
+            **options,
         )
         losses.backward(upstream)
         assert x.grad is not None

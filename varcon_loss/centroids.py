@@ -95,7 +95,12 @@ class Table(NamedTuple):
         """
         w, present, shares = self.w, self.present, labels.shares
         if shares is None:
-            return w, present, self.find(labels.class_of().unsqueeze(1)) if slots is None else slots, None
+            return (
+                w,
+                present,
+                self.find(labels.class_of().unsqueeze(1)) if slots is None else slots,
+                None,
+            )
         if labels.classes is None:
             if self.names is not None:
                 shares = shares.index_select(1, self.names.clamp_max(shares.shape[1] - 1))

@@ -19,15 +19,8 @@ _CHOICES = {
     "impl": ("auto", "reference", "eager", "triton"),
 }
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LABEL_DTYPES = (
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.uint8,
-    torch.uint16,
-    torch.uint32,
-)
+_UNSIGNED = (torch.uint8, torch.uint16, torch.uint32)
+LABEL_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, *_UNSIGNED)
 
 
 def warn(message: str) -> None:
@@ -43,18 +36,17 @@ def real_number(name: str, value: Any, kind: str = "a number") -> float:
     if type(value) is float:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        way_out = ""
-        if isinstance(value, Tensor):
-            way_out = ", which is not learned: give .item()"
-        elif isinstance(value, (torch.device, torch.nn.Module)):
-            way_out = (
-                ": the loss follows the features' device"
-                if isinstance(value, torch.device)
-                else ": the loss takes embeddings; for a sentence-transformers model use "
-                "varcon_loss.integrations.text.VarConLoss"
-            )
-        raise TypeError(f"{name} must be {kind}, got {type(value).__name__}{way_out}")
+        hint = next((hint for given, hint in _NO_NUMBERS if isinstance(value, given)), "")
+        raise TypeError(f"{name} must be {kind}, got {type(value).__name__}{hint}")
     return float(value)
+
+
+_OF_TEXT = "for a sentence-transformers model use varcon_loss.integrations.text.VarConLoss"
+_NO_NUMBERS = (
+    (Tensor, ", which is not learned: give .item()"),
+    (torch.device, ": the loss follows the features' device"),
+    (torch.nn.Module, f": the loss takes embeddings; {_OF_TEXT}"),
+)
 
 
 def whole_number(name: str, value: Any, kind: str = "an int or None") -> int:
@@ -71,12 +63,10 @@ def option(name: str, value: Any) -> Any:
 
     Numbers of any kind become Python's: compiled graphs know no others.
     """
-    if name == "temperature":
+    if name in ("temperature", "epsilon"):
         value = real_number(name, value)
-        if not 0 < value < math.inf:
+        if name == "temperature" and not 0 < value < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {value}")
-    elif name == "epsilon":
-        value = real_number(name, value)
         if not value >= 0:
             raise ValueError(f"epsilon must be >= 0, got {value}")
     elif name in ("normalize", "leave_one_out"):
@@ -92,12 +82,10 @@ def option(name: str, value: Any) -> Any:
         _check_group(value)
     elif value is not None:
         value = whole_number(name, value)
-        if name == "ignore_index" and not -(2**63) <= value < 2**63:
-            raise ValueError(
-                f"ignore_index must be a number that int64 labels can have, got {value}"
-            )
-        if name in ("num_classes", "feature_dim") and value < 1:
+        if name != "ignore_index" and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} must be a number that int64 labels can have, got {value}")
     return value
 
 
@@ -119,22 +107,19 @@ def _check_weight(weight: Any) -> None:
             f"weight must be a tensor with one entry per class, got {type(weight).__name__}"
         )
     if weight.ndim != 1 or len(weight) == 0 or not weight.is_floating_point():
-        raise ValueError(
-            "weight must be a floating-point tensor [num_classes], got "
-            f"{weight.dtype} {list(weight.shape)}"
-        )
+        got = f"{weight.dtype} {list(weight.shape)}"
+        raise ValueError(f"weight must be a floating-point tensor [num_classes], got {got}")
+    warn_of_no_gradient("weight", weight, "class weights are constants of the loss")
 
 
 def check_weight_values(weight: Tensor | None) -> None:
     """Once, where a look waits for nothing: NaN would come out much later."""
     if weight is None or not values_may_be_read(weight):
         return
-    bad = (~((weight >= 0) & (weight < math.inf))).nonzero()
-    if len(bad) > 0:
-        label = int(bad[0])
-        raise ValueError(
-            f"weight must be finite and at least 0, got {float(weight[label])} for class {label}"
-        )
+    bad = (~((weight >= 0) & (weight < math.inf))).nonzero().flatten().tolist()
+    if bad:
+        got = f"{float(weight[bad[0]])} for class {bad[0]}"
+        raise ValueError(f"weight must be finite and at least 0, got {got}")
 
 
 def num_classes_of(num_classes: int | None, weight: Tensor | None) -> int | None:
@@ -150,16 +135,12 @@ def num_classes_of(num_classes: int | None, weight: Tensor | None) -> int | None
 
 
 def _check_group(group: Any) -> None:
-    if group is None or isinstance(group, torch.distributed.ProcessGroup):
-        return
-    if isinstance(group, str):
-        if group != "world":
-            raise ValueError(f"process_group must be 'world', a ProcessGroup or None, got {group!r}")
-    elif group != torch.distributed.GroupMember.NON_GROUP_MEMBER:
-        raise TypeError(
-            "process_group must be 'world', a torch.distributed.ProcessGroup or None, got "
-            f"{type(group).__name__}"
-        )
+    kinds = "'world', a torch.distributed.ProcessGroup or None"
+    if isinstance(group, str) and group != "world":
+        raise ValueError(f"process_group must be {kinds}, got {group!r}")
+    known = (str, type(None), torch.distributed.ProcessGroup)
+    if not isinstance(group, known) and group != torch.distributed.GroupMember.NON_GROUP_MEMBER:
+        raise TypeError(f"process_group must be {kinds}, got {type(group).__name__}")
 
 
 def check_memory_options(
@@ -208,8 +189,7 @@ _FROM_ELSEWHERE = {
     "indexes": "give class numbers as labels",
     "target_labels": "give class numbers as labels",
     "device": "the loss follows the features' device: leave it out",
-    "model": "the loss takes embeddings; for a sentence-transformers model use "
-    "varcon_loss.integrations.text.VarConLoss",
+    "model": f"the loss takes embeddings; {_OF_TEXT}",
     "indices_tuple": _OF_PML,
     "ref_emb": f"give ref_features; {_OF_PML}",
     "embeddings": f"give features; {_OF_PML}",
@@ -287,9 +267,8 @@ def refuse_positional_tensors(given: tuple[Any, ...]) -> None:
 
 def warn_of_no_gradient(name: str, tensor: Tensor | None, why: str) -> None:
     """A tensor that asks for a gradient and gets none is rarely meant."""
-    if tensor is None or not tensor.requires_grad or torch.compiler.is_compiling():
-        return
-    if torch.is_grad_enabled():
+    wanted = tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+    if wanted and not torch.compiler.is_compiling():
         warn(
             f"{name}.requires_grad is True, but no gradient goes there: {why}. Give {name}.detach()"
         )
@@ -299,16 +278,13 @@ def warn_of_odd_batch(num_samples: int, num_present: int) -> None:
     """For a batch in which no sample is drawn to another, and whose loss looks as if all were."""
     if num_samples < 2 or 1 < num_present < num_samples:
         return
-    if num_present == 1:
-        warn(
-            f"all {num_samples} samples are of one class: with nothing to tell apart the loss is 0"
-        )
-    else:
-        warn(
-            f"each of the {num_samples} samples is alone in its class, its own centroid: nothing "
-            "draws it to others of its class, and the loss falls to near 0 by spreading samples. "
-            "Sample several of each class, or use a centroid memory"
-        )
+    alone = (
+        f"each of the {num_samples} samples is alone in its class, its own centroid: nothing "
+        "draws it to others of its class, and the loss falls to near 0 by spreading samples. "
+        "Sample several of each class, or use a centroid memory"
+    )
+    alike = f"all {num_samples} samples are of one class: with nothing to tell apart the loss is 0"
+    warn(alike if num_present == 1 else alone)
 
 
 def check_samples(features: Any, labels: Any, of: str = "") -> None:
@@ -330,8 +306,7 @@ def check_samples(features: Any, labels: Any, of: str = "") -> None:
         raise TypeError(
             f"{name} must be a tensor, got {type(labels).__name__}: give torch.as_tensor({name})"
         )
-    if labels.layout != torch.strided:
-        raise TypeError(f"{name} must be dense, got {labels.layout}: give {name}.to_dense()")
+    _check_dense(name, labels)
     is_integer = labels.dtype in LABEL_DTYPES
     probabilities = labels.ndim == 2 and labels.dtype in FEATURE_DTYPES
     shapes = f"{name} {list(labels.shape)}"
@@ -354,11 +329,7 @@ def check_samples(features: Any, labels: Any, of: str = "") -> None:
             f"{features_name} {list(features.shape)}, got {list(labels.shape)}"
             + _way_to_fit(features, labels, features_name, name)
         )
-    if labels.device != features.device:
-        raise ValueError(
-            f"{name} are on {labels.device} but {features_name} are on {features.device}: "
-            "move them to one device"
-        )
+    check_device(labels, f"{name} are", features, "them", features_name)
 
 
 def _refuse_mask(labels: Tensor, name: str) -> None:
@@ -462,15 +433,7 @@ def check_features(features: Any, name: str = "features") -> None:
         raise TypeError(
             f"{name} must be float16, bfloat16, float32 or float64, got {features.dtype}{swapped}"
         )
-    if type(features).__name__ == "DTensor":
-        raise TypeError(
-            f"{name} must be one rank's own samples, got a DTensor: give {name}.to_local() where "
-            "it is sharded by samples, and process_group for centroids over ranks"
-        )
-    if features.layout != torch.strided or features.is_nested:
-        kind = "nested" if features.is_nested else features.layout
-        way_out = f"torch.cat({name}.unbind())" if features.is_nested else f"{name}.to_dense()"
-        raise TypeError(f"{name} must be dense, got {kind}: give {way_out}")
+    _check_dense(name, features)
     if features.ndim < 2:
         raise ValueError(
             f"{name} must have shape [N, D] or [B, V, ...], got {list(features.shape)}"
@@ -485,6 +448,13 @@ def check_features(features: Any, name: str = "features") -> None:
             f"{name} {list(features.shape)} would be {features.shape[1]} views of width 1: give "
             f"{name}.flatten(1), if they are pooled maps"
         )
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        way_out = f"torch.cat({name}.unbind())" if tensor.is_nested else f"{name}.to_dense()"
+        raise TypeError(f"{name} must be dense, got {kind}: give {way_out}")
 
 
 def check_reference_set(
@@ -510,12 +480,14 @@ def check_reference_set(
         )
 
 
-def check_weight_fits(features: Tensor, weight: Tensor) -> None:
-    """Class weights lie where the features are."""
-    if weight.device != features.device:
+def check_device(
+    tensor: Tensor, name: str, features: Tensor, move: str, features_name: str = "features"
+) -> None:
+    """Both on one device."""
+    if tensor.device != features.device:
         raise ValueError(
-            f"weight is on {weight.device} but features are on {features.device}: "
-            "move the loss module (or the weight) to the features' device"
+            f"{name} on {tensor.device} but {features_name} are on {features.device}: move {move} "
+            "to one device"
         )
 
 
@@ -525,11 +497,7 @@ def check_memory_fits(width: int, features: Tensor, memory: Tensor) -> None:
         raise ValueError(
             f"features have width {width} but the centroid memory has feature_dim={memory.shape[1]}"
         )
-    if features.device != memory.device:
-        raise ValueError(
-            f"the centroid memory is on {memory.device} but features are on {features.device}: "
-            "move the loss module to the features' device"
-        )
+    check_device(memory, "the centroid memory is", features, "the loss module and the features")
 
 
 def check_reference_fits(width: int, features: Tensor, ref_features: Tensor) -> None:
@@ -540,13 +508,8 @@ def check_reference_fits(width: int, features: Tensor, ref_features: Tensor) -> 
             f"ref_features have width {ref_width} but features have width {width}: "
             "both must come from the same embedding space"
         )
-    if features.device != ref_features.device:
-        raise ValueError(
-            f"ref_features are on {ref_features.device} but features are on {features.device}: "
-            "move them to one device"
-        )
-    warn_of_no_gradient(
-        "ref_features",
-        ref_features,
-        "centroids are constants of the loss (to train both sides add the loss the other way round)",
+    check_device(ref_features, "ref_features are", features, "them")
+    why = (
+        "centroids are constants of the loss (to train both sides add the loss the other way round)"
     )
+    warn_of_no_gradient("ref_features", ref_features, why)

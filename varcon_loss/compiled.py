@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from varcon_loss import fused
-from varcon_loss.centroids import unit
 from varcon_loss.equations import sweep_by_equations
 from varcon_loss.readable import without_autocast
 from varcon_loss.sweep import sweep
@@ -138,7 +137,9 @@ class Sweep(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        _, z, lengths, left_out, *table, temperature, epsilon, need_grad, need_terms, operands = inputs
+        _, z, lengths, left_out, *table, temperature, epsilon, need_grad, need_terms, operands = (
+            inputs
+        )
         given = (*table, temperature, epsilon, lengths is not None, need_grad, need_terms)
         return _run(z, left_out, *given, operands=operands)
 

@@ -26,7 +26,9 @@ def sweep_by_equations(
         temperature: ``tau1``.
         epsilon: ``epsilon`` of Eq. 13.
     """
-    absent = torch.zeros(w.shape[0], dtype=torch.bool, device=w.device) if present is None else ~present
+    absent = (
+        torch.zeros(w.shape[0], dtype=torch.bool, device=w.device) if present is None else ~present
+    )
     others = (~absent).sum().sub(1).clamp_min(0).to(z.dtype)  # K - 1
     logits = z @ w.T / temperature
     if own is not None and slots is not None:

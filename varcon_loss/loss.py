@@ -203,6 +203,7 @@ def evaluate(
             given = (len(members[1]), members[3].shares is not None, options.num_classes)
             room = room_of(group, exchanges, *given, same)
             classes, total = over_ranks(group, room, classes, total, options.num_classes)
+            slots = None
         table = table_for(classes, memory, options, dtype)
         if ref_features is not None:
             anchors, classes = with_reference(anchors, table, members[3]), None
@@ -213,7 +214,15 @@ def evaluate(
         if table.names is None or classes is None or table.names is not classes.names:
             slots = None  # of another table
         return score(
-            anchors, table, classes, slots, total, options, impl, size_of(group), need_terms=need_terms
+            anchors,
+            table,
+            classes,
+            slots,
+            total,
+            options,
+            impl,
+            size_of(group),
+            need_terms=need_terms,
         )
 
 
@@ -288,9 +297,7 @@ def table_for(
     return table_of(classes, dtype)
 
 
-def alike(
-    options: Options, memory: Tensor | None, z: Tensor, *, reference: bool
-) -> dict[str, Any]:
+def alike(options: Options, memory: Tensor | None, z: Tensor, *, reference: bool) -> dict[str, Any]:
     """What ranks whose losses are averaged must have alike."""
     own = ("num_classes", "process_group", "impl")
     same = {name: getattr(options, name) for name in Options._fields if name not in own}
@@ -443,18 +450,8 @@ def terms_of(features: Tensor, scored: Scored) -> VarConTerms:
     if reduced.ndim > 0:  # callers may change one and keep the other
         loss = loss.clone()
     valid = torch.ones_like(loss, dtype=torch.bool) if valid is None else valid
-    kl, nll, confidence, tau2 = terms.view(4, *shape).unbind()
-    return VarConTerms(
-        loss=loss.view(shape),
-        kl=kl,
-        nll=nll,
-        confidence=confidence,
-        tau2=tau2,
-        valid=valid.view(shape),
-        num_classes=table.num_present(),
-        reduced=reduced,
-        impl=impl,
-    )
+    terms, valid = terms.view(4, *shape).unbind(), valid.view(shape)
+    return VarConTerms(loss.view(shape), *terms, valid, table.num_present(), reduced, impl)
 
 
 def _shape(features: Tensor) -> torch.Size:
@@ -503,9 +500,7 @@ def check_call(
         TypeError, ValueError: of what was given, by name.
     """
     checks.check_samples(features, labels)
-    checks.check_reference_set(
-        ref_features, ref_labels, options.leave_one_out, memory is not None
-    )
+    checks.check_reference_set(ref_features, ref_labels, options.leave_one_out, memory is not None)
     checks.check_temperatures(options.temperature, options.epsilon)
     width = features.shape[1 if features.ndim == 2 else 2 :].numel()
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
@@ -518,9 +513,7 @@ def check_call(
         checks.check_memory_fits(width, features, memory)
     num_classes = checks.num_classes_of(options.num_classes, options.weight)
     if options.weight is not None:
-        checks.check_weight_fits(features, options.weight)
-        why = "class weights are constants of the loss"
-        checks.warn_of_no_gradient("weight", options.weight, why)
+        checks.check_device(options.weight, "weight is", features, "the loss module or the weight")
     if labels.ndim == 2 or (ref_labels is not None and ref_labels.ndim == 2):
         num_classes = checks.check_probabilities(
             labels, ref_labels, num_classes, options.leave_one_out

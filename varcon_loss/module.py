@@ -137,9 +137,7 @@ class VarConLoss(nn.Module):
             checks.refuse_unknown("VarConLoss", unknown, known, temperature)
         self.temperature, self.epsilon = temperature, epsilon
         checks.check_temperatures(self.temperature, self.epsilon)
-        checks.option("weight", weight)
-        checks.warn_of_no_gradient("weight", weight, "class weights are constants of the loss")
-        checks.check_weight_values(weight)
+        checks.check_weight_values(checks.option("weight", weight))
         if weight is not None and weight.is_meta:
             checks.warn(
                 "weight was made on the meta device and has no values: load some, or set "
@@ -227,19 +225,10 @@ class VarConLoss(nn.Module):
 
     def _options(self, learns: bool) -> Options:
         """Of a call; one that does not learn neither moves the memory nor exchanges."""
-        return Options(
-            self.temperature,
-            self.epsilon,
-            self.num_classes,
-            self.normalize,
-            self.reduction,
-            self.ignore_index,
-            self.weight,
-            self.leave_one_out,
-            self.process_group if learns else None,
-            self.impl,
-            self.centroid_momentum if learns else None,
-        )
+        given = {name: getattr(self, name) for name in Options._fields}
+        if not learns:
+            given |= {"process_group": None, "centroid_momentum": None}
+        return Options(**given)
 
     @property
     def centroids(self) -> Tensor:
@@ -336,7 +325,11 @@ class VarConLoss(nn.Module):
                 "overwrite them by rank 0's where the loss is part of the wrapped model: give "
                 "process_group='world', and all ranks remember the same",
             )
-        if not learns and values_may_be_read(memory) and float(torch.linalg.vector_norm(memory)) == 0:
+        if (
+            not learns
+            and values_may_be_read(memory)
+            and float(torch.linalg.vector_norm(memory)) == 0
+        ):
             mode = "" if self.training else " In eval mode it is only read: call train() to learn."
             checks.warn(
                 "the centroid memory is empty, since no training step has filled it yet: the loss "

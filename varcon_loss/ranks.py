@@ -6,8 +6,9 @@ of samples of all ranks; else the rows of the classes that each rank holds are g
 raises ends the job, as in DistributedDataParallel.
 """
 
+import sys
 import zlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,7 +72,21 @@ def room_of(
     key = (soft, num_classes, same["feature width"], same["dtype"])
     if key in known:
         return known[key]
-    told = {name: _comparable(value) for name, value in (same | {"num_classes": num_classes}).items()}
+    # A compiled graph breaks here, once. Where nobody compiles its compiler is not imported: that
+    # would keep the process group alive.
+    agree = torch.compiler.disable(_agree) if "torch._dynamo" in sys.modules else _agree
+    held = agree(group, num_samples, same | {"num_classes": num_classes})
+    room = None
+    if num_classes is not None:
+        room = 0 if soft or num_classes <= sum(held) else min(num_classes, max(held))
+    if any(held):  # a step without samples tells nothing of the next
+        known[key] = room
+    return room
+
+
+def _agree(group: Any, num_samples: int, same: dict[str, Any]) -> list[int]:
+    """The number of samples of each rank, if all have the rest alike."""
+    told = {name: _comparable(value) for name, value in same.items()}
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, (num_samples, told), group=group)
     for name in told:
@@ -82,13 +97,7 @@ def room_of(
                 f"ranks disagree on {name} ({listed}): it must be the same on all; a checkpoint "
                 "must be loaded by every rank"
             )
-    held = [samples for samples, _ in everyone]
-    room = None
-    if num_classes is not None:
-        room = 0 if soft or num_classes <= sum(held) else min(num_classes, max(held))
-    if any(held):  # a step without samples tells nothing of the next
-        known[key] = room
-    return room
+    return [samples for samples, _ in everyone]
 
 
 def _comparable(value: Any) -> Any:
@@ -154,9 +163,7 @@ def _poisoned(classes: Classes, total: Tensor) -> tuple[Classes, Tensor]:
     return Classes(sums, classes.counts, classes.names), total
 
 
-def merge(
-    sums: Tensor, counts: Tensor, names: Tensor, num_classes: int | None
-) -> Classes:
+def merge(sums: Tensor, counts: Tensor, names: Tensor, num_classes: int | None) -> Classes:
     """Rows ``[R, D]`` of classes ``[R]``, some of them alike, some empty, added up by class."""
     filled = counts > 0
     names = names.masked_fill(~filled, 0)

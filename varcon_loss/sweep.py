@@ -134,7 +134,9 @@ def _chunk(
         if slots is None:
             shift = own_masked.amax(1, keepdim=True)
         else:
-            shift = (u if present is None else u.masked_fill_(~present, -torch.inf)).amax(1, keepdim=True)
+            shift = (u if present is None else u.masked_fill_(~present, -torch.inf)).amax(
+                1, keepdim=True
+            )
             if several:
                 shift = torch.maximum(shift, own_masked.amax(1, keepdim=True))
         shift.masked_fill_(shift == -torch.inf, 0.0)
@@ -193,9 +195,7 @@ def _chunk(
     return loss, terms, g
 
 
-def _expected(
-    row: RowObjective, shares: Tensor | None, need_terms: bool
-) -> tuple[Tensor, Tensor]:
+def _expected(row: RowObjective, shares: Tensor | None, need_terms: bool) -> tuple[Tensor, Tensor]:
     """Loss ``[n]`` and terms ``[4, n]`` under the shares ``[n, M]`` of classes."""
     loss = row.kl + row.nll
     columns = (row.kl, row.nll, row.confidence, row.tau2) if need_terms else ()
