@@ -1,147 +1,261 @@
 """``varcon-timm train.py ... --loss varcon``: timm's own, unmodified ``train.py`` with VarCon.
 
-The launcher takes its own flags out of the command line, puts `VarConTask` where the script finds
-``timm.task.ClassificationTask``, and runs the script as ``python train.py`` would. Without
-``--loss varcon`` it only runs the script.
+The launcher takes ``--loss varcon`` out of the command line, adds its ``--varcon-`` flags to the
+script's parser, puts `VarConTask` where the script finds ``timm.task.ClassificationTask``, and runs
+the script as ``python train.py`` would. Without ``--loss varcon`` it only runs the script.
 """
 
 import argparse
 import difflib
+import os
 import re
 import runpy
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
-from varcon_loss import ProjectionHead, VarConLoss, __version__
-from varcon_loss.integrations.timm_flags import (
-    INSTALL_TIMM,
-    PROGRAM,
-    CommandLine,
-    flag_parser,
-    installed,
-    read_command_line,
-    stop,
-    where_train_py_is,
+PROGRAM = "varcon-timm"
+SOURCE = "https://github.com/huggingface/pytorch-image-models"
+TRAIN_PY = f"timm's wheel has no train.py: take it from {SOURCE}, at the tag of your timm"
+
+FLAGS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "temperature": (0.1, {"type": float}, "tau1"),
+    "epsilon": (0.02, {"type": float}, "how far the confidence moves tau2"),
+    "dim": (128, {"type": int}, "embedding width"),
+    "head": ("mlp-bn", {"choices": ("mlp-bn", "mlp", "linear")}, "projection head"),
+    "views": (2, {"type": int, "choices": (1, 2)}, "augmented views an image, all in one step"),
+    "probe-weight": (1.0, {"type": float}, "weight of the online linear probe's loss"),
+    "leave-one-out": (False, {}, "centroids without the sample itself"),
+    "global-centroids": (False, {}, "centroids over all ranks: where a rank's batch holds few "
+                         "images of a class; a memory implies it"),
+    "centroid-momentum": (None, {"type": float}, "remember centroids (an extension), in [0, 1)"),
+}  # fmt: skip
+
+# What VarCon has no meaning with: flags, the values that are refused, and why or what to do.
+REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("mixup cutmix cutmix_minmax", bool, "VarCon trains on images that are not mixed, drop it"),
+    ("jsd_loss bce_loss", bool, "VarCon replaces it, drop it"),
+    ("kd_model_name", bool, "distillation builds another task, drop it"),
+    ("task", lambda v: v != "classification", "VarCon is single-label, drop it"),
+    ("naflex_loader torchscript", bool, "not supported, drop it"),
+    ("num_classes", lambda v: v == 0, "the probe needs a classifier, give the number"),
+    ("smoothing", lambda v: not 0 <= v < 1, "a share, give 0 or more and less than 1"),
+    ("aug_splits", bool, "--varcon-views makes the views, drop it"),
+    ("varcon_views", lambda v: v not in (1, 2), "give 1 or 2"),
 )
-
-OLDEST_TIMM = (1, 0, 27)
+REFUSED_WITH_TWO_VIEWS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("no_aug no_prefetcher train_img_sizes", bool, "drop it, or use --varcon-views 1"),
+    ("dataset", re.compile("(?i)(tfds|wds|hfids)(/|$)").match, "iterable, use --varcon-views 1"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``varcon-timm`` and ``python -m varcon_loss.integrations.timm_train``."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
-        flag_parser().print_help()
+        usage = f"{PROGRAM} path/to/train.py [its own arguments] --loss varcon [--varcon-...]"
+        parser = _Parser(prog=PROGRAM, usage=usage, epilog=f"{TRAIN_PY}.", add_help=False)
+        _add_flags(parser)
+        parser.print_help()
         raise SystemExit(0 if arguments else 2)
-    if arguments[0] == "--version":
-        others = (f"{name} {installed(name) or 'not installed'}" for name in ("timm", "torch"))
-        print(", ".join([f"varcon-loss {__version__}", *others]))
-    elif arguments[0] == "probe":
-        _check_timm()
-        from varcon_loss.integrations import timm_probe
-
-        timm_probe.main(arguments[1:])
-    else:
-        script = _find_script(arguments[0])
-        text = script.read_text(encoding="utf-8", errors="replace")
-        _launch(script, text, read_command_line(arguments[1:], text))
-
-
-def _launch(script: Path, text: str, given: CommandLine) -> None:
-    with_varcon = given.flags.loss == "varcon"
-    with _config_for_the_script(given) as config:
+    script = Path(arguments[0])
+    if arguments[0] == "probe":
+        stop("the probe is a recipe of 30 lines: docs/timm.md, 'Reading out a checkpoint'")
+    if not script.is_file():
+        stop(f"no such script: {script}; it comes first, its flags after it; {TRAIN_PY}")
+    text = script.read_text(encoding="utf-8", errors="replace")
+    with tempfile.TemporaryDirectory(prefix=PROGRAM) as folder:
+        with_varcon, rest = _read_command_line(arguments[1:], text, Path(folder))
         if not with_varcon:
-            _run(script, [*config, *given.everything])
-            return
-        _check_timm()
-        _check_script(script, text)
-        _check_values(given.flags)
-        from varcon_loss.integrations.timm_launch import varcon_in_timm
+            _run(script, rest)
+        elif "ClassificationTask" in text and "get_trainable_module" in text:
+            _run_with_varcon(script, rest)
+        else:
+            stop(f"{script} builds no ClassificationTask of timm 1.0.27 or newer; {TRAIN_PY}")
 
-        with varcon_in_timm(given.flags) as launch:
-            try:
-                _run(script, [*config, *given.rest])
-            except SystemExit as end:
-                if end.code or launch.arguments is None:  # its own error, or its --help
-                    raise
-            launch.finish()
+
+def stop(message: object) -> NoReturn:
+    """End with one line and exit code 2."""
+    print(f"{PROGRAM}: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 @contextmanager
-def _config_for_the_script(given: CommandLine) -> Iterator[list[str]]:
-    """``-c FILE``, where our keys are in it a copy without them: some scripts refuse those."""
-    if given.config is None:
-        yield []
-    elif not given.config.ours:
-        yield ["--config", given.config.path]
-    else:
+def _errors_in_one_line(start: str = "", end: str = "") -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        stop(f"{start}{error}{end}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        stop(f"{message} (see {PROGRAM} --help)")
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("VarCon, with --loss varcon")
+    for name, (default, kind, text) in FLAGS.items():
+        kind, text = kind or {"action": argparse.BooleanOptionalAction}, f"{text} ({default})"
+        group.add_argument(f"--varcon-{name}", default=default, help=text, **kind)
+
+
+def _read_command_line(arguments: list[str], text: str, folder: Path) -> tuple[bool, list[str]]:
+    """Whether VarCon was asked for, and the script's arguments without that."""
+    parser = _Parser(prog=PROGRAM, add_help=False)
+    parser.add_argument("-c", "--config", default="")
+    parser.add_argument("--loss")
+    known, rest = parser.parse_known_args(arguments)
+    path, config = known.config, _read_config(known.config) if known.config else {}
+    loss = str(known.loss or config.get("loss", ""))
+    slip = re.search(r"(?i)(?<!\S)--?lo?s\S*[ =]varc\S*", " ".join(rest))
+    if slip or (loss != "varcon" and difflib.get_close_matches(loss.lower(), ["varcon"])):
+        stop(f"{slip[0] if slip else f'--loss {loss}'}: did you mean --loss varcon?")
+    recorded, keys = config.get("loss") == "varcon", [k for k in config if k.startswith("varcon")]
+    if loss != "varcon":
+        flags = [word.partition("=")[0] for word in rest if re.match("--(no-)?varcon", word)]
+        if flags := flags + keys * (not recorded):
+            stop(f"{', '.join(flags)} without --loss varcon: add --loss varcon, or drop it")
+        if known.loss and not re.search("""['"]--loss['"]""", text):
+            stop(f"--loss {loss}: this script has no --loss of its own; give --loss varcon")
+        rest += ["--loss", loss] if known.loss else []
+    if recorded:
         import yaml
 
-        with tempfile.TemporaryDirectory(prefix=PROGRAM) as folder:
-            path = Path(folder) / Path(given.config.path).name
-            path.write_text(yaml.safe_dump(given.config.rest), encoding="utf-8")
-            yield ["--config", str(path)]
+        # The script may refuse the name; the two splits of a recorded run are the launcher's doing.
+        dropped = ["loss", "aug_splits", *keys * (loss != "varcon")]
+        config = {key: value for key, value in config.items() if key not in dropped}
+        path = str(folder / Path(path).name)
+        Path(path).write_text(yaml.safe_dump(config), encoding="utf-8")
+    return loss == "varcon", [*rest, *(["--config", path] if path else [])]
 
 
-def _find_script(name: str) -> Path:
-    script = Path(name)
-    if script.is_file():
-        return script
-    if (script / "train.py").is_file():
-        stop(f"{name} is a folder: did you mean {script / 'train.py'}?")
-    plain = name.lstrip("-").lower()
-    if not script.exists() and difflib.get_close_matches(plain, ["probe", "version"], cutoff=0.75):
-        stop(f"no such script: {name}; did you mean {PROGRAM} probe or {PROGRAM} --version?")
-    if name.startswith("-"):
-        stop(f"the script comes first, flags such as {name} after it; {where_train_py_is()}")
-    stop(f"no such script: {name}; {where_train_py_is()}")
+def _read_config(path: str) -> dict[str, Any]:
+    import yaml
 
-
-def _check_timm() -> None:
-    version = installed("timm")
-    if version is None:
-        stop(f"timm is not installed: {INSTALL_TIMM}")
-    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
-    if numbers and tuple(int(number) for number in numbers.groups()) < OLDEST_TIMM:
-        stop(f"timm {version} is too old: {INSTALL_TIMM}")
-
-
-def _check_script(script: Path, text: str) -> None:
-    if "ClassificationTask" not in text:
-        stop(f"{script} builds no timm task: use train.py of timm 1.0.27 or newer; "
-             f"{where_train_py_is()}")  # fmt: skip
-    if "get_trainable_module" not in text:
-        stop(f"{script} would leave the projection head untrained: use train.py of timm >= 1.0.27; "
-             f"{where_train_py_is()}")  # fmt: skip
-
-
-def _check_values(flags: argparse.Namespace) -> None:
     try:
-        VarConLoss(
-            flags.varcon_temperature,
-            flags.varcon_epsilon,
-            num_classes=2,
-            feature_dim=flags.varcon_dim,
-            leave_one_out=flags.varcon_leave_one_out,
-            centroid_momentum=flags.varcon_centroid_momentum,
-        )
-        ProjectionHead(1, flags.varcon_dim, flags.varcon_head)
-    except (TypeError, ValueError) as error:
-        stop(error)
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        return {str(key): value for key, value in content.items()}
+    except (AttributeError, OSError, ValueError, yaml.YAMLError) as error:
+        stop(f"cannot read 'name: value' lines from the config {path}: {error}")
 
 
 def _run(script: Path, arguments: Sequence[str]) -> None:
     """As ``python script arguments`` would."""
     before = sys.argv, sys.path[0]
-    sys.argv = [str(script), *arguments]
-    sys.path[0] = str(script.resolve().parent)
+    sys.argv, sys.path[0] = [str(script), *arguments], str(script.resolve().parent)
     try:
         runpy.run_path(str(script), run_name="__main__")
     finally:
         sys.argv, sys.path[0] = before
+
+
+def _run_with_varcon(script: Path, arguments: Sequence[str]) -> None:
+    """With our parser, task, two-view data set and summary where the script finds timm's."""
+    with _errors_in_one_line():
+        from varcon_loss.integrations import timm_task
+    import timm.data.dataset
+    import timm.task.classification
+    import timm.utils.summary
+
+    given: dict[str, Any] = {}  # what the script parsed
+    tasks: list[timm_task.VarConTask] = []
+    plain_summary = timm.utils.update_summary
+    plain_init = argparse.ArgumentParser.__init__
+    plain_parse = argparse.ArgumentParser.parse_known_args
+
+    def init(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        plain_init(parser, *args, **kwargs)
+        if parser.add_help:  # the script's; its parser of -c alone has no help
+            _add_flags(parser)
+
+    def parse_known_args(parser: Any, args: Any = None, namespace: Any = None) -> Any:
+        namespace, extras = plain_parse(parser, args, namespace)
+        if not given and hasattr(namespace, "model"):
+            _adopt(namespace)
+            given.update(vars(namespace))
+        return namespace, extras
+
+    class VarConTask(timm_task.VarConTask):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            every = given.get("log_interval", 50) * max(1, given.get("grad_accum_steps", 1))
+            names = [name.replace("-", "_") for name in FLAGS if name != "views"]
+            options = {name: given[f"varcon_{name}"] for name in names}
+            with _errors_in_one_line():
+                super().__init__(*args, log_interval=every, **options, **kwargs)
+            tasks.append(self)
+
+        def load_task_state(self, *args: Any, **kwargs: Any) -> None:
+            with _errors_in_one_line("cannot resume with other --varcon- flags: "):
+                super().load_task_state(*args, **kwargs)
+
+    def update_summary(epoch: Any, train_metrics: Any, *args: Any, **kwargs: Any) -> Any:
+        check_trained()
+        return plain_summary(epoch, {**train_metrics, **tasks[0].pop_means()}, *args, **kwargs)
+
+    def check_trained() -> None:
+        if not tasks:
+            stop("the script built no ClassificationTask: nothing was trained with VarCon")
+        if not tasks[0].steps:
+            epochs, batch = given.get("epochs"), given.get("batch_size")
+            stop(f"no step was trained: --epochs {epochs}, and the script drops batches of fewer "
+                 f"than {batch} images: use a smaller --batch-size")  # fmt: skip
+
+    with ExitStack() as stack:
+        for name, ours, *owners in (
+            ("__init__", init, argparse.ArgumentParser),
+            ("parse_known_args", parse_known_args, argparse.ArgumentParser),
+            ("error", _Parser.error, argparse.ArgumentParser),
+            ("ClassificationTask", VarConTask, timm.task, timm.task.classification),
+            ("AugMixDataset", timm_task.TwoViews, timm.data, timm.data.dataset),
+            ("update_summary", update_summary, timm.utils, timm.utils.summary),
+        ):
+            for owner in owners:
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, ours)
+        try:
+            _run(script, arguments)
+        except SystemExit as end:
+            if end.code or not given:  # its own error, or its --help
+                raise
+    if not (tasks and given.get("resume")):  # a finished run has no epoch left
+        check_trained()
+
+
+def _adopt(namespace: argparse.Namespace) -> None:
+    """Refuse what cannot be combined; say and record what runs."""
+    given, ours = vars(namespace), {f"varcon_{name.replace('-', '_')}" for name in FLAGS}
+    views = given["varcon_views"]
+    refused = [
+        f"--{name.replace('_', '-')} ({why})"
+        for names, refuses, why in REFUSED + (REFUSED_WITH_TWO_VIEWS if views == 2 else ())
+        for name in names.split()
+        if given.get(name) is not None and refuses(given[name])
+    ]
+    refused += [f"{name} (no such flag)" for name in given if "varcon" in name and name not in ours]
+    if refused:
+        stop(f"cannot be combined with --loss varcon: {'; '.join(refused)}")
+    read = {"loss": given.get("loss")}
+
+    class Arguments(argparse.Namespace):
+        """What the script reads and what is recorded: ``loss`` is the probe's, or ``varcon``.
+
+        Run again without the launcher, the script refuses that record.
+        """
+
+        # A property is found before the instance's __dict__, which is what gets recorded.
+        loss = property(lambda _: read["loss"], lambda _, value: read.update(loss=value))
+
+        def __reduce__(self) -> Any:
+            return argparse.Namespace, (), self.__dict__  # checkpoints hold a plain one
+
+    given.update(loss="varcon", aug_splits=views if views > 1 else 0)
+    namespace.__class__ = Arguments
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{PROGRAM}: a step sees {views} x {given.get('batch_size')} images on each rank")
 
 
 if __name__ == "__main__":
