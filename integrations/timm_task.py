@@ -18,8 +18,7 @@ try:
     from timm.task import ClassificationTask, resume_task_checkpoint  # noqa: F401  # since 1.0.27
     from timm.utils.model import unwrap_model
 except ImportError as error:
-    need = "varcon_loss.integrations.timm_task needs timm 1.0.27 or newer"
-    raise ImportError(f"{need}: pip install 'timm>=1.0.27'") from error
+    raise ImportError(f"{__name__} needs timm 1.0.27: pip install 'timm>=1.0.27'") from error
 
 from varcon_loss import ProjectionHead, VarConLoss
 
@@ -34,15 +33,14 @@ def _named_classifier(model: Any) -> list[nn.Module]:
     return list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
 
 
-def _classifier_layers(model: nn.Module) -> list[nn.Module]:
+def _classifier_layers(model: Any) -> list[Any]:
     """The layers that turn features into logits: what the probe may train."""
     # Some models answer with their whole head; volo classifies patches with a layer of its own.
-    layers: list[Any] = [getattr(layer, "fc", layer) for layer in _named_classifier(model)]
+    layers = [getattr(layer, "fc", layer) for layer in _named_classifier(model)]
     if isinstance(auxiliary := getattr(model, "aux_head", None), nn.Module):
         layers.append(auxiliary)
     if any(isinstance(layer, nn.Identity) or layer is None for layer in layers):
-        raise ValueError("the model has no classifier, which VarConTask trains as its online "
-                         "probe: create it with num_classes >= 1")  # fmt: skip
+        raise ValueError("the model has no classifier to probe: create it with num_classes >= 1")
     # A layer that normalises and classifies in one: its norm belongs to the probe.
     joint = [m for m in model.modules() if type(m).__name__.endswith("NormLinear")]
     owners = {child: module for module in joint for child in module.children()}
@@ -78,8 +76,8 @@ class VarConTrainableModule(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """The model's own choice, under the names that the optimizer sees."""
-        model = unwrap_model(self.model)
-        return {f"model.{name}" for name in getattr(model, "no_weight_decay", set)()}
+        names = getattr(unwrap_model(self.model), "no_weight_decay", set)()
+        return {f"model.{name}" for name in names}
 
     def group_matcher(self, coarse: bool = False) -> Any:
         """The model's layers for layer-wise decay; the projection is with the last of them."""
@@ -154,16 +152,13 @@ class VarConTask(ClassificationTask):
         if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
             projection = nn.SyncBatchNorm.convert_sync_batchnorm(projection)
         weight = next(model.parameters())
-        self.trainable_module = VarConTrainableModule(
-            model, projection.to(device=weight.device, dtype=weight.dtype)
-        )
+        self.trainable_module = VarConTrainableModule(model, projection.to(weight))
         self.contrast = VarConLoss(
             temperature, epsilon=epsilon, num_classes=int(model.num_classes), feature_dim=dim,
             leave_one_out=leave_one_out, centroid_momentum=centroid_momentum,
             process_group="world" if global_centroids or centroid_momentum is not None else None,
         ).to(weight.device)  # fmt: skip
-        self.probe_weight, self.log_interval = probe_weight, log_interval
-        self.steps = 0  # that learned
+        self.probe_weight, self.log_interval, self.steps = probe_weight, log_interval, 0
         self._totals: list[Any] = [0, 0]  # of METRICS: since the last line, since the last pop
         if self.verbose:
             _logger.info(f"VarConTask: {self.contrast}, head {head} to {dim}")
@@ -193,9 +188,7 @@ class VarConTask(ClassificationTask):
         modules = {"projection": inner.projection, "contrast": self.contrast}
         return {name: module.state_dict() for name, module in modules.items()}
 
-    def load_task_state(
-        self, state: Any, strict: bool = True, module: Any = None, ema: bool = False
-    ) -> None:
+    def load_task_state(self, state: Any, strict=True, module: Any = None, ema=False) -> None:
         """The counterpart of `get_task_state`; a checkpoint without task state changes nothing.
 
         Raises:
@@ -212,8 +205,8 @@ class VarConTask(ClassificationTask):
         """All that trains; without the classifier where ``exclude_head``."""
         module = unwrap_model(self.get_trainable_module())
         layers = _classifier_layers(unwrap_model(module.model)) if exclude_head else []
-        excluded = {parameter for layer in layers for parameter in layer.parameters()}
-        return [parameter for parameter in module.parameters() if parameter not in excluded]
+        excluded = {p for layer in layers for p in layer.parameters()}
+        return [p for p in module.parameters() if p not in excluded]
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """One step.
@@ -228,18 +221,14 @@ class VarConTask(ClassificationTask):
         """
         module = unwrap_model(self.trainable_module)
         if _named_classifier(unwrap_model(module.model)) != self._classifier:
-            raise RuntimeError(
-                "the model's classifier was replaced after VarConTask was made, which trains the "
-                "one it had: make a new VarConTask"
-            )
+            raise RuntimeError("the model's classifier was replaced: make a new VarConTask")
         self.contrast.train(module.training)
         projections, logits = self.trainable_module(input)
         terms = self.contrast.terms(projections, target)
         branches = logits if isinstance(logits, (tuple, list)) else (logits,)
         probe_loss = torch.stack([self.criterion(x, target) for x in branches]).mean()
         images = terms.valid.sum()
-        sums = (getattr(terms, name).sum() for name in METRICS[2:])
-        means = [total / images.clamp_min(1) for total in sums]  # images without part have 0
+        means = [getattr(terms, name).sum() / images.clamp_min(1) for name in METRICS[2:]]
         values = torch.stack([terms.reduced.detach().float(), probe_loss.detach().float(), *means])
         if module.training and torch.is_grad_enabled():
             self._log(values, images > 0)
@@ -253,18 +242,15 @@ class VarConTask(ClassificationTask):
         self._totals = [total + torch.stack([values, counts]) for total in self._totals]
         self.steps += 1
         if self.verbose and self.log_interval and (self.steps - 1) % self.log_interval == 0:
-            means = self._pop(0).items()
+            means = self.pop_means(0).items()
             _logger.info("VarCon: " + "  ".join(f"{name}: {value:.4g}" for name, value in means))
 
-    def pop_means(self) -> dict[str, float]:
+    def pop_means(self, _which: int = 1) -> dict[str, float]:
         """Means of `METRICS` over the training steps since the last call.
 
         Of VarCon's, over those in which any image took part; NaN if there was none.
         """
-        return self._pop(1)
-
-    def _pop(self, which: int) -> dict[str, float]:
-        total, self._totals[which] = self._totals[which], 0
+        total, self._totals[_which] = self._totals[_which], 0
         if not isinstance(total, Tensor):
             return {}
         return dict(zip(METRICS, (total[0] / total[1]).tolist(), strict=True))
@@ -275,8 +261,7 @@ class TwoViews(AugMixDataset):
 
     def _set_transforms(self, x: Any) -> None:
         # timm splits a transform in three for AugMix; a view is all three in turn.
-        steps = x if isinstance(x, (list, tuple)) else [x]
-        self._view = Compose([step for step in steps if step is not None])
+        self._view = Compose([step for step in x if step is not None])
         self.dataset.transform = None
 
     def __getitem__(self, index: int) -> tuple[tuple[Any, ...], Any]:

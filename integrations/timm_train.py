@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PROGRAM = "varcon-timm"
-SOURCE = "https://github.com/huggingface/pytorch-image-models"
-TRAIN_PY = f"timm's wheel has no train.py: take it from {SOURCE}, at the tag of your timm"
+TRAIN_PY = "train.py is in github.com/huggingface/pytorch-image-models, at the tag of your timm"
 
 FLAGS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "temperature": (0.1, {"type": float}, "tau1"),
@@ -27,15 +26,14 @@ FLAGS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "dim": (128, {"type": int}, "embedding width"),
     "head": ("mlp-bn", {"choices": ("mlp-bn", "mlp", "linear")}, "projection head"),
     "views": (2, {"type": int, "choices": (1, 2)}, "augmented views an image, all in one step"),
-    "probe-weight": (1.0, {"type": float}, "weight of the online linear probe's loss"),
-    "leave-one-out": (False, {}, "centroids without the sample itself"),
-    "global-centroids": (False, {}, "centroids over all ranks: where a rank's batch holds few "
-                         "images of a class; a memory implies it"),
-    "centroid-momentum": (None, {"type": float}, "remember centroids (an extension), in [0, 1)"),
-}  # fmt: skip
+    "probe_weight": (1.0, {"type": float}, "weight of the online linear probe's loss"),
+    "leave_one_out": (False, {}, "centroids without the sample itself"),
+    "global_centroids": (False, {}, "centroids over all ranks; a memory implies it"),
+    "centroid_momentum": (None, {"type": float}, "remember centroids (an extension), in [0, 1)"),
+}
 
 # What VarCon has no meaning with: flags, the values that are refused, and why or what to do.
-REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+REFUSED: tuple[tuple[str, Callable[[Any], object], str], ...] = (
     ("mixup cutmix cutmix_minmax", bool, "VarCon trains on images that are not mixed, drop it"),
     ("jsd_loss bce_loss", bool, "VarCon replaces it, drop it"),
     ("kd_model_name", bool, "distillation builds another task, drop it"),
@@ -46,7 +44,7 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("aug_splits", bool, "--varcon-views makes the views, drop it"),
     ("varcon_views", lambda v: v not in (1, 2), "give 1 or 2"),
 )
-REFUSED_WITH_TWO_VIEWS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+REFUSED_WITH_TWO_VIEWS: tuple[tuple[str, Callable[[Any], object], str], ...] = (
     ("no_aug no_prefetcher train_img_sizes", bool, "drop it, or use --varcon-views 1"),
     ("dataset", re.compile("(?i)(tfds|wds|hfids)(/|$)").match, "iterable, use --varcon-views 1"),
 )
@@ -69,12 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = script.read_text(encoding="utf-8", errors="replace")
     with tempfile.TemporaryDirectory(prefix=PROGRAM) as folder:
         with_varcon, rest = _read_command_line(arguments[1:], text, Path(folder))
-        if not with_varcon:
-            _run(script, rest)
-        elif "ClassificationTask" in text and "get_trainable_module" in text:
-            _run_with_varcon(script, rest)
-        else:
+        if with_varcon and not ("ClassificationTask" in text and "get_trainable_module" in text):
             stop(f"{script} builds no ClassificationTask of timm 1.0.27 or newer; {TRAIN_PY}")
+        (_run_with_varcon if with_varcon else _run)(script, rest)
 
 
 def stop(message: object) -> NoReturn:
@@ -84,11 +79,11 @@ def stop(message: object) -> NoReturn:
 
 
 @contextmanager
-def _errors_in_one_line(start: str = "", end: str = "") -> Iterator[None]:
+def _errors_in_one_line(start: str = "") -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        stop(f"{start}{error}{end}")
+        stop(f"{start}{error}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,7 +95,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("VarCon, with --loss varcon")
     for name, (default, kind, text) in FLAGS.items():
         kind, text = kind or {"action": argparse.BooleanOptionalAction}, f"{text} ({default})"
-        group.add_argument(f"--varcon-{name}", default=default, help=text, **kind)
+        flag = f"--varcon-{name.replace('_', '-')}"
+        group.add_argument(flag, default=default, help=text, **kind)
 
 
 def _read_command_line(arguments: list[str], text: str, folder: Path) -> tuple[bool, list[str]]:
@@ -163,7 +159,7 @@ def _run_with_varcon(script: Path, arguments: Sequence[str]) -> None:
 
     given: dict[str, Any] = {}  # what the script parsed
     tasks: list[timm_task.VarConTask] = []
-    plain_summary = timm.utils.update_summary
+    plain_summary = timm.utils.summary.update_summary
     plain_init = argparse.ArgumentParser.__init__
     plain_parse = argparse.ArgumentParser.parse_known_args
 
@@ -182,8 +178,7 @@ def _run_with_varcon(script: Path, arguments: Sequence[str]) -> None:
     class VarConTask(timm_task.VarConTask):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             every = given.get("log_interval", 50) * max(1, given.get("grad_accum_steps", 1))
-            names = [name.replace("-", "_") for name in FLAGS if name != "views"]
-            options = {name: given[f"varcon_{name}"] for name in names}
+            options = {name: given[f"varcon_{name}"] for name in FLAGS if name != "views"}
             with _errors_in_one_line():
                 super().__init__(*args, log_interval=every, **options, **kwargs)
             tasks.append(self)
@@ -200,9 +195,10 @@ def _run_with_varcon(script: Path, arguments: Sequence[str]) -> None:
         if not tasks:
             stop("the script built no ClassificationTask: nothing was trained with VarCon")
         if not tasks[0].steps:
-            epochs, batch = given.get("epochs"), given.get("batch_size")
-            stop(f"no step was trained: --epochs {epochs}, and the script drops batches of fewer "
-                 f"than {batch} images: use a smaller --batch-size")  # fmt: skip
+            stop(
+                f"no step was trained: with --epochs {given.get('epochs')}, and batches of "
+                f"{given.get('batch_size')} of which none was full; use a smaller --batch-size"
+            )
 
     with ExitStack() as stack:
         for name, ours, *owners in (
@@ -227,15 +223,15 @@ def _run_with_varcon(script: Path, arguments: Sequence[str]) -> None:
 
 def _adopt(namespace: argparse.Namespace) -> None:
     """Refuse what cannot be combined; say and record what runs."""
-    given, ours = vars(namespace), {f"varcon_{name.replace('-', '_')}" for name in FLAGS}
-    views = given["varcon_views"]
+    given, views = vars(namespace), namespace.varcon_views
     refused = [
         f"--{name.replace('_', '-')} ({why})"
         for names, refuses, why in REFUSED + (REFUSED_WITH_TWO_VIEWS if views == 2 else ())
         for name in names.split()
         if given.get(name) is not None and refuses(given[name])
     ]
-    refused += [f"{name} (no such flag)" for name in given if "varcon" in name and name not in ours]
+    ours = [name.removeprefix("varcon_") for name in given if name.startswith("varcon")]
+    refused += [f"--varcon-{name} (no such flag)" for name in ours if name not in FLAGS]
     if refused:
         stop(f"cannot be combined with --loss varcon: {'; '.join(refused)}")
     read = {"loss": given.get("loss")}
