@@ -81,6 +81,11 @@ def test_reference_set(make_batch: MakeBatch) -> None:
     torch.testing.assert_close(
         VarConLoss()(x, y, ref_emb=x.detach().clone(), ref_labels=y), VarConLoss()(x, y)
     )
+    # Other labels of the same embeddings are a reference set, too.
+    other = {"ref_labels": y.roll(1)}
+    torch.testing.assert_close(
+        VarConLoss()(x, y, ref_emb=x, **other), VarConLoss()(x, y, ref_emb=x.detach() + 0, **other)
+    )
     with pytest.raises(ValueError, match="leave_one_out has no meaning with ref_emb"):
         VarConLoss(leave_one_out=True)(x, y, ref_emb=ref_emb, ref_labels=ref_labels)
 
@@ -423,35 +428,35 @@ class TestMemory:
             CrossBatchMemory(losses.ArcFaceLoss(5, 16), 16)
 
 
+CASES = ("plain", "reference", "efficient", "memory")
+
+
 def ranks_share(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(rank)
-    return torch.randn(6, 8, generator=g, dtype=torch.float64), torch.tensor(
-        [0, 0, 1, 1, 2, 3]
-    ) + 3 * rank
+    labels = torch.tensor([0, 0, 1, 1, 2, 3]) + 3 * rank
+    return torch.randn(6, 8, generator=g, dtype=torch.float64), labels
 
 
-def net() -> torch.nn.Module:
+def arranged(case: str, x: torch.Tensor, y: torch.Tensor) -> tuple:
+    """What every process makes, and the only one: network, loss, reference set."""
     torch.manual_seed(0)
-    return torch.nn.Linear(8, 4).double()
+    loss = CrossBatchMemory(VarConLoss(), 4, memory_size=24) if case == "memory" else VarConLoss()
+    options = {"ref_emb": x[:, :4].clone(), "ref_labels": y} if case == "reference" else {}
+    return torch.nn.Linear(8, 4).double(), loss, options
 
 
 def on_rank(rank: int, world_size: int) -> dict:
     x, y = ranks_share(rank)
     results = {}
-    for title in ("plain", "reference", "efficient", "memory"):
-        model = DistributedDataParallel(net())
-        loss = VarConLoss()
-        options = {}
-        if title == "reference":
-            options = {"ref_emb": x[:, :4].clone(), "ref_labels": y}
-        if title == "memory":
-            loss = CrossBatchMemory(loss, 4, memory_size=24)
-        wrapper = pml_distributed.DistributedLossWrapper(loss, efficient=title == "efficient")
+    for case in CASES:
+        net, loss, options = arranged(case, x, y)
+        model = DistributedDataParallel(net)
+        wrapper = pml_distributed.DistributedLossWrapper(loss, efficient=case == "efficient")
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "VarConLoss gives ref_emb no gradient")
             value = wrapper(model(x), y, **options)
         value.backward()
-        results[title] = value.detach(), model.module.weight.grad.clone()
+        results[case] = value.detach(), net.weight.grad.clone()
     dist.barrier()
     return results
 
@@ -460,20 +465,16 @@ def test_two_processes(tmp_path: Path) -> None:
     """DistributedLossWrapper returns world size times its share: DDP's average is the truth."""
     ranks = run_ranks(on_rank, 2, tmp_path)
     x, y = (torch.cat(part) for part in zip(*(ranks_share(r) for r in range(2)), strict=True))
-    for title in ("plain", "reference", "efficient", "memory"):
-        model = net()
-        loss = (
-            CrossBatchMemory(VarConLoss(), 4, memory_size=24) if title == "memory" else VarConLoss()
-        )
-        options = {"ref_emb": x[:, :4].clone(), "ref_labels": y} if title == "reference" else {}
-        value = loss(model(x), y, **options)
+    for case in CASES:
+        net, loss, options = arranged(case, x, y)
+        value = loss(net(x), y, **options)
         value.backward()
-        mean = torch.stack([r[title][0] for r in ranks]).mean()
+        mean = torch.stack([r[case][0] for r in ranks]).mean()
         # The efficient mode scales each rank's own mean by the world size.
-        torch.testing.assert_close(mean, 2 * value.detach(), msg=title)
+        torch.testing.assert_close(mean, 2 * value.detach(), msg=case)
         for r in ranks:
-            scale = 2.0 if title == "efficient" else 1.0
-            torch.testing.assert_close(r[title][1], scale * model.weight.grad, msg=title)
+            scale = 2.0 if case == "efficient" else 1.0
+            torch.testing.assert_close(r[case][1], scale * net.weight.grad, msg=case)
 
 
 def test_what_importing_says_where_the_host_is_missing_or_another(tmp_path: Path) -> None:
@@ -517,13 +518,3 @@ attempt()
         f"found {version}: pip install 'pytorch-metric-learning>=2.2,<3'"
         for version in ("none", *versions, "none", "3.5")
     ]
-
-
-def test_other_labels_of_the_same_embeddings_are_a_reference_set(make_batch: MakeBatch) -> None:
-    embeddings, labels = make_batch()
-    other = labels.roll(1)
-    expected = VarConLoss()(
-        embeddings, labels, ref_emb=embeddings.detach().clone(), ref_labels=other
-    )
-    got = VarConLoss()(embeddings, labels, ref_emb=embeddings, ref_labels=other)
-    torch.testing.assert_close(got, expected)

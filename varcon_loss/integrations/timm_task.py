@@ -185,8 +185,7 @@ class VarConTask(ClassificationTask):
     def get_task_state(self, module: Any = None, ema: bool = False) -> dict[str, Any]:
         """The projection, and the loss's memory where it has one."""
         inner = unwrap_model(module or self.get_trainable_module(ema=ema))
-        modules = {"projection": inner.projection, "contrast": self.contrast}
-        return {name: module.state_dict() for name, module in modules.items()}
+        return {"projection": inner.projection.state_dict(), "contrast": self.contrast.state_dict()}
 
     def load_task_state(self, state: Any, strict=True, module: Any = None, ema=False) -> None:
         """The counterpart of `get_task_state`; a checkpoint without task state changes nothing.

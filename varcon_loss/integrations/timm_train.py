@@ -21,15 +21,15 @@ PROGRAM = "varcon-timm"
 TRAIN_PY = "train.py is in github.com/huggingface/pytorch-image-models, at the tag of your timm"
 
 FLAGS: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "temperature": (0.1, {"type": float}, "tau1"),
-    "epsilon": (0.02, {"type": float}, "how far the confidence moves tau2"),
-    "dim": (128, {"type": int}, "embedding width"),
+    "temperature": (0.1, {"type": float, "metavar": "T"}, "tau1"),
+    "epsilon": (0.02, {"type": float, "metavar": "E"}, "how far the confidence moves tau2"),
+    "dim": (128, {"type": int, "metavar": "D"}, "embedding width"),
     "head": ("mlp-bn", {"choices": ("mlp-bn", "mlp", "linear")}, "projection head"),
     "views": (2, {"type": int, "choices": (1, 2)}, "augmented views an image, all in one step"),
-    "probe_weight": (1.0, {"type": float}, "weight of the online linear probe's loss"),
+    "probe_weight": (1.0, {"type": float, "metavar": "W"}, "weight of the online probe's loss"),
     "leave_one_out": (False, {}, "centroids without the sample itself"),
     "global_centroids": (False, {}, "centroids over all ranks; a memory implies it"),
-    "centroid_momentum": (None, {"type": float}, "remember centroids (an extension), in [0, 1)"),
+    "centroid_momentum": (None, {"type": float, "metavar": "M"}, "remember centroids, 0 <= M < 1"),
 }
 
 # What VarCon has no meaning with: flags, the values that are refused, and why or what to do.
@@ -94,9 +94,9 @@ class _Parser(argparse.ArgumentParser):
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("VarCon, with --loss varcon")
     for name, (default, kind, text) in FLAGS.items():
-        kind, text = kind or {"action": argparse.BooleanOptionalAction}, f"{text} ({default})"
+        kind = kind or {"action": argparse.BooleanOptionalAction}
         flag = f"--varcon-{name.replace('_', '-')}"
-        group.add_argument(flag, default=default, help=text, **kind)
+        group.add_argument(flag, default=default, help=f"{text} (default {default})", **kind)
 
 
 def _read_command_line(arguments: list[str], text: str, folder: Path) -> tuple[bool, list[str]]:
@@ -113,8 +113,9 @@ def _read_command_line(arguments: list[str], text: str, folder: Path) -> tuple[b
     recorded, keys = config.get("loss") == "varcon", [k for k in config if k.startswith("varcon")]
     if loss != "varcon":
         flags = [word.partition("=")[0] for word in rest if re.match("--(no-)?varcon", word)]
-        if flags := flags + keys * (not recorded):
-            stop(f"{', '.join(flags)} without --loss varcon: add --loss varcon, or drop it")
+        unasked = flags if recorded else flags + keys
+        if unasked:
+            stop(f"{', '.join(unasked)} without --loss varcon: add --loss varcon, or drop it")
         if known.loss and not re.search("""['"]--loss['"]""", text):
             stop(f"--loss {loss}: this script has no --loss of its own; give --loss varcon")
         rest += ["--loss", loss] if known.loss else []
@@ -122,7 +123,7 @@ def _read_command_line(arguments: list[str], text: str, folder: Path) -> tuple[b
         import yaml
 
         # The script may refuse the name; the two splits of a recorded run are the launcher's doing.
-        dropped = ["loss", "aug_splits", *keys * (loss != "varcon")]
+        dropped = ["loss", "aug_splits"] + ([] if loss == "varcon" else keys)
         config = {key: value for key, value in config.items() if key not in dropped}
         path = str(folder / Path(path).name)
         Path(path).write_text(yaml.safe_dump(config), encoding="utf-8")
