@@ -145,12 +145,13 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
         rows = torch.arange(len(labels), device=labels.device)
         reference = {}
         if using_ref:
-            _warn_of_lost_gradient(embeddings, ref_emb)
             reference = {"ref_features": ref_emb.detach(), "ref_labels": ref_labels}
             rows = rows[torch.isin(labels.long(), ref_labels.long())]  # takes no uint16
         chosen = indices_tuple is None or any(len(indices) for indices in indices_tuple)
         if len(rows) == 0 or not chosen:
             return self.zero_losses()
+        if using_ref:
+            _warn_of_lost_gradient(embeddings, ref_emb)
         self._record_norms(embeddings, ref_emb)
         everyone = len(rows) == len(labels)
         terms = varcon_loss.varcon_terms(
