@@ -323,7 +323,8 @@ def test_statistics_of_the_distance(
 def test_every_option_of_the_core_is_taken_or_has_another_place() -> None:
     taken = inspect.signature(VarConLoss).parameters
     for name, option in inspect.signature(core_package.VarConLoss).parameters.items():
-        if option.kind is option.VAR_KEYWORD or name == "exchange":
+        kinds = (option.VAR_KEYWORD, option.VAR_POSITIONAL)
+        if option.kind in kinds or name == "exchange":
             continue
         if name in taken:
             assert option.default == taken[name].default
