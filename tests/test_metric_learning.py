@@ -401,26 +401,25 @@ class TestMemory:
 
     @pytest.mark.parametrize("name", losses.CrossBatchMemory.supported_losses())
     def test_other_losses_are_untouched(self, name: str, make_batch: MakeBatch) -> None:
-        make = {"MarginLoss": lambda: losses.MarginLoss(num_classes=5)}.get(
-            name, getattr(losses, name)
-        )
-        torch.manual_seed(0)
-        ours = CrossBatchMemory(make(), 16, memory_size=40)
-        stock = losses.CrossBatchMemory(make(), 16, memory_size=40)
+        options = {"num_classes": 5} if name == "MarginLoss" else {}
+        make = getattr(losses, name)
+        both = [
+            kind(make(**options), 16, 40) for kind in (CrossBatchMemory, losses.CrossBatchMemory)
+        ]
+        both[0].load_state_dict(both[1].state_dict())
         for seed in range(4):
             x, y = make_batch(16, 5, dtype=torch.float32, seed=seed)
-            torch.manual_seed(seed)
-            a = ours(x, y)
-            torch.manual_seed(seed)
-            b = stock(x, y)
-            assert torch.equal(a, b)
+            found = []
+            for memory in both:
+                torch.manual_seed(seed)
+                found.append(memory(x, y))
+            assert torch.equal(*found)
 
     def test_miner_and_tuple(self, make_batch: MakeBatch) -> None:
         x, y = make_batch(16, 5, dtype=torch.float32)
-        mining = {"memory_size": 40, "miner": miners.MultiSimilarityMiner()}
-        assert CrossBatchMemory(VarConLoss(), 16, **mining)(x, y).isfinite()
-        tuples = miners.TripletMarginMiner()(x, y)
-        assert CrossBatchMemory(VarConLoss(), 16, memory_size=40)(x, y, tuples).isfinite()
+        miner = miners.MultiSimilarityMiner()
+        for options, chosen in (({"miner": miner}, None), ({}, miners.TripletMarginMiner()(x, y))):
+            assert CrossBatchMemory(VarConLoss(), 16, 40, **options)(x, y, chosen).isfinite()
 
     def test_refusals(self) -> None:
         with pytest.raises(ValueError, match="leave_one_out has no meaning with a memory"):
