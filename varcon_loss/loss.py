@@ -155,7 +155,7 @@ def varcon_terms(
 
 def _checked(where: str, positional: tuple[Any, ...], options: dict[str, Any]) -> Options:
     if positional:
-        checks.refuse_positional_options(where, positional)
+        checks.refuse_options(where, positional)
     unknown = {name: value for name, value in options.items() if name not in FUNCTION_OPTIONS}
     if unknown:
         known = ("features", "labels", *FUNCTION_OPTIONS, "ref_features", "ref_labels")
@@ -463,23 +463,19 @@ def check_call(
         TypeError, ValueError: of what was given, by name.
     """
     checks.check_samples(features, labels)
-    checks.check_reference_set(ref_features, ref_labels, options.leave_one_out, memory is not None)
     checks.check_temperatures(options.temperature, options.epsilon)
-    width = features.shape[1 if features.ndim == 2 else 2 :].numel()
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     checks.warn_of_no_gradient("labels", labels, "class probabilities are constants of the loss")
-    if ref_features is not None:
-        checks.check_samples(ref_features, ref_labels, of="ref_")
-        checks.check_reference_fits(width, features, ref_features)
-        dtype = torch.float64 if ref_features.dtype == torch.float64 else dtype
+    leave_one_out, remembers = options.leave_one_out, memory is not None
+    checks.check_reference_set(features, ref_features, ref_labels, leave_one_out, remembers)
     if memory is not None:
-        checks.check_memory_fits(width, features, memory)
+        checks.check_memory_fits(features, memory)
     num_classes = checks.num_classes_of(options.num_classes, options.weight)
     if options.weight is not None:
         checks.check_device(options.weight, "weight is", features, "the loss module or the weight")
     if labels.ndim == 2 or (ref_labels is not None and ref_labels.ndim == 2):
-        given = (labels, ref_labels, num_classes, options.leave_one_out)
-        num_classes = checks.check_probabilities(*given)
+        num_classes = checks.check_probabilities(labels, ref_labels, num_classes, leave_one_out)
+    wide = (features.dtype, None if ref_features is None else ref_features.dtype)
+    dtype = torch.float64 if torch.float64 in wide else torch.float32
     if num_classes != options.num_classes:  # `_replace` is not traced by torch 2.6
         kept = {name: getattr(options, name) for name in Options._fields}
         options = Options(**{**kept, "num_classes": num_classes})
