@@ -197,7 +197,8 @@ def evaluate(
             classes, total = over_ranks(group, room, classes, total, options.num_classes)
         table = table_for(classes, memory, options, dtype)
         if ref_features is not None:
-            anchors, classes = with_reference(anchors, table, members[3]), None
+            anchors = with_classes(anchors, table, "ref_labels lack", members[3])
+            classes = None
         elif memory is not None:
             anchors = known_to_memory(anchors, table)
         elif group is None:
@@ -284,19 +285,19 @@ def alike(options: Options, memory: Tensor | None, z: Tensor, *, reference: bool
 
 
 @torch.no_grad()
-def with_reference(anchors: Embedded, table: Table, reference: Labels) -> Embedded:
-    """The anchors, each of which must find its class in the table of a reference set.
+def with_classes(
+    anchors: Embedded, table: Table, lack: str, reference: Labels | None = None
+) -> Embedded:
+    """The anchors, each of which must find its class in the table, of a ``reference`` set or not.
 
     Raises:
         ValueError: one does not, where values may be read. Elsewhere its loss is NaN.
     """
     rows, z, lengths, labels = anchors
     lacking = table.lacks(labels)
-    if labels.valid is not None:
-        lacking = lacking & labels.valid
     if not values_may_be_read(lacking):
         labels = labels.narrowed(~lacking).broken_where(lacking)
-        if reference.broken is not None:  # an invalid reference is in every loss
+        if reference is not None and reference.broken is not None:  # it is in every loss
             labels = labels.broken_where(reference.broken.any())
     elif bool(lacking.any()):
         absent, way_out = table.missing(labels), "mark anchors without one with ignore_index"
@@ -304,8 +305,8 @@ def with_reference(anchors: Embedded, table: Table, reference: Labels) -> Embedd
             way_out = "give anchors without one a row of zeros"
         listed = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
         raise ValueError(
-            f"ref_labels lack label {listed}, which labels contain: every anchor needs a "
-            f"reference of its class ({way_out})"
+            f"{lack} label {listed}, which labels contain: every anchor needs a reference of its "
+            f"class ({way_out})"
         )
     return rows, z, lengths, labels
 
@@ -355,7 +356,7 @@ def score(
         row_weights = labels.weights(weight, z.dtype)
 
     def swept(labels: Labels, need_terms: bool) -> tuple[Tensor, Tensor]:
-        given = (*table.place(labels, slots), own, options.temperature, options.epsilon)
+        given: Any = (*table.place(labels, slots), own, options.temperature, options.epsilon)
         return losses(rows, z, lengths, labels.valid, *given, need_terms=need_terms, impl=impl)
 
     if weight is None or not soft:
@@ -486,6 +487,6 @@ def warn_of_odd_batch(anchors: Embedded, table: Table, options: Options) -> None
     """Where the number of classes is known without a look."""
     _, z, _, labels = anchors
     looks = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if looks and labels.valid is labels.shares is table.present is None:
-        if not options.leave_one_out:
-            checks.warn_of_odd_batch(z.shape[0], table.w.shape[0])
+    known = labels.valid is labels.shares is table.present is None
+    if looks and known and not options.leave_one_out:
+        checks.warn_of_odd_batch(z.shape[0], table.w.shape[0])

@@ -10,6 +10,8 @@ label is one share of 1. The chunk's logits stay in the cache. The sum of all ke
 ``sum_k u_k`` and applies ``- B`` to all classes at once.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -101,7 +103,8 @@ def _chunk(
 
     # Own classes stay out of the sum over the rest, so that 1 - p is never a subtraction. Where a
     # row has several, each has the other ones added.
-    several, total, shift, own_masked = shares is not None, None, None, own_logit
+    several, shift, own_masked = shares is not None, None, own_logit
+    total: Any = None
     if slots is not None:
         u.scatter_(1, slots, -torch.inf)
     if several and present is not None:
