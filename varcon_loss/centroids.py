@@ -146,7 +146,7 @@ def unit(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def table_of(classes: Classes, dtype: torch.dtype) -> Table:
     """The directions of the class means. A class whose members cancel out has a zero centroid."""
     counts, present = classes.counts, None
-    if not (values_may_be_read(counts) and int(counts.min()) > 0):
+    if not (values_may_be_read(counts) and float(counts.min()) > 0):
         present = counts > 0
     return Table(unit(classes.sums, dtype)[0], present, classes.names)
 
@@ -207,6 +207,11 @@ def _sum_by_table(z: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
     assert table is not None
     if labels.broken is not None:  # an invalid share is in every sum
         table = table.masked_fill(labels.broken.any(), torch.nan)
+    return (_added_shares if torch.compiler.is_compiling() else add_shares)(z, table)
+
+
+def add_shares(z: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[N, D]`` added by their shares ``[N, C]``: ``[C, D]``; and the shares: ``[C]``."""
     parts = zip(table.split(ROWS_A_SUM), z.split(ROWS_A_SUM), strict=True)
     if z.shape[0] <= ROWS_A_SUM or z.dtype != torch.float32:
         return table.T @ z, table.sum(0)
@@ -276,3 +281,14 @@ def _added_rows(rows: Tensor, slots: Tensor, size: int) -> Tensor:
 @_added_rows.register_fake
 def _(rows: Tensor, slots: Tensor, size: int) -> Tensor:
     return rows.new_empty(size, *rows.shape[1:])
+
+
+# A graph for any number of rows must not ask whether there are many.
+@torch.library.custom_op("varcon_loss::added_shares", mutates_args=())
+def _added_shares(z: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    return add_shares(z, table)
+
+
+@_added_shares.register_fake
+def _(z: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    return z.new_empty(table.shape[1], z.shape[1]), z.new_empty(table.shape[1])

@@ -15,28 +15,16 @@ from varcon_loss.readable import without_autocast
 from varcon_loss.sweep import sweep
 
 _IN_PLACE = (
-    "a second derivative of VarCon needs the features, and class probabilities where there are any, "
-    "as they were when the loss was computed, and they were changed in place since: differentiate "
-    "before that"
+    "a second derivative of VarCon needs the features, and class probabilities, as they were when "
+    "the loss was computed, and they were changed in place since: differentiate before that"
 )
 
 
 def losses(
-    features: Tensor,
-    z: Tensor,
-    lengths: Tensor | None,
-    valid: Tensor | None,
-    w: Tensor,
-    present: Tensor | None,
-    slots: Tensor | None,
-    shares: Tensor | None,
-    own: Tensor | None,
-    temperature: float,
-    epsilon: float,
-    *,
-    need_terms: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+    features: Tensor, z: Tensor, lengths: Tensor | None, valid: Tensor | None, w: Tensor,
+    present: Tensor | None, slots: Tensor | None, shares: Tensor | None, own: Tensor | None,
+    temperature: float, epsilon: float, *, need_terms: bool, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss ``[N]``, which autograd can differentiate, and terms ``[4, N]``; 0 where not valid.
 
     Args:
@@ -152,7 +140,8 @@ class Sweep(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+        upstream = upstreams[0]
         if upstream is None:
             return (None,) * 14
         gradient, lengths, left_out, features, *table = ctx.saved_tensors
@@ -171,20 +160,10 @@ class Sweep(torch.autograd.Function):
 
 @torch.library.custom_op("varcon_loss::sweep", mutates_args=())
 def sweep_operator(
-    features: Tensor,
-    z: Tensor,
-    lengths: Tensor | None,
-    left_out: Tensor | None,
-    w: Tensor,
-    present: Tensor | None,
-    slots: Tensor | None,
-    shares: Tensor | None,
-    own: Tensor | None,
-    temperatures: Tensor,
-    need_grad: bool,
-    need_terms: bool,
-    operands: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    features: Tensor, z: Tensor, lengths: Tensor | None, left_out: Tensor | None, w: Tensor,
+    present: Tensor | None, slots: Tensor | None, shares: Tensor | None, own: Tensor | None,
+    temperatures: Tensor, need_grad: bool, need_terms: bool, operands: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`Sweep` for compiled graphs, which neither look inside nor break for it."""
     given = (w, present, slots, shares, own, *temperatures.tolist(), lengths is not None)
     return _run(z, left_out, *given, need_grad, need_terms, operands=operands)

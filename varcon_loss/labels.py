@@ -68,14 +68,9 @@ class Labels(NamedTuple):
 
 
 def read_labels(
-    labels: Tensor,
-    views: int,
-    num_classes: int | None,
-    ignore_index: int | None,
-    dtype: torch.dtype,
-    name: str,
-    columns_of: str | None,
-) -> Labels:
+    labels: Tensor, views: int, num_classes: int | None, ignore_index: int | None,
+    dtype: torch.dtype, name: str, columns_of: str | None,
+) -> Labels:  # fmt: skip
     """Integers ``[B]`` or class probabilities ``[B, C]``, one row for each ``views`` samples.
 
     Args:
@@ -102,12 +97,9 @@ def read_labels(
 
 
 def _read_integers(
-    labels: Tensor,
-    num_classes: int | None,
-    ignore_index: int | None,
-    name: str,
+    labels: Tensor, num_classes: int | None, ignore_index: int | None, name: str,
     columns_of: str | None,
-) -> Labels:
+) -> Labels:  # fmt: skip
     valid = broken = None
     if not values_may_be_read(labels):
         valid = None if ignore_index is None else labels != ignore_index

@@ -139,9 +139,11 @@ class LargeBatch:
                 classes, total = self._classes, self._total
                 classes = Classes(classes.sums.to(z.dtype), classes.counts, classes.names)
                 if group is not None:
-                    given = (self._num_added, target.shares is not None, options.num_classes)
-                    same = alike(options, memory, z, reference=False)
-                    room = room_of(group, self._criterion._exchanges, *given, same)
+                    same, exchanges = (
+                        alike(options, memory, z, reference=False),
+                        self._criterion._exchanges,
+                    )
+                    room = room_of(group, exchanges, self._num_added, target, same)
                     classes, total = over_ranks(group, room, classes, total, options.num_classes)
                 self._classes, self._total = classes, total
                 self._table = table_for(classes, memory, options, z.dtype)

@@ -131,7 +131,7 @@ class VarConLoss(nn.Module):
     ) -> None:
         super().__init__()
         if positional:
-            checks.refuse_positional_options("VarConLoss", positional)
+            checks.refuse_options("VarConLoss", positional)
         if unknown:
             known = (*FUNCTION_OPTIONS, *OF_MEMORY)
             checks.refuse_unknown("VarConLoss", unknown, known, temperature)
@@ -277,7 +277,7 @@ class VarConLoss(nn.Module):
         memory = self._require_memory()
         checks.check_features(features)
         rows, shape = flatten_views(features), features.shape[: 1 if features.ndim == 2 else 2]
-        checks.check_memory_fits(rows.shape[1], features, memory)
+        checks.check_memory_fits(features, memory)
         self._warn_of_memory(memory, learns=False)
         with without_autocast(features.device.type):
             dtype = torch.promote_types(features.dtype, memory.dtype)
