@@ -563,7 +563,7 @@ ROWS = rows_of("dense", 6, 7)
         (ROWS[:, :0], {}, ValueError, "have no classes"),
         (torch.arange(6.0).view(6, 1), {}, ValueError, r"have one class.*labels.squeeze\(1\).long"),
         (ROWS.to_sparse(), {}, TypeError, r"must be dense.*labels.to_dense\(\)"),
-        (ROWS.view(6, 1, 7), {}, TypeError, r"labels \[6, 1, 7\] .*do not fit features"),
+        (ROWS.view(6, 1, 7), {}, TypeError, r"labels \[6, 1, 7\] .* are neither class numbers"),
         (ROWS[:, 0], {}, TypeError, "must be integers .* or class probabilities"),
         (ROWS, {"leave_one_out": True}, ValueError, "no meaning with class probabilities"),
         (ROWS, {"impl": "triton"}, ValueError, "impl='triton' cannot run here"),

@@ -153,7 +153,8 @@ class Sweep(torch.autograd.Function):
             return by_equations(x, lengths is not None, left_out, *table, *ctx.numbers)[0]
 
         with without_autocast(features.device.type):
-            return torch.func.vjp(loss, features)[1](upstream.to(table[0].dtype))[0], *(None,) * 13
+            value, pull_back, *_ = torch.func.vjp(loss, features)
+            return pull_back(upstream.to(value.dtype))[0], *(None,) * 13
 
 
 @torch.library.custom_op("varcon_loss::sweep", mutates_args=())

@@ -123,11 +123,12 @@ class LargeBatch:
                     f"{self._num_evaluated} rows were evaluated but {self._num_added} added: give "
                     "each chunk to add() once, and to the call once"
                 )
+            table: Any = self._table
             added = Table(self._classes.sums, self._classes.counts > 0, self._classes.names)
             chunk = flow.with_classes(chunk, added, "the chunks that were added lack")
             if memory is not None:
-                chunk = flow.known_to_memory(chunk, self._table)
-            given = (chunk, self._table, self._classes, None, self._total, options, impl)
+                chunk = flow.known_to_memory(chunk, table)
+            given = (chunk, table, self._classes, None, self._total, options, impl)
             return flow.score(*given, size_of(group), need_terms=need_terms)
 
     @torch.no_grad()

@@ -418,8 +418,8 @@ def terms_of(features: Tensor, scored: Scored) -> VarConTerms:
     if reduced.ndim > 0:  # callers may change one and keep the other
         loss = loss.clone()
     valid = torch.ones_like(loss, dtype=torch.bool) if valid is None else valid
-    terms, valid = terms.view(4, *shape).unbind(), valid.view(shape)
-    return VarConTerms(loss.view(shape), *terms, valid, table.num_present(), reduced, impl)
+    each: Any = (loss.view(shape), *terms.view(4, *shape).unbind(), valid.view(shape))
+    return VarConTerms(*each, table.num_present(), reduced, impl)
 
 
 def _shape(features: Tensor) -> torch.Size:

@@ -132,7 +132,6 @@ def _chunk(
         rest = _sum_of_others(own_weights)
         lse_others = (rest if total is None else rest.add_(total)).log_()
     else:
-        assert total is not None
         own_weights, lse_others = total, total.log()
     if shift is not None:
         lse_others += shift
