@@ -83,7 +83,7 @@ def test_samples(features, labels, error, message, impl) -> None:
         (
             {"weight": torch.ones(4), "num_classes": 3},
             ValueError,
-            "weight has 4 entries but num_classes=3",
+            "one entry a class, got 4 but num_classes=3",
         ),
         ({"process_group": "all"}, ValueError, "process_group must be 'world'.*got 'all'"),
         ({"process_group": 3}, TypeError, "process_group must be 'world'.*got int"),
@@ -120,7 +120,7 @@ def test_reference_set(impl) -> None:
         call(ref_features=X)
     with pytest.raises(ValueError, match="ref_labels given without ref_features"):
         call(ref_labels=Y)
-    with pytest.raises(ValueError, match="ref_features have width 3 but features have width 4"):
+    with pytest.raises(ValueError, match="ref_features have width 3 but features have 4"):
         call(ref_features=X[:, :3], ref_labels=Y)
     with pytest.raises(ValueError, match=r"ref_labels must have shape \[6\]"):
         call(ref_features=X, ref_labels=Y[:2])

@@ -3,7 +3,7 @@
 Sums add up: over samples, chunks and ranks, and, decayed, over time. No gradient flows here.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,15 +51,15 @@ class Table(NamedTuple):
 
     def found(self, labels: Labels) -> Tensor:
         """Which of the labels' classes have a row, ``[N, M]`` or ``[C]`` bool."""
-        classes = labels.classes
+        classes, shares = labels.classes, labels.shares
         if classes is None:
-            assert labels.shares is not None
-            classes = torch.arange(labels.shares.shape[1], device=self.w.device)
+            classes = torch.arange(0 if shares is None else shares.shape[1], device=self.w.device)
         slots = self.find(classes)
-        found = torch.ones_like(slots, dtype=torch.bool)
-        if self.names is not None:
-            found = self.names[slots] == classes
-        return found if self.present is None else found & self.present[slots]
+        there = None if self.present is None else self.present[slots]
+        if self.names is None:
+            return torch.ones_like(slots, dtype=torch.bool) if there is None else there
+        found = self.names[slots] == classes
+        return found if there is None else found & there
 
     def knows(self, labels: Labels) -> Tensor:
         """Which samples have a share of a class that has a row, ``[N]`` bool."""
@@ -171,8 +171,7 @@ def sum_classes(
         The classes, and the rows ``[N, M]`` that the labels are of; None: of all.
     """
     if labels.classes is None:
-        table = labels.shares
-        assert table is not None
+        table: Any = labels.shares
         if labels.broken is not None:  # an invalid share is in every sum
             table = table.masked_fill(labels.broken.any(), torch.nan)
         size, ones = table.shape[1], z.new_ones(z.shape[0], 1)
@@ -185,8 +184,7 @@ def sum_classes(
             valid = labels.shares > 0
         names, slots, counts = name_rows(labels.classes, valid, num_classes)
     slots = Table(z, None, names).find(labels.classes) if slots is None else slots
-    size = num_classes if names is None else names.shape[0]
-    assert size is not None
+    size: Any = num_classes if names is None else names.shape[0]
     if counts is None:
         if labels.shares is not None:
             ones = labels.shares  # of rows that take no part: zeros

@@ -124,12 +124,9 @@ def option(name: str, value: Any) -> Any:
 def check_temperatures(temperature: float, epsilon: float) -> None:
     """Eq. 13 needs ``epsilon < temperature``, else tau2 would reach 0."""
     if epsilon >= temperature:
-        _refuse(
-            "epsilon must be smaller than temperature",
-            f"epsilon={epsilon} and temperature={temperature}",
-            "tau2 = temperature - epsilon + 2 epsilon p would reach 0. Give epsilon too, as a "
-            "fifth of the temperature",
-        )
+        got = f"epsilon={epsilon} and temperature={temperature}"
+        do = "else tau2 could reach 0. Give epsilon too, as a fifth of the temperature"
+        _refuse("epsilon must be smaller than temperature", got, do)
 
 
 def _check_weight(weight: Any) -> None:
@@ -142,11 +139,7 @@ def _check_weight(weight: Any) -> None:
         got = f"{weight.dtype} {list(weight.shape)}"
         _refuse("weight must be a floating-point tensor [num_classes]", got)
     warn_of_no_gradient("weight", weight, "class weights are constants of the loss")
-
-
-def check_weight_values(weight: Tensor | None) -> None:
-    """Once, where a look waits for nothing: NaN would come out much later."""
-    if weight is None or not values_may_be_read(weight):
+    if not values_may_be_read(weight):
         return
     bad = (~((weight >= 0) & (weight < math.inf))).nonzero().flatten().tolist()
     if bad:
@@ -159,10 +152,7 @@ def num_classes_of(num_classes: int | None, weight: Tensor | None) -> int | None
     if weight is None or num_classes == len(weight):
         return num_classes
     if num_classes is not None:
-        raise ValueError(
-            f"weight has {len(weight)} entries but num_classes={num_classes}: "
-            "give one weight per class"
-        )
+        _refuse("weight needs one entry a class", f"{len(weight)} but num_classes={num_classes}")
     return len(weight)
 
 
@@ -189,10 +179,8 @@ def check_memory_options(
         got = f"num_classes={num_classes}, feature_dim={feature_dim}"
         _refuse("centroid_momentum needs num_classes and feature_dim, the memory's shape", got)
     if leave_one_out:
-        raise ValueError(
-            "leave_one_out cannot be used with centroid_momentum: a remembered centroid is made "
-            "of many batches, from which a sample cannot be taken out"
-        )
+        why = "a remembered centroid is made of many batches, from which none can be taken out"
+        raise ValueError(f"leave_one_out cannot be used with centroid_momentum: {why}")
     return momentum
 
 
@@ -219,12 +207,10 @@ def refuse_unknown(
 
 def refuse_options(where: str, given: tuple[Any, ...]) -> NoReturn:
     """By position: a second number would be SupCon's ``contrast_mode`` or ``base_temperature``."""
-    raise TypeError(
-        f"{where} takes temperature by position and all else by name, got {len(given)} more "
-        f"({', '.join(map(repr, given))}): give epsilon=, the adaptive range. SupCon's positions "
-        "mean something else: contrast_mode (every view is an anchor, leave it out) and "
-        f"base_temperature ({_BASE_TEMPERATURE})"
-    )
+    got = f"{where} takes temperature by position and all else by name, got more, {given!r}"
+    supcon = "SupCon has contrast_mode (leave it out: every view is an anchor) there"
+    base = f"base_temperature ({_BASE_TEMPERATURE})"
+    raise TypeError(f"{got}: give epsilon=, the adaptive range. {supcon}, and {base}")
 
 
 def refuse_arguments(where: str, positional: tuple[Any, ...], unknown: dict[str, Any]) -> None:
@@ -247,22 +233,20 @@ def warn_of_no_gradient(name: str, tensor: Tensor | None, why: str) -> None:
     """A tensor that asks for a gradient and gets none is rarely meant."""
     wanted = tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
     if wanted and not torch.compiler.is_compiling():
-        warn(
-            f"{name}.requires_grad is True, but no gradient goes there: {why}. Give {name}.detach()"
-        )
+        no_gradient = f"{name}.requires_grad is True, but no gradient goes there"
+        warn(f"{no_gradient}: {why}. Give {name}.detach()")
 
 
 def warn_of_odd_batch(num_samples: int, num_present: int) -> None:
     """For a batch in which no sample is drawn to another, and whose loss looks as if all were."""
     if num_samples < 2 or 1 < num_present < num_samples:
         return
-    alone = (
-        f"each of the {num_samples} samples is alone in its class, its own centroid: nothing "
-        "draws it to others of its class, and the loss falls to near 0 by spreading samples. "
-        "Sample several of each class, or use a centroid memory"
-    )
-    alike = f"all {num_samples} samples are of one class: with nothing to tell apart the loss is 0"
-    warn(alike if num_present == 1 else alone)
+    if num_present == 1:
+        warn(f"all {num_samples} samples are of one class: nothing to tell apart, the loss is 0")
+    else:
+        alone = f"each of the {num_samples} samples is alone in its class, its own centroid"
+        why = "the loss falls to near 0 by spreading samples, and draws none to its class"
+        warn(f"{alone}: {why}. Sample several of each class, or use a centroid memory")
 
 
 def check_samples(features: Any, labels: Any, of: str = "") -> None:
@@ -276,10 +260,8 @@ def check_samples(features: Any, labels: Any, of: str = "") -> None:
     x, y = f"{of}features", f"{of}labels"
     check_features(features, x)
     if labels is None:
-        raise ValueError(
-            f"{y} is None: VarCon is a supervised loss and needs one class number a sample. "
-            "Without labels (SimCLR's views) keep SupConLoss"
-        )
+        why = "VarCon is a supervised loss and needs one class number a sample"
+        raise ValueError(f"{y} is None: {why}. Without labels (SimCLR's views) keep SupConLoss")
     if not isinstance(labels, Tensor):
         do = f"give torch.as_tensor({y})"
         _refuse(f"{y} must be a tensor", type(labels).__name__, do, TypeError)
@@ -324,21 +306,15 @@ def _advice(features: Tensor, labels: Tensor, x: str, y: str) -> str:
     """What fits class numbers of several dimensions, or integer tables."""
     last, given = features.ndim - 1, list(features.shape)
     if labels.shape == features.shape[:-1] and last > 1:
-        return (
-            f"give each view of {x} {given} a label of its own: then each is a sample, give "
-            f"{x}.flatten(0, {last - 1}) and {y}.flatten()"
-        )
+        do = f"then each is a sample, give {x}.flatten(0, {last - 1}) and {y}.flatten()"
+        return f"give each view of {x} {given} a label of its own: {do}"
     if last > 1 and labels.shape == features.shape[:1] + features.shape[2:]:
         moved = f"{x}.transpose(1, 2)" if last == 2 else f"{x}.movedim(1, -1)"
-        return (
-            f"give each place of {x} {given} a class, with channels first: give "
-            f"{moved}.flatten(0, {last - 1}) and {y}.flatten()"
-        )
-    return (
-        f"are neither class numbers, one a sample of {x} {given}, nor class probabilities: for "
-        f"several classes a sample give a table [N, C] of 0 and 1 in floating point (its .float()),"
-        f" for one class a sample {y}[:, 0] or .argmax(1)"
-    )
+        do = f"give {moved}.flatten(0, {last - 1}) and {y}.flatten()"
+        return f"give each place of {x} {given} a class, with channels first: {do}"
+    neither = f"are neither class numbers, one a sample of {x} {given}, nor class probabilities"
+    several = "several classes a sample give a table [N, C] of 0 and 1 in floating point (.float())"
+    return f"{neither}: for {several}, for one class a sample {y}[:, 0] or .argmax(1)"
 
 
 def _way_to_fit(features: Tensor, labels: Tensor, x: str, y: str) -> str:
@@ -352,9 +328,8 @@ def _way_to_fit(features: Tensor, labels: Tensor, x: str, y: str) -> str:
         return f"if they are [V, B, ...] give {x}.transpose(0, 1)"
     if features.ndim == 2 and num_rows > num_labels > 1 and num_rows % num_labels == 0:
         views = num_rows // num_labels
-        return (
-            f"for {views} views, one after the other, give {y}.repeat({views}); or {x} as [B, V, D]"
-        )
+        one_by_one = f"for {views} views, one after the other, give {y}.repeat({views})"
+        return f"{one_by_one}; or {x} as [B, V, D]"
     return ""
 
 
@@ -369,20 +344,14 @@ def check_probabilities(
         if width == 0:
             raise ValueError(f"{shapes} have no classes: give one column a class")
         if width == 1 and num_classes is None:
-            raise ValueError(
-                f"{shapes} have one class, whose loss is always 0: give class numbers as integers "
-                f"({name}.squeeze(1).long()), or num_classes=1 if one class is meant"
-            )
+            do = f"class numbers ({name}.squeeze(1).long()), or num_classes=1 if one class is meant"
+            raise ValueError(f"{shapes} have one class, whose loss is always 0: give {do}")
         if num_classes is not None and width != num_classes:
-            raise ValueError(
-                f"{shapes} have {width} classes but num_classes={num_classes}: give one column a "
-                "class"
-            )
+            do = "give one column a class"
+            raise ValueError(f"{shapes} have {width} classes but num_classes={num_classes}: {do}")
         if leave_one_out:
-            raise ValueError(
-                "leave_one_out has no meaning with class probabilities: a sample of several "
-                "classes has no class to be left out of; use integer labels"
-            )
+            why = "a sample of several classes has none to be left out of; use integer labels"
+            raise ValueError(f"leave_one_out has no meaning with class probabilities: {why}")
         num_classes = width
     return num_classes
 
@@ -402,15 +371,11 @@ def check_features(features: Any, name: str = "features") -> None:
     if features.ndim < 2:
         _refuse(f"{name} must have shape [N, D] or [B, V, ...]", shape)
     if 0 in features.shape[1:]:
-        raise ValueError(
-            f"{name} {shape} have an empty dimension: every sample needs at least one view and "
-            "one channel"
-        )
+        do = "every sample needs at least one view and one channel"
+        raise ValueError(f"{name} {shape} have an empty dimension: {do}")
     if features.ndim > 2 and features.shape[1] > 1 and features.shape[2:].numel() == 1:
-        raise ValueError(
-            f"{name} {shape} would be {shape[1]} views of width 1: give {name}.flatten(1), if they "
-            "are pooled maps"
-        )
+        do = f"give {name}.flatten(1), if they are pooled maps"
+        raise ValueError(f"{name} {shape} would be {shape[1]} views of width 1: {do}")
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:
@@ -434,22 +399,16 @@ def check_reference_set(
     if ref_features is None:
         return
     if leave_one_out:
-        raise ValueError(
-            "leave_one_out has no meaning with ref_features: the anchors are not members of the "
-            "reference centroids"
-        )
+        why = "anchors are no members of the reference centroids"
+        raise ValueError(f"leave_one_out has no meaning with ref_features: {why}")
     if memory:
-        raise ValueError(
-            "ref_features cannot be used with a centroid memory: both say where the centroids "
-            "come from; use a second VarConLoss without centroid_momentum"
-        )
+        do = "use a second VarConLoss without centroid_momentum"
+        raise ValueError(f"ref_features cannot be used with a centroid memory: {do}")
     check_samples(ref_features, ref_labels, of="ref_")
     width, ref_width = width_of(features), width_of(ref_features)
     if width != ref_width:
-        raise ValueError(
-            f"ref_features have width {ref_width} but features have width {width}: both must come "
-            "from the same embedding space"
-        )
+        why = "both must come from the same embedding space"
+        raise ValueError(f"ref_features have width {ref_width} but features have {width}: {why}")
     check_device(ref_features, "ref_features are", features, "them")
     why = "centroids are constants of the loss (to train both sides add the loss the other way)"
     warn_of_no_gradient("ref_features", ref_features, why)
@@ -459,9 +418,8 @@ def check_memory_fits(features: Tensor, memory: Tensor) -> None:
     """Anchors and the memory ``[C, D]``."""
     width, feature_dim = width_of(features), memory.shape[1]
     if width != feature_dim:
-        raise ValueError(
-            f"features have width {width} but the centroid memory has feature_dim={feature_dim}"
-        )
+        got = f"width {width} but the centroid memory has feature_dim={feature_dim}"
+        raise ValueError(f"features have {got}")
     check_device(memory, "the centroid memory is", features, "the loss module and the features")
 
 
@@ -471,11 +429,9 @@ def width_of(features: Tensor) -> int:
 
 
 def check_device(
-    tensor: Tensor, name: str, features: Tensor, move: str, features_name: str = "features"
+    tensor: Tensor, name: str, features: Tensor, move: str, x: str = "features"
 ) -> None:
     """Both on one device."""
     if tensor.device != features.device:
-        raise ValueError(
-            f"{name} on {tensor.device} but {features_name} are on {features.device}: move {move} "
-            "to one device"
-        )
+        where = f"{name} on {tensor.device} but {x} are on {features.device}"
+        raise ValueError(f"{where}: move {move} to one device")

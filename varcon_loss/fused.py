@@ -138,35 +138,18 @@ def _run_sums(kernel: Any, rows: Tensor, order: Tensor | None, borders: Tensor) 
     dim, block_d = rows.shape[1], _power_of_two(rows.shape[1])
     sums = rows.new_empty(len(borders) - 1, dim)
     _launch(
-        kernel,
-        len(sums),
-        rows.device,
-        x_ptr=rows,
-        order_ptr=order,
-        borders_ptr=borders,
-        sums_ptr=sums,
-        dim=dim,
-        BLOCK_N=max(1, 4096 // block_d),
-        BLOCK_D=block_d,
+        kernel, len(sums), rows.device, x_ptr=rows, order_ptr=order, borders_ptr=borders,
+        sums_ptr=sums, dim=dim, BLOCK_N=max(1, 4096 // block_d), BLOCK_D=block_d,
         HAS_ORDER=order is not None,
-    )
+    )  # fmt: skip
     return sums
 
 
 def sweep(
-    z: Tensor,
-    w: Tensor,
-    present: Tensor | None,
-    slots: Tensor,
-    shares: Tensor | None,
-    own: Tensor | None,
-    temperature: float,
-    epsilon: float,
-    unit: bool,
-    need_grad: bool,
-    need_terms: bool,
-    operands: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    z: Tensor, w: Tensor, present: Tensor | None, slots: Tensor, shares: Tensor | None,
+    own: Tensor | None, temperature: float, epsilon: float, unit: bool, need_grad: bool,
+    need_terms: bool, operands: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `sweep.sweep`, for integer labels.
 
     The products multiply ``z`` and ``w`` rounded to ``operands``. The logit of the own class and
@@ -183,40 +166,19 @@ def sweep(
     if present is not None:
         bias, num_present = bias.masked_fill_(~present, -inf), present.sum()
     tiles = choose_tiles(dim, operands.itemsize)
+    # A small logit's exponential fits float32, but as an operand of a product not float16.
+    plain_exp = unit and 1 / temperature <= LARGEST_PLAIN_LOGIT and operands != torch.float16
     _launch(
-        kernels.sweep_kernel,
-        -(-num_rows // tiles.rows),
-        z.device,
-        z_ptr=z.contiguous(),
-        w_ptr=w,
-        keys_ptr=w.to(operands),
-        key_sum_ptr=w.sum(0),
-        bias_ptr=bias,
-        num_present_ptr=num_present,
-        slots_ptr=slots.contiguous(),
-        own_ptr=None if own is None else own.contiguous(),
-        loss_ptr=loss,
-        terms_ptr=terms,
-        gradient_ptr=gradient,
-        num_rows=num_rows,
-        num_slots=num_slots,
-        dim=dim,
-        temperature=temperature,
-        epsilon=epsilon,
-        BLOCK_N=tiles.rows,
-        BLOCK_K=tiles.keys,
-        BLOCK_D=max(16, _power_of_two(dim)),
-        HAS_OWN=own is not None,
-        # A small logit's exponential fits float32, but as an operand of a product not float16.
-        PLAIN_EXP=unit and 1 / temperature <= LARGEST_PLAIN_LOGIT and operands != torch.float16,
-        PROJECT=unit,
-        NEED_GRAD=need_grad,
-        PRECISION=float32_precision(),
+        kernels.sweep_kernel, -(-num_rows // tiles.rows), z.device, z_ptr=z.contiguous(), w_ptr=w,
+        keys_ptr=w.to(operands), key_sum_ptr=w.sum(0), bias_ptr=bias, num_present_ptr=num_present,
+        slots_ptr=slots.contiguous(), own_ptr=None if own is None else own.contiguous(),
+        loss_ptr=loss, terms_ptr=terms, gradient_ptr=gradient, num_rows=num_rows,
+        num_slots=num_slots, dim=dim, temperature=temperature, epsilon=epsilon, BLOCK_N=tiles.rows,
+        BLOCK_K=tiles.keys, BLOCK_D=max(16, _power_of_two(dim)), HAS_OWN=own is not None,
+        PLAIN_EXP=plain_exp, PROJECT=unit, NEED_GRAD=need_grad, PRECISION=float32_precision(),
         # Triton's interpreter multiplies bfloat16 as if its bits were integers.
-        UPCAST=z.device.type == "cpu",
-        num_warps=tiles.warps,
-        num_stages=STAGES,
-    )
+        UPCAST=z.device.type == "cpu", num_warps=tiles.warps, num_stages=STAGES,
+    )  # fmt: skip
     return loss, terms if need_terms else terms.new_empty(4, 0), gradient
 
 

@@ -1,6 +1,6 @@
 """Labels of either kind as class numbers and shares: an integer is one share of 1."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ class Labels(NamedTuple):
 
     def class_of(self) -> Tensor:
         """``[N]``, of integer labels."""
-        assert self.classes is not None
-        return self.classes.squeeze(1)
+        classes: Any = self.classes
+        return classes.squeeze(1)
 
     def weights(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """What each valid sample counts in a mean, ``[N]``, 0 for the others; None: 1."""
@@ -39,15 +39,14 @@ class Labels(NamedTuple):
 
     def weighted(self, weight: Tensor) -> "Labels":
         """The same, with each share multiplied by the weight ``[C]`` of its class."""
-        assert self.shares is not None
-        weight = weight.to(self.shares.dtype)
+        shares: Any = self.shares
+        weight = weight.to(shares.dtype)
         weight = weight if self.classes is None else weight[self.classes]
-        return Labels(self.classes, self.shares * weight, self.valid, self.broken)
+        return Labels(self.classes, shares * weight, self.valid, self.broken)
 
     def broken_where(self, where: Tensor) -> "Labels":
         """The same, broken also ``where`` ``[N]`` or 0-d bool."""
-        entries = self.shares if self.classes is None else self.classes
-        assert entries is not None
+        entries: Any = self.shares if self.classes is None else self.classes
         broken = where.expand(entries.shape[0]) if self.broken is None else self.broken | where
         return Labels(self.classes, self.shares, self.valid, broken)
 

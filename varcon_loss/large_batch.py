@@ -53,10 +53,8 @@ class LargeBatch:
 
     def __init__(self, criterion: VarConLoss) -> None:
         if criterion.reduction == "none":
-            raise ValueError(
-                "LargeBatch adds up the losses of chunks, got a criterion with reduction='none': "
-                "use 'mean' or 'sum', and terms() for the loss of each sample"
-            )
+            got = "a criterion with reduction='none': use 'mean' or 'sum', and terms() for losses"
+            raise ValueError(f"LargeBatch adds up losses of chunks, got {got} of each sample")
         self._criterion = criterion
         self._classes: Any = None  # of all chunks so far; then of all ranks
         self._total: Any = 0
@@ -70,10 +68,9 @@ class LargeBatch:
         A rank without samples adds an empty chunk.
         """
         if self._table is not None:
-            raise RuntimeError(
-                "a chunk was added after the first part of the loss: one LargeBatch is one batch. "
-                "Add all chunks first, and make a new LargeBatch for the next batch"
-            )
+            do = "Add all chunks first, and make a new LargeBatch for the next batch"
+            late = "a chunk was added after the first part of the loss"
+            raise RuntimeError(f"{late}: one LargeBatch is one batch. {do}")
         chunk, options, impl = self._read(features, labels)
         with without_autocast(features.device.type):
             classes, _ = flow.add_up(chunk, options, self._criterion.centroid_memory, impl)
@@ -96,10 +93,8 @@ class LargeBatch:
 
     def _read(self, features: Tensor, labels: Tensor) -> tuple[flow.Embedded, flow.Options, str]:
         if not self._criterion.training:
-            raise RuntimeError(
-                "LargeBatch is for training steps, but the criterion is in eval mode: call "
-                "train(), or evaluate by the criterion itself"
-            )
+            do = "call train(), or evaluate by the criterion itself"
+            raise RuntimeError(f"LargeBatch trains, but the criterion is in eval mode: {do}")
         options, memory = self._criterion._options(learns=True), self._criterion.centroid_memory
         options, dtype = flow.check_call(features, labels, None, None, options, memory)
         with without_autocast(features.device.type):
@@ -108,10 +103,8 @@ class LargeBatch:
 
     def _evaluate(self, features: Tensor, labels: Tensor, *, need_terms: bool) -> flow.Scored:
         if self._classes is None:
-            raise RuntimeError(
-                "no chunk was added: give every chunk of the batch to add(), under "
-                "torch.no_grad(), before the first part of the loss"
-            )
+            do = "give every chunk of the batch to add(), under torch.no_grad(), before the call"
+            raise RuntimeError(f"no chunk was added: {do}")
         chunk, options, impl = self._read(features, labels)
         group, memory = group_of(options.process_group), self._criterion.centroid_memory
         with without_autocast(features.device.type):
@@ -119,10 +112,8 @@ class LargeBatch:
                 self._finish(chunk, options, group, memory)
             self._num_evaluated += chunk[1].shape[0]
             if self._num_evaluated > self._num_added:
-                raise RuntimeError(
-                    f"{self._num_evaluated} rows were evaluated but {self._num_added} added: give "
-                    "each chunk to add() once, and to the call once"
-                )
+                rows = f"{self._num_evaluated} rows were evaluated but {self._num_added} added"
+                raise RuntimeError(f"{rows}: give each chunk to add() once, and to the call once")
             table: Any = self._table
             added = Table(self._classes.sums, self._classes.counts > 0, self._classes.names)
             chunk = flow.with_classes(chunk, added, "the chunks that were added lack")
@@ -190,9 +181,8 @@ def backward_in_chunks(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     lengths = {len(x) for x in (labels, *tree_leaves(inputs)) if isinstance(x, Tensor)}
     if len(lengths) != 1:
-        raise ValueError(
-            f"inputs and labels must have one length, the number of samples, got {sorted(lengths)}"
-        )
+        got = f"got {sorted(lengths)}"
+        raise ValueError(f"inputs and labels must have one length, the number of samples, {got}")
     starts = range(0, max(1, len(labels)), chunk_size)
     module = model if isinstance(model, nn.Module) else nn.Module()
     tensors = [x for x in (*tree_leaves(inputs), *module.parameters()) if isinstance(x, Tensor)]

@@ -304,10 +304,8 @@ def with_classes(
         if labels.shares is not None:
             way_out = "give anchors without one a row of zeros"
         listed = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
-        raise ValueError(
-            f"{lack} label {listed}, which labels contain: every anchor needs a reference of its "
-            f"class ({way_out})"
-        )
+        do = f"every anchor needs a reference of its class ({way_out})"
+        raise ValueError(f"{lack} label {listed}, which labels contain: {do}")
     return rows, z, lengths, labels
 
 
@@ -418,7 +416,8 @@ def terms_of(features: Tensor, scored: Scored) -> VarConTerms:
     if reduced.ndim > 0:  # callers may change one and keep the other
         loss = loss.clone()
     valid = torch.ones_like(loss, dtype=torch.bool) if valid is None else valid
-    each: Any = (loss.view(shape), *terms.view(4, *shape).unbind(), valid.view(shape))
+    kl, nll, confidence, tau2 = terms.view(4, *shape).unbind()
+    each = (loss.view(shape), kl, nll, confidence, tau2, valid.view(shape))
     return VarConTerms(*each, table.num_present(), reduced, impl)
 
 

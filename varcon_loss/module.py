@@ -55,8 +55,9 @@ class VarConLoss(nn.Module):
             gradients, each rank evaluates its own batch by itself, with its own centroids (or the
             memory) and a plain local mean, so that one rank alone may validate; the backward of
             such a loss is an error. Every rank must take the same number of training steps: one
-            that stops early leaves the others waiting until their group's timeout. ``"world"`` is looked up at each call (without
-            initialised processes it means this one alone), so the module can be pickled.
+            that stops early leaves the others waiting until their group's timeout. ``"world"`` is
+            looked up at each call (without initialised processes it means this one alone), so the
+            module can be pickled.
         impl: ``"eager"`` (one pass, any device), ``"triton"`` (fused kernels for CUDA devices; not
             for float64, nor rows wider than 1,024), ``"auto"`` (``"triton"`` where a proof on such
             a device is in the repository, none yet; else ``"eager"``) or ``"reference"`` (the
@@ -128,7 +129,7 @@ class VarConLoss(nn.Module):
             checks.refuse_unknown("VarConLoss", unknown, known, temperature)
         self.temperature, self.epsilon = temperature, epsilon
         checks.check_temperatures(self.temperature, self.epsilon)
-        checks.check_weight_values(checks.option("weight", weight))
+        checks.option("weight", weight)
         if weight is not None and weight.is_meta:
             checks.warn(
                 "weight was made on the meta device and has no values: load some, or set "
@@ -243,10 +244,9 @@ class VarConLoss(nn.Module):
             raise AttributeError(_NO_MEMORY)
         memory, got = self._memory(), getattr(means, "shape", type(means).__name__)
         if not isinstance(means, Tensor) or means.shape != memory.shape:
-            raise ValueError(
-                f"centroids must be a tensor {list(memory.shape)}, [num_classes, feature_dim], got "
-                f"{got}: give a row for each class, zeros for a class not known"
-            )
+            what = f"a tensor {list(memory.shape)}, [num_classes, feature_dim], got {got}"
+            do = "give a row for each class, zeros for a class not known"
+            raise ValueError(f"centroids must be {what}: {do}")
         memory.copy_(unit(means.detach(), torch.promote_types(means.dtype, memory.dtype))[0])
 
     @torch.no_grad()
@@ -363,8 +363,6 @@ class VarConLoss(nn.Module):
         """An option as it is kept, beside the ones that are there."""
         if name != "centroid_momentum":
             value = checks.option(name, value)
-        if name == "weight":
-            checks.check_weight_values(value)
         momentum = value if name == "centroid_momentum" else self.__dict__.get("centroid_momentum")
         if momentum is None or name not in ("centroid_momentum", "leave_one_out", "num_classes"):
             return value
@@ -372,10 +370,8 @@ class VarConLoss(nn.Module):
             raise AttributeError(_NO_MEMORY)
         num_classes = self.centroid_memory.shape[0]
         if name == "num_classes" and value != num_classes:
-            raise ValueError(
-                f"num_classes cannot become {value}: the centroid memory has {num_classes} "
-                "classes. Make a new loss"
-            )
+            has = f"the centroid memory has {num_classes} classes"
+            raise ValueError(f"num_classes cannot become {value}: {has}. Make a new loss")
         alone = value if name == "leave_one_out" else self.leave_one_out
         momentum = checks.check_memory_options(num_classes, self.feature_dim, momentum, alone)
         return momentum if name == "centroid_momentum" else value
@@ -463,6 +459,5 @@ def _refuse_eval_mode(gradient: Tensor) -> None:
     )
 
 
-_NO_MEMORY = (
-    "this loss remembers no centroids: make it with num_classes, feature_dim and centroid_momentum"
-)
+_NEEDS = "num_classes, feature_dim and centroid_momentum"
+_NO_MEMORY = f"this loss remembers no centroids: make it with {_NEEDS}"

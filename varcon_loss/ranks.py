@@ -91,10 +91,8 @@ def _agree(group: Any, num_samples: int, same: dict[str, Any]) -> list[int]:
         values = [theirs.get(name) for _, theirs in everyone]
         if any(value != values[0] for value in values):
             listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-            raise ValueError(
-                f"ranks disagree on {name} ({listed}): it must be the same on all; a checkpoint "
-                "must be loaded by every rank"
-            )
+            do = "it must be the same on all; a checkpoint must be loaded by every rank"
+            raise ValueError(f"ranks disagree on {name} ({listed}): {do}")
     return [samples for samples, _ in everyone]
 
 
@@ -133,11 +131,9 @@ def over_ranks(
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
         room = int(largest)
     elif rows.shape[0] > room:
-        raise ValueError(
-            f"rank {dist.get_rank(group)} has up to {rows.shape[0]} classes, but the first step "
-            f"made room for {room} a rank, all that its largest batch could have: start with a "
-            "full batch, and with class probabilities where some batches have them"
-        )
+        mine = f"rank {dist.get_rank(group)} has up to {rows.shape[0]} classes"
+        do = "start with a full batch, and with class probabilities where some batches have them"
+        raise ValueError(f"{mine}, but the first step made room for {room} a rank: {do}")
     # Class numbers travel as bits: a float would round them. Row 0 carries the total.
     bits = names.unsqueeze(1).view(rows.dtype)
     sent = rows.new_zeros(room + 1, rows.shape[1] + bits.shape[1])
@@ -167,8 +163,7 @@ def merge(sums: Tensor, counts: Tensor, names: Tensor, num_classes: int | None) 
     filled = counts > 0
     names = names.masked_fill(~filled, 0)
     merged = name_rows(names, filled, num_classes)[0]
-    size = num_classes if merged is None else merged.shape[0]
-    assert size is not None
+    size: Any = num_classes if merged is None else merged.shape[0]
     slots = Table(sums, None, merged).find(names)
     rows = torch.cat((sums, counts.unsqueeze(1)), dim=1)
     rows = add_rows(rows.masked_fill(~filled.unsqueeze(1), 0.0), slots, size)

@@ -10,8 +10,6 @@ label is one share of 1. The chunk's logits stay in the cache. The sum of all ke
 ``sum_k u_k`` and applies ``- B`` to all classes at once.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -104,7 +102,6 @@ def _chunk(
     # Own classes stay out of the sum over the rest, so that 1 - p is never a subtraction. Where a
     # row has several, each has the other ones added.
     several, shift, own_masked = shares is not None, None, own_logit
-    total: Any = None
     if slots is not None:
         u.scatter_(1, slots, -torch.inf)
     if several and present is not None:
@@ -120,7 +117,7 @@ def _chunk(
             if several:
                 shift = torch.maximum(shift, own_masked.amax(1, keepdim=True))
         shift.masked_fill_(shift == -torch.inf, 0.0)
-    weights = u
+    weights, total = u, own_logit
     if slots is not None:
         weights = (u if shift is None else u.sub_(shift)).exp_()
         if present is None or not plain:
@@ -130,7 +127,7 @@ def _chunk(
     if several:
         own_weights = (own_masked if shift is None else own_masked - shift).exp()
         rest = _sum_of_others(own_weights)
-        lse_others = (rest if total is None else rest.add_(total)).log_()
+        lse_others = (rest if slots is None else rest.add_(total)).log_()
     else:
         own_weights, lse_others = total, total.log()
     if shift is not None:
