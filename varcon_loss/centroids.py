@@ -83,10 +83,8 @@ class Table(NamedTuple):
 
     def holds(self, classes: Classes) -> Tensor:
         """Which rows of ``classes`` are not empty, and have a row here, ``[S]`` bool."""
-        filled = classes.counts > 0
-        if classes.names is None and self.names is None:
-            return filled if self.present is None else filled & self.present
-        names = torch.arange(len(filled)) if classes.names is None else classes.names
+        filled, names = classes.counts > 0, classes.names
+        names = torch.arange(len(filled), device=filled.device) if names is None else names
         return filled & self.found(Labels(names, None))
 
     def place(

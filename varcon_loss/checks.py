@@ -58,7 +58,7 @@ _FROM_ELSEWHERE |= dict.fromkeys(
 )
 
 
-def _refuse(what: str, got: object, do: str = "", error: type[Exception] = ValueError) -> NoReturn:
+def refuse(what: str, got: object, do: str = "", error: type[Exception] = ValueError) -> NoReturn:
     """The three parts of every message: what was expected, what came, what to do."""
     raise error(f"{what}, got {got}" + (f": {do}" if do else ""))
 
@@ -77,7 +77,7 @@ def real_number(name: str, value: Any, kind: str = "a number") -> float:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         do = next((do for given, do in _NO_NUMBERS if isinstance(value, given)), "")
-        _refuse(f"{name} must be {kind}", type(value).__name__, do, TypeError)
+        refuse(f"{name} must be {kind}", type(value).__name__, do, TypeError)
     return float(value)
 
 
@@ -86,7 +86,7 @@ def whole_number(name: str, value: Any, kind: str = "an int or None") -> int:
     if type(value) is int:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        _refuse(f"{name} must be {kind}", type(value).__name__, error=TypeError)
+        refuse(f"{name} must be {kind}", type(value).__name__, error=TypeError)
     return int(value)
 
 
@@ -98,16 +98,16 @@ def option(name: str, value: Any) -> Any:
     if name in ("temperature", "epsilon"):
         value = real_number(name, value)
         if name == "temperature" and not 0 < value < math.inf:
-            _refuse("temperature must be positive and finite", value)
+            refuse("temperature must be positive and finite", value)
         if not value >= 0:
-            _refuse("epsilon must be >= 0", value)
+            refuse("epsilon must be >= 0", value)
     elif name in ("normalize", "leave_one_out"):
         if type(value).__name__ not in ("bool", "bool_"):  # the text "False" would count as true
-            _refuse(f"{name} must be True or False", repr(value), error=TypeError)
+            refuse(f"{name} must be True or False", repr(value), error=TypeError)
         value = bool(value)
     elif name in _CHOICES:
         if value not in _CHOICES[name]:
-            _refuse(f"{name} must be one of {_CHOICES[name]}", repr(value))
+            refuse(f"{name} must be one of {_CHOICES[name]}", repr(value))
     elif name == "weight":
         _check_weight(value)
     elif name == "process_group":
@@ -115,9 +115,9 @@ def option(name: str, value: Any) -> Any:
     elif value is not None:
         value = whole_number(name, value)
         if name != "ignore_index" and value < 1:
-            _refuse(f"{name} must be at least 1", value)
+            refuse(f"{name} must be at least 1", value)
         if not -(2**63) <= value < 2**63:
-            _refuse(f"{name} must be a number that int64 labels can have", value)
+            refuse(f"{name} must be a number that int64 labels can have", value)
     return value
 
 
@@ -126,7 +126,7 @@ def check_temperatures(temperature: float, epsilon: float) -> None:
     if epsilon >= temperature:
         got = f"epsilon={epsilon} and temperature={temperature}"
         do = "else tau2 could reach 0. Give epsilon too, as a fifth of the temperature"
-        _refuse("epsilon must be smaller than temperature", got, do)
+        refuse("epsilon must be smaller than temperature", got, do)
 
 
 def _check_weight(weight: Any) -> None:
@@ -134,17 +134,17 @@ def _check_weight(weight: Any) -> None:
         return
     if not isinstance(weight, Tensor):
         kind = type(weight).__name__
-        _refuse("weight must be a tensor with one entry per class", kind, error=TypeError)
+        refuse("weight must be a tensor with one entry per class", kind, error=TypeError)
     if weight.ndim != 1 or len(weight) == 0 or not weight.is_floating_point():
         got = f"{weight.dtype} {list(weight.shape)}"
-        _refuse("weight must be a floating-point tensor [num_classes]", got)
+        refuse("weight must be a floating-point tensor [num_classes]", got)
     warn_of_no_gradient("weight", weight, "class weights are constants of the loss")
     if not values_may_be_read(weight):
         return
     bad = (~((weight >= 0) & (weight < math.inf))).nonzero().flatten().tolist()
     if bad:
         got = f"{float(weight[bad[0]])} for class {bad[0]}"
-        _refuse("weight must be finite and at least 0", got)
+        refuse("weight must be finite and at least 0", got)
 
 
 def num_classes_of(num_classes: int | None, weight: Tensor | None) -> int | None:
@@ -152,17 +152,17 @@ def num_classes_of(num_classes: int | None, weight: Tensor | None) -> int | None
     if weight is None or num_classes == len(weight):
         return num_classes
     if num_classes is not None:
-        _refuse("weight needs one entry a class", f"{len(weight)} but num_classes={num_classes}")
+        refuse("weight needs one entry a class", f"{len(weight)} but num_classes={num_classes}")
     return len(weight)
 
 
 def _check_group(group: Any) -> None:
     what = "process_group must be 'world', a torch.distributed.ProcessGroup or None"
     if isinstance(group, str) and group != "world":
-        _refuse(what, repr(group))
+        refuse(what, repr(group))
     known = (str, type(None), torch.distributed.ProcessGroup)
     if not isinstance(group, known) and group != torch.distributed.GroupMember.NON_GROUP_MEMBER:
-        _refuse(what, type(group).__name__, error=TypeError)
+        refuse(what, type(group).__name__, error=TypeError)
 
 
 def check_memory_options(
@@ -174,10 +174,10 @@ def check_memory_options(
     momentum = real_number("centroid_momentum", momentum, "a number or None")
     if not 0 <= momentum < 1:
         do = "0 keeps the latest batch, values near 1 average over many"
-        _refuse("centroid_momentum must lie in [0, 1)", momentum, do)
+        refuse("centroid_momentum must lie in [0, 1)", momentum, do)
     if num_classes is None or feature_dim is None:
         got = f"num_classes={num_classes}, feature_dim={feature_dim}"
-        _refuse("centroid_momentum needs num_classes and feature_dim, the memory's shape", got)
+        refuse("centroid_momentum needs num_classes and feature_dim, the memory's shape", got)
     if leave_one_out:
         why = "a remembered centroid is made of many batches, from which none can be taken out"
         raise ValueError(f"leave_one_out cannot be used with centroid_momentum: {why}")
@@ -264,7 +264,7 @@ def check_samples(features: Any, labels: Any, of: str = "") -> None:
         raise ValueError(f"{y} is None: {why}. Without labels (SimCLR's views) keep SupConLoss")
     if not isinstance(labels, Tensor):
         do = f"give torch.as_tensor({y})"
-        _refuse(f"{y} must be a tensor", type(labels).__name__, do, TypeError)
+        refuse(f"{y} must be a tensor", type(labels).__name__, do, TypeError)
     _check_dense(y, labels)
     num_rows, shape = features.shape[0], list(labels.shape)
     is_integer = labels.dtype in LABEL_DTYPES
@@ -278,10 +278,10 @@ def check_samples(features: Any, labels: Any, of: str = "") -> None:
         what = f"{y} must be integers (any integer dtype but uint64), or class probabilities"
         do = f"if they are class numbers give {y}.long()"
         got = f"{labels.dtype} {shape}"
-        _refuse(f"{what} [{num_rows}, C] in floating point", got, do, TypeError)
+        refuse(f"{what} [{num_rows}, C] in floating point", got, do, TypeError)
     if not (labels.ndim == 1 or probabilities or column) or labels.shape[0] != num_rows:
         what = f"{y} must have shape [{num_rows}], one label for each entry of {x}"
-        _refuse(f"{what} {list(features.shape)}", shape, _way_to_fit(features, labels, x, y))
+        refuse(f"{what} {list(features.shape)}", shape, _way_to_fit(features, labels, x, y))
     check_device(labels, f"{y} are", features, "them", x)
 
 
@@ -361,15 +361,15 @@ def check_features(features: Any, name: str = "features") -> None:
     if not isinstance(features, Tensor):
         stacks = isinstance(features, (list, tuple)) and any(torch.is_tensor(x) for x in features)
         do = f"give torch.stack({name}, dim=1), if they are views" if stacks else ""
-        _refuse(f"{name} must be a tensor", type(features).__name__, do, TypeError)
+        refuse(f"{name} must be a tensor", type(features).__name__, do, TypeError)
     if features.dtype not in FEATURE_DTYPES:
         do = "" if features.dtype not in LABEL_DTYPES else "labels are the second argument"
         what = f"{name} must be float16, bfloat16, float32 or float64"
-        _refuse(what, features.dtype, do, TypeError)
+        refuse(what, features.dtype, do, TypeError)
     _check_dense(name, features)
     shape = list(features.shape)
     if features.ndim < 2:
-        _refuse(f"{name} must have shape [N, D] or [B, V, ...]", shape)
+        refuse(f"{name} must have shape [N, D] or [B, V, ...]", shape)
     if 0 in features.shape[1:]:
         do = "every sample needs at least one view and one channel"
         raise ValueError(f"{name} {shape} have an empty dimension: {do}")
@@ -382,7 +382,7 @@ def _check_dense(name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else tensor.layout
         way_out = f"torch.cat({name}.unbind())" if tensor.is_nested else f"{name}.to_dense()"
-        _refuse(f"{name} must be dense", kind, f"give {way_out}", TypeError)
+        refuse(f"{name} must be dense", kind, f"give {way_out}", TypeError)
 
 
 def check_reference_set(

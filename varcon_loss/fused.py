@@ -106,11 +106,9 @@ def why_not(features: Tensor, dtype: torch.dtype) -> str | None:
         dim, features.itemsize, capability, float32_precision()
     )
     if needed > shared_bytes:
-        dtype_name = str(features.dtype).removeprefix("torch.")
-        return (
-            f"{dtype_name} features of width {dim} need {needed // 1024} KiB of shared memory, and "
-            f"{device} has {shared_bytes // 1024} KiB"
-        )
+        wide = f"{str(features.dtype).removeprefix('torch.')} features of width {dim}"
+        needs = f"{needed // 1024} KiB of shared memory, and {device} has {shared_bytes // 1024}"
+        return f"{wide} need {needs} KiB"
     return None
 
 

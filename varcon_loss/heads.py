@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from varcon_loss.checks import whole_number
+from varcon_loss.checks import refuse, whole_number
 
 HEAD_KINDS = ("mlp-bn", "mlp", "linear")
 
@@ -40,15 +40,12 @@ class ProjectionHead(nn.Module):
     ) -> None:
         super().__init__()
         if kind not in HEAD_KINDS:
-            raise ValueError(f"kind must be one of {HEAD_KINDS}, got {kind!r}")
+            refuse(f"kind must be one of {HEAD_KINDS}", repr(kind))
         hidden_dim = in_dim if hidden_dim is None else hidden_dim
         for name, width in (("in_dim", in_dim), ("dim", dim), ("hidden_dim", hidden_dim)):
             whole_number(name, width, "an int")
         if min(in_dim, dim, hidden_dim) < 1:
-            raise ValueError(
-                f"widths must be at least 1, got in_dim={in_dim}, dim={dim}, "
-                f"hidden_dim={hidden_dim}"
-            )
+            refuse("widths must be at least 1", f"{in_dim=}, {dim=}, {hidden_dim=}")
         if kind == "linear":
             self.layers = nn.Sequential(nn.Linear(in_dim, dim))
         elif kind == "mlp":
@@ -66,9 +63,7 @@ class ProjectionHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         in_dim = self.layers[0].in_features
         if features.ndim < 2 or features.shape[-1] != in_dim:
-            raise ValueError(
-                f"features must have shape [..., {in_dim}], the head's in_dim, got "
-                f"{list(features.shape)}"
-            )
+            what = f"features must have shape [..., {in_dim}], the head's in_dim"
+            refuse(what, list(features.shape))
         rows = self.layers(features.flatten(0, -2))
         return rows.unflatten(0, features.shape[:-1])

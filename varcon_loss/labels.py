@@ -28,13 +28,11 @@ class Labels(NamedTuple):
         """What each valid sample counts in a mean, ``[N]``, 0 for the others; None: 1."""
         if weight is None:
             return None
-        weight = weight.to(dtype)
         if self.shares is None:
-            rows = weight.index_select(0, self.class_of())
-        elif self.classes is None:
-            rows = self.shares @ weight
+            rows = weight.to(dtype).index_select(0, self.class_of())
         else:
-            rows = (self.shares * weight[self.classes]).sum(1)
+            shares: Any = self.weighted(weight).shares
+            rows = shares.sum(1)
         return rows if self.valid is None else rows.masked_fill(~self.valid, 0.0)
 
     def weighted(self, weight: Tensor) -> "Labels":

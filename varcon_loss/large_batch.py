@@ -141,10 +141,9 @@ class LargeBatch:
 def _joined(a: Classes, b: Classes, num_classes: int | None) -> Classes:
     if a.names is None and b.names is None:
         return Classes(a.sums + b.sums, a.counts + b.counts, None)
-    rows = (torch.arange(len(x.sums), device=x.sums.device) for x in (a, b))
-    names = [row if x.names is None else x.names for x, row in zip((a, b), rows, strict=True)]
-    sums, counts = torch.cat((a.sums, b.sums)), torch.cat((a.counts, b.counts))
-    return merge(sums, counts, torch.cat(names), num_classes)
+    every = torch.arange(max(len(a.sums), len(b.sums)), device=a.sums.device)
+    names = torch.cat([every if x.names is None else x.names for x in (a, b)])
+    return merge(torch.cat((a.sums, b.sums)), torch.cat((a.counts, b.counts)), names, num_classes)
 
 
 def backward_in_chunks(

@@ -99,17 +99,11 @@ def varcon_loss(
         >>> loss.backward()
     """
     options: dict[str, Any] = {
-        "temperature": temperature,
-        "epsilon": epsilon,
-        "num_classes": num_classes,
-        "normalize": normalize,
-        "reduction": reduction,
-        "ignore_index": ignore_index,
-        "weight": weight,
-        "leave_one_out": leave_one_out,
-        "process_group": process_group,
+        "temperature": temperature, "epsilon": epsilon, "num_classes": num_classes,
+        "normalize": normalize, "reduction": reduction, "ignore_index": ignore_index,
+        "weight": weight, "leave_one_out": leave_one_out, "process_group": process_group,
         "impl": impl,
-    }
+    }  # fmt: skip
     checked = _checked("varcon_loss", positional, options | unknown)
     sets = (features, labels, ref_features, ref_labels)
     return loss_of(features, evaluate(*sets, checked, None, _EXCHANGES, need_terms=False))
@@ -265,15 +259,12 @@ def count(anchors: Embedded, weight: Tensor | None, members: Embedded) -> Tensor
 
 
 @torch.no_grad()
-def table_for(
-    classes: Classes | None, memory: Tensor | None, options: Options, dtype: torch.dtype
-) -> Table:
+def table_for(classes: Any, memory: Tensor | None, options: Options, dtype: torch.dtype) -> Table:
     """The centroids of the batch, or of a memory after it has learned from ``classes``."""
     if memory is not None:
         if classes is not None and options.centroid_momentum is not None:
             update(memory, classes, options.centroid_momentum)
         return table_of_memory(memory, dtype)
-    assert classes is not None
     return table_of(classes, dtype)
 
 
@@ -300,11 +291,12 @@ def with_classes(
         if reference is not None and reference.broken is not None:  # it is in every loss
             labels = labels.broken_where(reference.broken.any())
     elif bool(lacking.any()):
-        absent, way_out = table.missing(labels), "mark anchors without one with ignore_index"
-        if labels.shares is not None:
-            way_out = "give anchors without one a row of zeros"
+        absent, soft = table.missing(labels), labels.shares is not None
+        way_out = "give {} a row of zeros" if soft else "mark {} with ignore_index"
         listed = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
-        do = f"every anchor needs a reference of its class ({way_out})"
+        do = (
+            f"every anchor needs a reference of its class ({way_out.format('anchors without one')})"
+        )
         raise ValueError(f"{lack} label {listed}, which labels contain: {do}")
     return rows, z, lengths, labels
 
@@ -445,9 +437,8 @@ def choose(impl: str, features: Tensor, labels: Tensor, dtype: torch.dtype) -> s
     if impl == "auto":
         on_cuda = features.device.type == "cuda" and not soft
         return "triton" if on_cuda and fused.runs_by_default(features, dtype) else "eager"
-    obstacle = fused.why_not(features, dtype)
-    if soft:
-        obstacle = "it takes integer labels, and these are class probabilities"
+    of_labels = "it takes integer labels, and these are class probabilities"
+    obstacle = of_labels if soft else fused.why_not(features, dtype)
     if obstacle is not None:
         raise ValueError(f"impl={impl!r} cannot run here: {obstacle}; use impl='auto'")
     return impl

@@ -11,7 +11,7 @@ from varcon_loss import checks
 from varcon_loss import loss as flow
 from varcon_loss.centroids import unit
 from varcon_loss.memory import Prediction, predict
-from varcon_loss.ranks import group_of, several_ranks, size_of
+from varcon_loss.ranks import group_of, size_of
 from varcon_loss.readable import values_may_be_read, without_autocast
 
 OF_MEMORY = ("feature_dim", "centroid_momentum")
@@ -131,10 +131,8 @@ class VarConLoss(nn.Module):
         checks.check_temperatures(self.temperature, self.epsilon)
         checks.option("weight", weight)
         if weight is not None and weight.is_meta:
-            checks.warn(
-                "weight was made on the meta device and has no values: load some, or set "
-                "criterion.weight, before the first call",
-            )
+            do = "load some, or set criterion.weight, before the first call"
+            checks.warn(f"weight was made on the meta device and has no values: {do}")
         self.register_buffer("weight", None if weight is None else weight.detach().clone())
         self.num_classes = checks.num_classes_of(checks.option("num_classes", num_classes), weight)
         self.normalize, self.reduction, self.ignore_index = normalize, reduction, ignore_index
@@ -308,22 +306,26 @@ class VarConLoss(nn.Module):
     def _warn_of_memory(self, memory: Tensor, learns: bool) -> None:
         if torch.compiler.is_compiling():
             return
-        if learns and self.process_group is None and not self._warned and several_ranks():
+        if (
+            learns
+            and self.process_group is None
+            and not self._warned
+            and size_of(group_of("world")) > 1
+        ):
             self._warned = True
-            checks.warn(
-                "each rank remembers only the centroids of its own samples, and DDP or Lightning "
-                "overwrite them by rank 0's where the loss is part of the wrapped model: give "
-                "process_group='world', and all ranks remember the same",
-            )
+            own = "each rank remembers only the centroids of its own samples"
+            lost = "DDP and Lightning overwrite them by rank 0's where the loss is in their model"
+            do = "give process_group='world', and all ranks remember the same"
+            checks.warn(f"{own}, and {lost}: {do}")
         if (
             not learns
             and values_may_be_read(memory)
             and float(torch.linalg.vector_norm(memory)) == 0
         ):
             mode = "" if self.training else " In eval mode it is only read: call train() to learn."
+            what = "the loss is 0, no sample takes part, and predict knows no class"
             checks.warn(
-                "the centroid memory is empty, since no training step has filled it yet: the loss "
-                f"is 0, no sample takes part, and predict knows no class.{mode}",
+                f"the centroid memory is empty, no training step has filled it: {what}.{mode}"
             )
 
     def _watch_eval_mode(self, reduced: Tensor, known: Tensor | None) -> None:
@@ -333,18 +335,14 @@ class VarConLoss(nn.Module):
         if self.process_group is not None and size_of(group_of(self.process_group)) > 1:
             reduced.register_hook(_refuse_eval_mode)
         if known is not None and values_may_be_read(known) and not bool(known.all()):
-            checks.warn(
-                "samples of classes that the centroid memory has not seen take no part, and in "
-                "eval mode it does not learn them: call train() for training steps, and "
-                "torch.no_grad() for validation",
-            )
+            lost = "samples of classes that the centroid memory has not seen take no part"
+            do = "call train() for training steps, and torch.no_grad() for validation"
+            checks.warn(f"{lost}, and in eval mode it does not learn them: {do}")
 
     def _replicate_for_data_parallel(self) -> "VarConLoss":
-        checks.warn(
-            "nn.DataParallel makes centroids of each replica's part of the batch, and only the "
-            "first replica's memory is kept: use nn.parallel.DistributedDataParallel with "
-            "process_group='world', or call the loss outside the wrapped model",
-        )
+        what = "nn.DataParallel makes centroids of each replica's part of the batch, and keeps"
+        do = "use nn.parallel.DistributedDataParallel with process_group='world'"
+        checks.warn(f"{what} only the first's memory: {do}, or the loss outside the wrapped model")
         return super()._replicate_for_data_parallel()
 
     def __getattr__(self, name: str) -> Any:
@@ -406,11 +404,9 @@ class VarConLoss(nn.Module):
         lengths = torch.linalg.vector_norm(after.float(), dim=1)
         if not bool((lengths <= 1 + 1e-3).all()):
             self.reset_memory()
-            checks.warn(
-                "the centroid memory that was loaded holds rows longer than 1, which no training "
-                "leaves there, and is emptied: if the checkpoint lacks it, call "
-                "reset_parameters() (with transformers in _init_weights)"
-            )
+            what = "the centroid memory that was loaded has rows longer than 1, as no training does"
+            do = "call reset_parameters() (with transformers in _init_weights)"
+            checks.warn(f"{what}, and is emptied: if the checkpoint lacks it, {do}")
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which agree anew with the ranks of the same group."""
@@ -452,11 +448,9 @@ def _makes_values(fn: Callable[[Tensor], Tensor]) -> bool:
 
 
 def _refuse_eval_mode(gradient: Tensor) -> None:
-    raise RuntimeError(
-        "this loss was computed in eval mode, where ranks do not exchange their centroids: its "
-        "gradient is that of each rank's own batch alone. Call train() on the loss (or the model "
-        "that holds it) for training steps, and torch.no_grad() for validation"
-    )
+    what = "this loss was computed in eval mode, where ranks do not exchange their centroids"
+    do = "Call train() on the loss (or the model that holds it), and no_grad() for validation"
+    raise RuntimeError(f"{what}: its gradient is of each rank's own batch alone. {do}")
 
 
 _NEEDS = "num_classes, feature_dim and centroid_momentum"

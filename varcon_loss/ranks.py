@@ -20,11 +20,6 @@ from varcon_loss.labels import Labels
 from varcon_loss.readable import values_may_be_read
 
 
-def several_ranks() -> bool:
-    """True for one of several processes of an initialised world."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def group_of(process_group: Any) -> Any | None:
     """The ranks to add up over; None: this process alone.
 
