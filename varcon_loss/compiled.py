@@ -141,8 +141,7 @@ class Sweep(torch.autograd.Function):
         upstream = upstreams[0]
         if upstream is None:
             return (None,) * 14
-        saved: Any = ctx.saved_tensors
-        gradient, lengths, left_out, features, *table = saved
+        gradient, lengths, left_out, features, *table = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return pull(gradient, lengths, left_out, upstream, features.dtype), *(None,) * 13
 

@@ -21,8 +21,7 @@ class Labels(NamedTuple):
 
     def class_of(self) -> Tensor:
         """``[N]``, of integer labels."""
-        classes: Any = self.classes
-        return classes.squeeze(1)
+        return self.classes.squeeze(1)  # pyright: ignore[reportOptionalMemberAccess]
 
     def weights(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """What each valid sample counts in a mean, ``[N]``, 0 for the others; None: 1."""
@@ -31,8 +30,7 @@ class Labels(NamedTuple):
         if self.shares is None:
             rows = weight.to(dtype).index_select(0, self.class_of())
         else:
-            shares: Any = self.weighted(weight).shares
-            rows = shares.sum(1)
+            rows = self.weighted(weight).shares.sum(1)  # pyright: ignore[reportOptionalMemberAccess]
         return rows if self.valid is None else rows.masked_fill(~self.valid, 0.0)
 
     def weighted(self, weight: Tensor) -> "Labels":

@@ -124,9 +124,8 @@ class VarConLoss(nn.Module):
         super().__init__()
         if positional:
             checks.refuse_options("VarConLoss", positional)
-        if unknown:
-            known = (*flow.FUNCTION_OPTIONS, *OF_MEMORY)
-            checks.refuse_unknown("VarConLoss", unknown, known, temperature)
+        known = (*flow.FUNCTION_OPTIONS, *OF_MEMORY)
+        checks.refuse_unknown("VarConLoss", unknown, known, temperature)
         self.temperature, self.epsilon = temperature, epsilon
         checks.check_temperatures(self.temperature, self.epsilon)
         checks.option("weight", weight)
