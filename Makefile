@@ -1,13 +1,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint docs clean
+.PHONY: quickstart check test lint docs clean
 
 quickstart: .venv/bench  ## train on real images, with VarCon, SupCon and cross-entropy
 	$(BIN)/python -m benchmarks quickstart
 
+# The tests that catch most: no processes, no compiler, no training.
+CHECK := $(addprefix tests/test_,golden.py values.py edges.py autograd.py dtypes.py probabilities.py memory.py \
+	large_batch.py module.py bad_input.py no_sync.py accelerator.py triton.py)
+
+check: .venv/all lint  ## style, types, and the tests that catch most
+	$(BIN)/python -m pytest -n 2 -q $(CHECK) -k "not ranks and not compile and not export"
+
 test: .venv/all  ## the whole test suite
-	@echo "Five to ten minutes on two quiet cores. The last lines say which tests were skipped, and why:"
+	@echo "Five to seven minutes on two quiet cores. The last lines say which tests were skipped, and why:"
 	@echo "most often for want of an NVIDIA GPU, or of timm's own train.py (TIMM_TRAIN_PY=its path)."
 	$(BIN)/python -m pytest -n 2 -rs
 
