@@ -59,6 +59,28 @@ def draw_hero(frame: pd.DataFrame, path: Path, num_classes: int = 1000) -> Path:
     return style.save(figure, path, ends, gap=25)
 
 
+def draw_large_batch(frame: pd.DataFrame, path: Path) -> Path:
+    """Time for each image and memory of a training step over batch size, whole and in chunks."""
+    figure, axes = style.panels(1, 2, 3.6)
+    frame = frame[frame["status"] == "ok"]
+    frame = frame.assign(
+        each=1e3 * frame["median"] / frame["num_images"], memory=frame["peak_bytes"] / 2**20
+    )
+    for name, mine in frame.groupby("contender", sort=False):
+        for axis, value in zip(axes[0], ("each", "memory"), strict=True):
+            axis.plot(mine["num_images"], mine[value], **style.line(str(name)))
+    for axis, logarithmic in zip(axes[0], (False, True), strict=True):
+        style.log_ticks(axis, x=sorted(set(frame["num_images"])), y=logarithmic)
+        axis.set(xlabel="images of a step", ylim=None if logarithmic else (0, None))
+    axes[0, 0].set_title("time for each image, ms")
+    axes[0, 1].set_title("memory of a step, MiB")
+    figure.suptitle(
+        f"Forward, loss and backward of a small CNN, chunks of {frame['chunk_size'].iloc[0]} images"
+    )
+    style.legend(figure, axes.flat, 4)
+    return style.save(figure, path)
+
+
 def draw_speed(frame: pd.DataFrame, out: Path, name: str) -> list[Path]:
     """Time and memory of every contender over batch size, a panel for each number of classes."""
     frame = frame[frame["mode"] == "forward+backward"]
