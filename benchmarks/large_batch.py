@@ -119,7 +119,7 @@ def step_at(
         mine = [row for row in smaller if row["contender"] == name]
         row = {**size, "contender": name, "status": "", "estimate": estimate(mine, num_images)}
         if row["estimate"] and row["estimate"] > limit:
-            row["status"] = f"would take {row["estimate"] / 2**30:.2g} GiB"
+            row["status"] = "would take {:.2g} GiB".format(row["estimate"] / 2**30)
         rows.append(row)
     able = [row["contender"] for row in rows if not row["status"]]
     measured = measure.in_child(
