@@ -192,7 +192,9 @@ def error_of(name: str, num_images: int, device: str) -> float:
     for step in CONTENDERS[name]:
         model.double().zero_grad()
         step(model, images.double(), labels, max(1, num_images // 2))
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
     got, right = gradients
     error = float((got - right).norm() / right.norm())
     if not error <= EXACT:
@@ -249,14 +251,13 @@ def synchronize(device: str) -> None:
 
 def cells(frame: pd.DataFrame) -> Iterator[tuple[str, ...]]:
     """A line a contender and size, for people."""
-    at_once = frame[frame["contender"] == AT_ONCE].set_index("num_images").get("median", {})
-    for name in CONTENDERS:
-        for _, row in frame[frame["contender"] == name].iterrows():
-            size = f"{row['num_images']:,}"
-            if row["status"] != "ok":
-                yield name, size, str(row["status"]), "", ""
-                continue
-            ratio = row["median"] / at_once.get(row["num_images"], float("nan"))
-            beside = "" if pd.isna(ratio) else f"{ratio:.2f}x"
-            peak = f"{row['peak_bytes'] / 2**20:,.0f}"
-            yield name, size, f"{row['median']:.3g}", beside, peak
+    rows = frame.to_dict("records")
+    at_once = {row["num_images"]: row.get("median") for row in rows if row["contender"] == AT_ONCE}
+    for row in sorted(rows, key=lambda row: list(CONTENDERS).index(row["contender"])):
+        first = (row["contender"], f"{row['num_images']:,}")
+        if row["status"] != "ok":
+            yield *first, row["status"], "", ""
+            continue
+        yardstick = at_once[row["num_images"]]
+        beside = "" if pd.isna(yardstick) else f"{row['median'] / yardstick:.2f}x"
+        yield *first, f"{row['median']:.3g}", beside, f"{row['peak_bytes'] / 2**20:,.0f}"

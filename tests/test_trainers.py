@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -48,19 +49,23 @@ def launched(rank: int, world_size: int) -> None:
     )  # fmt: skip
 
 
-def lightning_on_rank(rank: int, world_size: int) -> torch.Tensor:
-    launched(rank, world_size)
+def fit_by_lightning(module: Any, rank: int, world_size: int) -> None:
     import lightning
 
-    scope: dict = {"torch": torch, "VarConLoss": VarConLoss}
-    exec(example("Lightning"), scope)
-    module = scope["Encoder"](net())
     trainer = lightning.Trainer(
         accelerator="cpu", devices=world_size, strategy="ddp", max_steps=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, use_distributed_sampler=False,
         barebones=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, torch.utils.data.DataLoader([share(rank)], batch_size=None))
+
+
+def lightning_on_rank(rank: int, world_size: int) -> torch.Tensor:
+    launched(rank, world_size)
+    scope: dict = {"torch": torch, "VarConLoss": VarConLoss}
+    exec(example("Lightning"), scope)
+    module = scope["Encoder"](net())
+    fit_by_lightning(module, rank, world_size)
     return module.net.weight.detach()
 
 
@@ -80,6 +85,42 @@ def accelerate_on_rank(rank: int, world_size: int) -> torch.Tensor:
     }
     exec(example("Accelerate", 1), scope)
     return model.weight.detach()
+
+
+def chunks_on_rank(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """One step by each example of batches in chunks, here of three samples."""
+    launched(rank, world_size)
+    from accelerate import Accelerator
+
+    def run(number: int, scope: dict) -> None:
+        code = example("A larger batch, in chunks", number)
+        assert "chunk_size=32" in code
+        exec(code.replace("chunk_size=32", "chunk_size=3"), scope)
+
+    scope = {"torch": torch, "VarConLoss": VarConLoss, "loader": [share(rank)], "net": net()}
+    run(0, scope)
+    weights = {"ddp": scope["net"].weight.detach()}
+
+    accelerator = scope["accelerator"] = Accelerator(cpu=True)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scope["net"], scope["optimizer"] = accelerator.prepare(model, optimizer)
+    run(1, scope)
+    weights["accelerate"] = model.weight.detach()
+
+    exec(example("Lightning"), scope)
+    run(2, scope)
+    module = scope["EncoderInChunks"](net())
+    fit_by_lightning(module, rank, world_size)
+    return weights | {"lightning": module.net.weight.detach()}
+
+
+def test_the_documented_chunks_take_the_step_of_one_batch(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    pytest.importorskip("accelerate")
+    for weights in run_ranks(chunks_on_rank, 2, tmp_path):
+        for weight in weights.values():
+            torch.testing.assert_close(weight, after_one_step())
 
 
 class Backbone(nn.Module):
