@@ -34,7 +34,7 @@ QUESTIONS = {
     "memory-cost": "Time and memory of the centroid memory and of SupCon's queue.",
     "metric-learning": "Retrieval among unseen classes, in pytorch-metric-learning.",
     "paper": "The paper's CIFAR-100 recipe. Wants a GPU.",
-    "gpu-proof": "What only a GPU can show of the kernels: tests, sanitizers, times, targets.",
+    "gpu-proof": "Are the kernels right on a GPU, and faster? Tests, memcheck, one table.",
     "kernel-code": "What the compiler makes of the kernels: registers, spills. Wants no GPU.",
     "report": "Rebuild benchmarks/RESULTS.md and its pictures from the saved results.",
 }

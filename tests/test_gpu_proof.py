@@ -1,182 +1,172 @@
 """The proof of the kernels on a GPU, without one: what it measures runs, at tiny sizes."""
 
-import importlib
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-typer = pytest.importorskip("typer")
-pytest.importorskip("sklearn")
-from typer.main import get_command
 
 from benchmarks import gpu_proof
-from benchmarks.common.contenders import CONTENDERS
+from benchmarks.gpu_proof import EAGER, OURS, Row
+from varcon_loss.proven import Proof
 
 if torch.cuda.is_available():
     pytest.skip("there is a GPU: run the proof itself", allow_module_level=True)
 
 
-def test_stages_run_here_at_tiny_sizes(tmp_path: Path) -> None:
-    """A dry run: commands are right, measurements give rows, the sanitizers' tests are found.
-
-    What the other stages run has tests of its own: here only their commands are looked at.
-    """
-    commands = gpu_proof.stages("cuda", tmp_path)
-    assert {*gpu_proof.PROOF, "suite"} <= set(commands)
-    for tool in ("memcheck", "racecheck", "initcheck"):
-        ran = commands[tool]
-        assert ran[:3] == ["compute-sanitizer", "--tool", tool]
-        assert ("--kernel-regex" in ran) == (tool != "initcheck")
-        assert (
-            ran[ran.index(sys.executable) :]
-            == (commands["memcheck"][commands["memcheck"].index(sys.executable) :])
-        )
-    for stage in ("kernels", "device"):
-        files = [word for word in commands[stage] if word.startswith("tests/")]
-        assert files
-        assert all((Path(__file__).parents[1] / file).exists() for file in files)
-    speed = typer.Typer(add_completion=False)
-    speed.command()(importlib.import_module("benchmarks.speed").command)
-    for size in gpu_proof.SIZES:
-        _, _, _, _, *options = commands[f"speed-{size[0]}-{size[1]}"]
-        get_command(speed).make_context("speed", options)  # raises where one is unknown
-    names = ["launches", "targets", "large", "memcheck", "tiles"]
-    rows = gpu_proof.run(tmp_path, "cpu", names, tiny=True)
-    assert [row["stage"] for row in rows] == names
-    assert {row["stage"]: row["status"] for row in rows if row["status"] != "passed"} == {}
-    listed = (tmp_path / "memcheck.log").read_text()
-    assert [word for word in gpu_proof.SANITIZED if word not in listed] == []
-    found = {row["stage"]: row["rows"] for row in rows}
-    (launched,) = found["launches"]
-    assert launched["wall_s"] > 0
-    assert launched["microseconds"]
-    lean, composition = found["targets"]
-    assert lean["times_ours"] == pytest.approx(lean["theirs_s"] / lean["ours_s"])
-    assert lean["reached"] == (lean["times_ours"] >= 1.0)
-    assert (composition["status"], composition["reached"]) == ("CUDA only", None)
-    floor, memory = found["large"]
-    assert floor["floor"]["operations"] == 4 * 64 * 10 * 128
-    assert floor["floor"]["products_s"] > 0
-    assert floor["times_floor"] > 1
-    assert memory["times_features"] >= 0
-    (tried,) = found["tiles"]
-    assert tried["error"] < 0.05
-    assert tried["wall_s"] > 0
-    check_report(gpu_proof.save(tmp_path, "cpu", tiny=True), names)
-
-
-def check_report(saved: Path, names: list[str]) -> None:
-    """What `report` makes of the file: a line a stage, and tables that can be read."""
-    cost = pytest.importorskip("benchmarks.report.cost")
-    assert {"commit", "threads"} <= set(json.loads(saved.read_text())["environment"])
-    lines = "\n".join(cost.gpu_section(saved.parent)).splitlines()
-    stages = [line.split(" | ") for line in lines if line.startswith("| ")]
-    assert [line[0] for line in stages if line[1] == "passed"] == [f"| {name}" for name in names]
-    assert max(len(line) for line in lines) < 300
-    assert not {"nan", "None"} & set(re.findall(r"\w+", "\n".join(lines)))
-
-
-def test_a_stage_that_passed_is_not_run_again_and_one_that_failed_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    good, bad = tmp_path / "count-good", tmp_path / "count-bad"
-    code = "open({!r}, 'a').write('x'); import json; print(json.dumps([{{'a': 1}}])); {}"
-    commands = {
-        "good": [sys.executable, "-c", code.format(str(good), "")],
-        "bad": [sys.executable, "-c", code.format(str(bad), "raise SystemExit('no such luck')")],
-        "absent": ["no-such-program"],
-    }
-    monkeypatch.setattr(gpu_proof, "stages", lambda *_, **__: commands)
-    for _ in range(2):
-        passed, failed, absent = gpu_proof.run(tmp_path, "cpu")
-        assert (passed["status"], passed["rows"]) == ("passed", [{"a": 1}])
-        assert passed["last_line"] == "1 rows"
-        assert (failed["status"], failed["last_line"]) == ("failed: 1", "no such luck")
-        assert absent["status"] == "failed: no-such-program is not installed"
-    assert (good.read_text(), bad.read_text()) == ("x", "xx")
-    with pytest.raises(ValueError, match="no stage"):
-        gpu_proof.run(tmp_path, "cpu", ["nonsense"])
-    # A later loan may run a few stages only, or be of another device.
-    gpu_proof.run(tmp_path, "cpu", ["good"])
-    elsewhere = json.loads((tmp_path / "absent.json").read_text())
-    elsewhere["environment"]["device"] = "another"
-    (tmp_path / "absent.json").write_text(json.dumps(elsewhere))
-    saved = json.loads(gpu_proof.save(tmp_path, "cpu").read_text())
-    assert [row["stage"] for row in saved["rows"]] == ["good", "bad"]
-
-
-def test_a_stage_over_its_time_leaves_nothing_running(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    grandchild = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
-    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
-    monkeypatch.setattr(gpu_proof, "LIMIT", 3)
-    monkeypatch.setattr(
-        gpu_proof, "stages", lambda *_, **__: {"slow": [sys.executable, "-c", child]}
+def test_contenders_are_measured_and_a_failure_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_proof, "ROUNDS", 1)
+    monkeypatch.setattr(gpu_proof.measure, "TOLERANCE", {torch.float32: 1e-4})
+    names = (
+        OURS,
+        "equations, lean",
+        "NLL alone (linear_cross_entropy)",
+        "cut-cross-entropy composition",
     )
-    (row,) = gpu_proof.run(tmp_path, "cpu")
-    assert row["status"] == "failed: over 3 s"
-    pid = int(row["last_line"])
-    for _ in range(50):
-        if not _runs(pid):
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{pid} still runs")
+    rows = gpu_proof.measured(Row(64, 10, 16, "float32"), "cpu", names)
+    rows += gpu_proof.measured(Row(64, 10, 16, "bfloat16"), "cpu", names)  # no tolerance is known
+    assert [row["contender"] for row in rows] == [*names, *names]
+    assert [row["status"] for row in rows[:4]] == ["ok", "ok", rows[2]["status"], "CUDA only"]
+    assert rows[2]["status"] in ("ok", "torch has no linear_cross_entropy")
+    assert all(row["status"] != "ok" and row["seconds"] is None for row in rows[4:])
+    for row in rows[:2]:
+        assert row["seconds"] > 0
+        assert row["peak_bytes"] >= 0
+    head, *lines = gpu_proof.table(rows)
+    assert head[1:] == ["64 x 10, D 16, float32", "64 x 10, D 16, bfloat16"]
+    assert [line[0] for line in lines] == list(names)
+    assert re.fullmatch(r"[\d.e+]+ / [\d.]+", lines[0][1])
+    assert (lines[0][2], lines[3][1]) == ("-", "-")
 
 
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def test_a_check_tells_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def outcome(program: str) -> dict[str, Any]:
+        return gpu_proof.check((sys.executable, "-c", program), tmp_path / "log")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    passed = outcome("import os; print('a'); assert 'TRITON_INTERPRET' not in os.environ")
+    assert (passed["outcome"], passed["last_line"]) == ("passed", "a")
+    assert outcome("raise SystemExit('no such luck')")["outcome"] == "failed (1): no such luck"
+    absent = gpu_proof.check(("no-such-program",), tmp_path / "log")
+    assert absent["outcome"] == "no-such-program is not installed"
+    monkeypatch.setattr(gpu_proof, "LIMIT", 0.2)
+    assert outcome("import time; time.sleep(60)")["outcome"] == "over 0.2 s"
 
 
-# Of what the tests and benchmarks use, all that a machine with a GPU may not have.
-ABSENT = (
-    *("accelerate", "hypothesis", "lightning", "matplotlib", "myst_nb", "numpy", "pandas", "PIL"),
-    *("pytorch_metric_learning", "rich", "scipy", "sklearn", "timm", "torchvision", "typer"),
-    *("xdist", "yaml"),
+def test_what_the_checks_run_is_there() -> None:
+    """Their tests are collected with torch, Triton and pytest alone."""
+    hidden = ("hypothesis", "numpy", "pandas", "rich", "sklearn", "typer", "xdist")
+    for arguments in gpu_proof.CHECKS.values():
+        tests = arguments[arguments.index("pytest") + 1 :]
+        program = (
+            "import sys\n"
+            f"sys.modules.update(dict.fromkeys({hidden}))\n"
+            "import pytest, benchmarks.gpu_proof\n"
+            f"sys.exit(pytest.main([*{tests}, '--collect-only']))"
+        )
+        # Triton's interpreter wants numpy; on a GPU it is not used.
+        variables = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=variables
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "tests/test_triton.py::" in done.stdout
+
+
+def content_of() -> dict[str, Any]:
+    """A results file that proves bfloat16 with D from 128 to 768, and float32 with D = 128."""
+    rows = [
+        {
+            **row._asdict(),
+            "contender": name,
+            "seconds": seconds,
+            "status": "ok",
+            "peak_bytes": 2**20,
+        }
+        for row in gpu_proof.ROWS
+        for name, seconds in ((OURS, 1.0), (EAGER, 1.5), ("equations, lean", None))
+    ]
+    environment = {"capability": [9, 0], "versions": {"torch": "2.9.0", "triton": "3.6.0"}}
+    environment |= {"device": "H100", "threads": 1, "date": "2026-01-01", "commit": "unknown"}
+    checks = {name: {"outcome": "passed", "seconds": 9} for name in gpu_proof.CHECKS}
+    content = {"environment": environment, "checks": checks, "rows": rows}
+    return content | {"verdict": gpu_proof.verdict(content)}
+
+
+PROOF = Proof((9, 0), torch.bfloat16, (128, 512), "3.6", "gpu-proof-h100")
+FLOAT32_ALONE = "right, and not slower than eager: float32 with D from 128 to 128"
+
+
+@pytest.mark.parametrize(
+    ("flaw", "verdict"),
+    [
+        ("tests", "not proven: tests did not pass"),
+        ("memcheck", "not proven: memcheck did not pass"),
+        ("no rows", "right, but slower than eager in every dtype"),
+        ("slower", FLOAT32_ALONE),
+        ("not run", FLOAT32_ALONE),
+    ],
 )
-WITHOUT = f"""
-import sys
-from importlib.machinery import PathFinder
-
-class Without(PathFinder):
-    @classmethod
-    def find_spec(cls, name, *arguments):
-        if name.partition(".")[0] not in {ABSENT}:
-            return PathFinder.find_spec(name, *arguments)
-
-sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
-import pytest
-from benchmarks import gpu_proof
-gpu_proof.environment("cpu")
-_, _, _, *arguments = gpu_proof.suite_command(tiny=True)
-sys.exit(pytest.main(arguments))
-"""
+def test_what_is_no_proof(flaw: str, verdict: str, tmp_path: Path) -> None:
+    content = content_of()
+    if flaw in content["checks"]:
+        content["checks"].pop(flaw)
+    elif flaw == "no rows":
+        content["rows"].clear()
+    else:
+        content["rows"][0]["seconds"] = {"slower": 1.6, "not run": None}[flaw]
+    assert gpu_proof.verdict(content) == verdict
+    (tmp_path / "gpu-proof-h100.json").write_text(json.dumps(content))
+    assert not gpu_proof.supports(PROOF, tmp_path)
 
 
-def test_packages_that_are_missing_cost_their_tests_only() -> None:
-    """With torch, Triton and pytest alone the suite's stage still finds tests, and no errors."""
-    # Triton's interpreter wants numpy; on a GPU it is not used.
-    variables = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", WITHOUT]
-    done = subprocess.run(command, capture_output=True, text=True, env=variables)
-    assert done.returncode == 0, done.stdout
-    for name in ("test_edges.py", "test_proven.py", "test_distributed.py", "test_no_sync.py"):
-        assert f"tests/{name}::" in done.stdout
-    for name in gpu_proof.NEEDS:
-        assert f"tests/{name}::" not in done.stdout
+def test_what_a_default_may_rest_on(tmp_path: Path) -> None:
+    proven = "bfloat16 with D from 128 to 768, float32 with D from 128 to 128"
+    assert content_of()["verdict"] == f"right, and not slower than eager: {proven}"
+    (tmp_path / "gpu-proof-h100.json").write_text(json.dumps(content_of()))
+    assert gpu_proof.supports(PROOF, tmp_path)
+    for other in (
+        {"capability": (8, 9)}, {"triton": "3.7"}, {"dtype": torch.float16}, {"widths": (128, 1024)}
+    ):  # fmt: skip
+        assert not gpu_proof.supports(PROOF._replace(**other), tmp_path)
+    with pytest.raises(FileNotFoundError):
+        gpu_proof.supports(PROOF._replace(results="gpu-proof-l4"), tmp_path)
 
 
-def test_targets_name_contenders() -> None:
-    for num_rows, num_classes, name, _ in (*gpu_proof.TARGETS, *gpu_proof.TINY_TARGETS):
-        assert name in CONTENDERS, (num_rows, num_classes)
+def test_the_command_ends_with_a_table_and_a_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit, match="CUDA device"):
+        gpu_proof.command(tmp_path)
+    measured = functools.partial(gpu_proof.measured, device="cpu", names=(OURS, EAGER))
+    environment = content_of()["environment"]
+    for name, value in (
+        ("CHECKS", dict.fromkeys(gpu_proof.CHECKS, (sys.executable, "-c", ""))),
+        ("ROWS", (Row(64, 10, 16, "float32"),)), ("ROUNDS", 1), ("measured", measured),
+        ("environment", lambda: environment),
+    ):  # fmt: skip
+        monkeypatch.setattr(gpu_proof, name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu_proof.command(tmp_path)
+    printed, saved = capsys.readouterr().out, json.loads((tmp_path / "gpu-proof.json").read_text())
+    assert [row["status"] for row in saved["rows"]] == ["ok", "ok"]
+    assert "tests: passed" in printed
+    assert "64 x 10, D 16, float32" in printed
+    assert f"Verdict: {saved['verdict']}" in printed
+
+
+def test_the_report_has_the_table_and_the_verdict(tmp_path: Path) -> None:
+    cost = pytest.importorskip("benchmarks.report.cost")
+    content = content_of()
+    (tmp_path / "gpu-proof.json").write_text(json.dumps(content))
+    lines = list(cost.gpu_section(tmp_path))
+    assert any(content["verdict"] in line for line in lines)
+    assert f"| {OURS} |" + " 1e+03 / 1 |" * len(gpu_proof.ROWS) in lines

@@ -219,7 +219,7 @@ def eval_mode_later() -> None:
         (lambda: LargeBatch(VarConLoss(reduction="none")), "use 'mean' or 'sum'"),
         (lambda: added(VarConLoss().eval()), "eval mode"),
         (eval_mode_later, "eval mode"),
-        (lambda: added()(X, Y + 1), "labels have class 3, which no chunk had"),
+        (lambda: added()(X, Y + 1), "chunks that were added lack label 3"),
         (add_after_a_part, "one LargeBatch is one batch"),
         (more_rows, "7 rows were evaluated but 6 added"),
         (lambda: backward_in_chunks(nn.Identity(), VarConLoss(), X, Y, 0), "chunk_size must be"),

@@ -1,539 +1,600 @@
-"""Class probabilities as labels, as users give them: every option, device rule and error."""
+"""Class probabilities as labels: values, gradients, options, memory, ranks, compilers and errors.
+
+Few shares a row are kept one by one, many are swept as a full table: at most 8 of C = 36 classes,
+none but one-hot rows of C = 7. Nothing that a user sees may depend on it.
+"""
 
 import itertools
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
 from torch import Tensor
-from torch.nn.functional import one_hot
-from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common.ranks import run_ranks
-from tests import oracle_soft_labels
-from tests.conftest import MakeBatch
-from tests.test_distributed import DIM, WIDTH, encoder
-from varcon_loss import VarConLoss, varcon_loss, varcon_terms
+from tests import oracle_soft_labels as oracle
+from tests.blind import look_at_nothing
+from tests.conftest import IMPLEMENTATIONS
+from tests.counting import LargestWritten
+from varcon_loss import VarConLoss, VarConTerms, varcon_terms
+from varcon_loss import varcon_loss as loss_of
+from varcon_loss.equations import sweep_by_equations
+from varcon_loss.sweep import sweep
 
-C = 7
-WEIGHT = torch.tensor([1.0, 0.0, 2.0, 0.5, 3.0, 1.0, 0.1], dtype=torch.float64)
-OPTIONS = {
-    "plain": {},
-    "sum": {"reduction": "sum"},
-    "none": {"reduction": "none"},
-    "as they are": {"normalize": False},
-    "weight": {"weight": WEIGHT},
-    "weight, sum": {"weight": WEIGHT, "reduction": "sum"},
-    "weight, none": {"weight": WEIGHT, "reduction": "none"},
-    "cold": {"temperature": 0.01, "epsilon": 0.005},
-}
-by_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-
-
-def hot(labels: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Integer labels as rows of class probabilities; -100 as a row of zeros."""
-    rows = one_hot(labels.clamp_min(0), C).to(dtype)
-    return rows * (labels >= 0).unsqueeze(1)
-
-
-def mixed(num_rows: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Two classes a row, one row of zeros, nobody in the last class."""
-    generator = torch.Generator().manual_seed(seed)
-    first, second = torch.randint(C - 1, (2, num_rows), generator=generator)
-    share = torch.rand(num_rows, 1, generator=generator, dtype=torch.float64)
-    rows = share * hot(first) + (1 - share) * hot(second)
-    rows[num_rows // 2] = 0
-    return rows.to(dtype)
-
-
-def smoothed(num_rows: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return (0.9 * mixed(num_rows, seed) + 0.1 / C).to(dtype)
-
-
-def dense(num_rows: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num_rows, C, generator=generator, dtype=torch.float64).softmax(1).to(dtype)
-
-
-KINDS = {"mixed": mixed, "smoothed": smoothed, "dense": dense}
+F64 = torch.float64
+KINDS = ("one-hot", "mixed", "eight", "nine", "smoothed", "dense")
+CONFIDENT = ("integers", "one-hot", "smoothed", "uneven", "mixed", "between", "barely mixed")
 by_kind = pytest.mark.parametrize("kind", KINDS)
+by_width = pytest.mark.parametrize("num_classes", [7, 36])
+by_weight = pytest.mark.parametrize("weighted", [False, True])
 
 
-@by_options
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_one_hot_rows_are_integer_labels(
-    options: dict, dtype: torch.dtype, impl: str, make_batch: MakeBatch
+def rows_of(kind: str, num_rows: int, num_classes: int = 36, seed: int = 0) -> Tensor:
+    """``[N, C]``: no label in the middle row, nobody in the last class; or all entries positive."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(num_rows, num_classes, generator=generator, dtype=F64)
+    if kind == "dense":
+        return (5 * scores).softmax(1)
+    others = max(1, num_classes - 1)
+    most = min(others, {"one-hot": 1, "eight": 8, "nine": 9}.get(kind, 2))
+    classes = scores[:, :others].topk(most).indices
+    shares = torch.rand(num_rows, most, generator=generator, dtype=F64) + 0.05
+    rows = torch.zeros_like(scores).scatter_(1, classes, shares / shares.sum(1, keepdim=True))
+    rows[num_rows // 2 : num_rows // 2 + 1] = 0.0
+    return 0.9 * rows + 0.1 / num_classes if kind == "smoothed" else rows
+
+
+def hot(labels: Tensor, num_classes: int = 36, dtype: torch.dtype = F64) -> Tensor:
+    return F.one_hot(labels, num_classes).to(dtype)
+
+
+def batch(num_rows: int, dim: int = 6, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(100 + seed)
+    return torch.randn(num_rows, dim, generator=generator, dtype=F64).requires_grad_()
+
+
+def weights_of(num_classes: int, seed: int = 0) -> Tensor:
+    """One of them is zero."""
+    weight = 3 * torch.rand(num_classes, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    weight[num_classes // 2] = 0.0
+    return weight
+
+
+def memory_of(num_classes: int, width: int = 6, **options: object) -> VarConLoss:
+    memory = {"num_classes": num_classes, "feature_dim": width, "centroid_momentum": 0.9}
+    return VarConLoss(**memory, **options)
+
+
+def gradient_of(loss: Tensor, x: Tensor) -> Tensor:
+    return torch.autograd.grad(loss.sum(), x)[0]
+
+
+def everything(terms: VarConTerms, x: Tensor) -> list[Tensor]:
+    return [*(part.flatten() for part in terms[:-1]), gradient_of(terms.reduced, x)]
+
+
+def same(got: object, want: object, rtol: float = 1e-9, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    num_rows=st.integers(1, 14),
+    num_classes=st.sampled_from([1, 2, 3, 7, 8, 9, 36]),
+    views=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**31),
+    temperature=st.floats(0.02, 5.0),
+    share=st.floats(0.0, 0.99),
+    normalize=st.booleans(),
+    weighted=st.booleans(),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+)
+def test_against_scalar_loops_and_integers(
+    kind, num_rows, num_classes, views, seed, temperature, share, normalize, weighted, reduction
 ) -> None:
-    features, labels = make_batch(24, C - 1, dtype=dtype)
-    labels[[3, 8]] = -100
-    if options.get("normalize", True) is False:
-        features = (features.detach() / 10).requires_grad_()
-    # Two sums in another order differ by as many roundings as there are rows.
-    close = {"rtol": 0.0, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 0.0, "atol": 1e-11}
-    expected = varcon_terms(features, labels, num_classes=C, impl=impl, **options)
-    got = varcon_terms(features, hot(labels), impl=impl, **options)
-    for name in ("loss", "kl", "nll", "confidence", "tau2", "reduced"):
-        torch.testing.assert_close(getattr(got, name), getattr(expected, name), **close)
-    assert torch.equal(got.valid, expected.valid)
-    assert int(got.num_classes) == int(expected.num_classes)
-    alone = varcon_loss(features, hot(labels), impl=impl, **options)
-    torch.testing.assert_close(alone, expected.reduced, **close)
-    gradients = [
-        torch.autograd.grad(loss.sum(), features, retain_graph=True)[0]
-        for loss in (expected.reduced, got.reduced, alone)
-    ]
-    torch.testing.assert_close(gradients[1], gradients[0], **close)
-    torch.testing.assert_close(gradients[2], gradients[0], **close)
+    """Rows of zeros take no part, whatever their features."""
+    rows, features = rows_of(kind, num_rows, num_classes, seed), batch(num_rows * views, 5, seed)
+    each, weight = rows.repeat_interleave(views, 0), weights_of(num_classes, seed)
+    scale, given = weight.tolist() if weighted else None, (features.tolist(), each.tolist())
+    options = {"temperature": temperature, "epsilon": share * temperature, "normalize": normalize}
+    loops, summed = (oracle.row_terms(*given, **options, weight=by) for by in (None, scale))
+    want = {name: torch.tensor([row[name] for row in loops], dtype=F64) for name in oracle.NAMES}
+    reduced, valid = torch.tensor([row["loss"] for row in summed], dtype=F64), each.sum(1) > 0
+    if reduction != "none":
+        total = (each @ weight).sum() if weighted else valid.sum()
+        reduced = reduced.sum() / (total if reduction == "mean" and total > 0 else 1)
+    options |= {"weight": weight if weighted else None, "reduction": reduction}
+    options["num_classes"] = num_classes
+    x = features.detach().masked_fill(~valid[:, None], torch.nan)
+    x = (x if views == 1 else x.view(num_rows, views, 5)).requires_grad_()
+    gradients, labels = [], rows.argmax(1).where(rows.sum(1) > 0, -100)
+    alike = (rows, labels) if kind == "one-hot" else (rows,)
+    for impl, y in itertools.product(IMPLEMENTATIONS, alike):
+        terms = varcon_terms(x, y, impl=impl, **options)
+        assert terms.loss.shape == x.shape[:-1]
+        same([getattr(terms, name).flatten() for name in want], list(want.values()))
+        same(terms.reduced.flatten(), reduced.flatten())
+        assert torch.equal(terms.valid.flatten(), valid)
+        assert int(terms.num_classes) == int((rows.sum(0) > 0).sum())
+        loss = loss_of(x, y, impl=impl, **options)
+        same(loss, terms.reduced)
+        gradients += [gradient_of(terms.reduced, x), gradient_of(loss, x)]
+    for gradient in gradients:
+        same(gradient, gradients[0], rtol=1e-8, atol=1e-10 * float(gradient.abs().max() + 1))
+        assert (gradient.view(-1, 5)[~valid] == 0).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    most=st.sampled_from([1, 2, 3, 8, None]),
+    num_rows=st.integers(1, 30),
+    num_classes=st.integers(1, 20),
+    seed=st.integers(0, 2**31),
+    temperature=st.floats(0.01, 2.0),
+    share=st.floats(0.0, 0.95),
+    unit=st.booleans(),
+    some_empty=st.booleans(),
+)
+def test_equations(most, num_rows, num_classes, seed, temperature, share, unit, some_empty) -> None:
+    """Shares of classes that are absent are 0, and all lie in one empty row."""
+    g = torch.Generator().manual_seed(seed)
+    z, w = (F.normalize(torch.randn(n, 7, generator=g, dtype=F64)) for n in (num_rows, num_classes))
+    shares, slots = torch.rand(num_rows, num_classes, generator=g, dtype=F64), None
+    present = torch.ones(num_classes, dtype=torch.bool)
+    if some_empty:
+        present = torch.rand(num_classes, generator=g) < 0.6
+        present[0] = True
+        w, shares = w * present[:, None], shares * present
+    if most is not None:
+        slots = torch.rand(shares.shape, generator=g).topk(min(most, num_classes)).indices
+        shares = shares.gather(1, slots)
+        slots = slots.where(present[slots], int(present.int().argmin()))
+    given = (present if some_empty else None, slots, shares, None, temperature, share * temperature)
+    loss, terms, gradient = sweep(z, w, *given, unit, True, True)
+    x = z.clone().requires_grad_()
+    exact, exact_terms = sweep_by_equations(F.normalize(x) if unit else x, w, *given)
+    want = gradient_of(exact, x)
+    same((loss, terms), (exact.detach(), exact_terms), atol=1e-11)
+    same(gradient, want, rtol=1e-8, atol=1e-10 * float(want.abs().max() + 1))
+    alone, *nothing = sweep(z, w, *given, unit, False, False)
+    same(alone, loss)
+    assert [part.numel() for part in nothing] == [0, 0]
+
+
+@pytest.mark.parametrize("unit", [True, False], ids=["plain exp", "shifted exp"])
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("kind", CONFIDENT)
+def test_confident_gradients_keep_their_digits(kind: str, full: bool, unit: bool) -> None:
+    """Float32 logits are off by 1e-6 of 20: nothing else is lost."""
+    g = torch.Generator().manual_seed(1)
+    w = torch.linalg.qr(torch.randn(64, 50, generator=g))[0].T.contiguous()
+    first = torch.arange(64) % 50
+    one, other = hot(first, 50, torch.float32), hot((first + 1) % 50, 50, torch.float32)
+    table = {
+        "smoothed": 0.999 * one + 0.001 / 50,
+        "uneven": 0.999 * one + 0.001 * torch.rand(one.shape, generator=g),
+        "mixed": 0.6 * one + 0.4 * other,
+        "between": 0.6 * one + 0.4 * other,
+        "barely mixed": 0.9999 * one + 0.0001 * other,
+    }.get(kind, one)
+    z = (0.72 * one + 0.7 * other) @ w if kind == "between" else w[first]
+    z = F.normalize(z + 0.02 * torch.randn(z.shape, generator=g))
+    shares, slots = table, None
+    if not full:
+        shares, slots = table.topk(int((table > 0).sum(1).max()))
+        shares = None if kind == "integers" else shares
+    loss, _, gradient = sweep(z, w, None, slots, shares, None, 0.05, 0.01, unit, True, True)
+    x = z.double().requires_grad_()
+    given = (w.double(), None, None, table.double(), None, 0.05, 0.01)
+    exact, terms = sweep_by_equations(F.normalize(x) if unit else x, *given)
+    want = gradient_of(exact, x)
+    # Some rows between two classes are near their least loss, where the gradient vanishes: what it
+    # is made of, numbers of 2 / temperature, keeps its digits.
+    bound = 3e-6 * 2 / 0.05 if kind == "between" else 1e-5 * want.norm(dim=1)
+    assert ((gradient - want).norm(dim=1) < bound).all()
+    assert float(terms[2].min()) > (0.0 if "mixed" in kind or kind == "between" else 0.99)
+    same(loss.double(), exact.detach(), rtol=1e-5, atol=3e-6)
 
 
 @by_kind
-@pytest.mark.parametrize("weighted", [False, True])
-def test_against_scalar_loops(kind: str, weighted: bool, impl: str, make_batch: MakeBatch) -> None:
-    features, _ = make_batch(12, 3, 4)
-    rows = KINDS[kind](12)
-    options = {"weight": WEIGHT} if weighted else {}
-    terms = varcon_terms(features, rows, impl=impl, **options)
-    given = features.tolist(), rows.tolist()
-    expected = oracle_soft_labels.row_terms(*given)
-    for name in oracle_soft_labels.NAMES:
-        values = torch.tensor([row[name] for row in expected], dtype=torch.float64)
-        torch.testing.assert_close(getattr(terms, name).detach(), values, rtol=1e-9, atol=1e-11)
-    weights = WEIGHT.tolist() if weighted else [1.0] * C
-    summed = sum(row["loss"] for row in oracle_soft_labels.row_terms(*given, weight=weights))
-    valid = int((rows.sum(1) > 0).sum())
-    whole = float((rows * WEIGHT).sum()) if weighted else valid
-    assert float(terms.reduced) == pytest.approx(summed / whole, rel=1e-9)
-    assert int(terms.valid.sum()) == valid
-    assert int(terms.num_classes) == int((rows.sum(0) > 0).sum())
-
-
-@by_kind
-@pytest.mark.parametrize("options", [{}, {"weight": WEIGHT}, {"normalize": False}], ids=str)
-def test_gradient_matches_finite_differences(
-    kind: str, options: dict, impl: str, make_batch: MakeBatch
-) -> None:
+@by_weight
+@pytest.mark.parametrize("normalize", [True, False])
+def test_finite_differences(kind: str, weighted: bool, normalize: bool, impl: str) -> None:
     """Centroids are constants of the loss: those of a reference set, which stays as it is."""
-    features, _ = make_batch(6, 3, 4)
-    reference, rows = torch.randn(14, 4, dtype=torch.float64), KINDS[kind](6)
-
-    def loss(x: Tensor) -> Tensor:
-        return varcon_loss(
-            x, rows, 0.5, 0.2, ref_features=reference, ref_labels=torch.arange(14) % C, impl=impl,
-            **options,
-        )  # fmt: skip
-
-    assert torch.autograd.gradcheck(loss, (features,))
-    assert torch.autograd.gradgradcheck(loss, (features,))
+    for num_classes in (7, 36):
+        options = {"weight": weights_of(num_classes) if weighted else None, "normalize": normalize}
+        reference, rows = batch(num_classes, 4, 1).detach(), rows_of(kind, 4, num_classes)
+        options |= {
+            "ref_features": reference,
+            "ref_labels": torch.arange(num_classes),
+            "impl": impl,
+        }
+        x = (batch(4, 4).detach() / 2).requires_grad_()
+        for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+            assert check(lambda x, y=rows, o=options: loss_of(x, y, 0.5, epsilon=0.2, **o), (x,))
 
 
 @by_kind
-def test_views_share_a_row(kind: str, impl: str) -> None:
-    features = torch.randn(6, 3, 5, dtype=torch.float64)
-    rows = KINDS[kind](6)
-    terms = varcon_terms(features, rows, impl=impl)
-    flat = varcon_terms(features.flatten(0, 1), rows.repeat_interleave(3, 0), impl=impl)
-    assert terms.loss.shape == terms.valid.shape == (6, 3)
-    torch.testing.assert_close(terms.loss.flatten(), flat.loss)
-    torch.testing.assert_close(terms.reduced, flat.reduced)
+def test_linear_in_the_shares_and_indifferent_to_order(kind: str) -> None:
+    features, reference, classes = batch(20), batch(36, seed=1).detach(), torch.arange(36)
+
+    def run(x: Tensor, rows: Tensor, ref_labels: Tensor = classes) -> list[Tensor]:
+        terms = varcon_terms(x, rows, ref_features=reference, ref_labels=ref_labels)
+        return [*(part.detach() for part in terms[:5]), gradient_of(terms.loss, x)]
+
+    one, two = rows_of(kind, 20), rows_of("mixed", 20, seed=1)
+    parts = zip(run(features, one), run(features, two), strict=True)
+    same(run(features, 0.3 * one + 0.6 * two), [0.3 * a + 0.6 * b for a, b in parts])
+    order, names = torch.randperm(20), torch.randperm(36)
+    x, renamed = features.detach()[order].requires_grad_(), torch.empty_like(one)
+    renamed[:, names] = one
+    same(run(x, renamed[order], names), [part[order] for part in run(features, one)])
 
 
-@pytest.mark.parametrize("kind", ["mixed", "dense"])
-def test_reference_sets_of_either_kind(kind: str, impl: str, make_batch: MakeBatch) -> None:
+@by_kind
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("case", [(36, 1e-3), (36, 0.005), (7, 0.1), (1023, 5.0), (40_003, 5.0)])
+def test_range(kind: str, normalize: bool, case: tuple[int, float]) -> None:
+    """Logits of up to 1e6, ``exp(1 / tau2)`` of up to exp(2000), q that is nearly 1 / K."""
+    results, (num_classes, temperature) = [], case
+    options = {"temperature": temperature, "epsilon": temperature / 2, "normalize": normalize}
+    for dtype in (torch.float32, F64):
+        x = (30 * batch(12).detach()).to(dtype).requires_grad_()
+        terms = varcon_terms(x, rows_of(kind, 12, num_classes).float(), **options)
+        assert all(part.isfinite().all() for part in terms[:5])
+        results.append((terms.loss.detach(), gradient_of(terms.loss, x)))
+    for got, want, most in zip(*results, (1e-5, 1e-3), strict=True):
+        assert float((got - want).norm() / want.norm()) < most
+
+
+@by_kind
+def test_nan_shows_and_nothing_is_zero(kind: str, impl: str) -> None:
+    x, rows = batch(12), rows_of(kind, 12)
+    rows[7] = 0.0
+    with torch.no_grad():
+        x[0] = torch.nan
+    terms = varcon_terms(x, rows, impl=impl)
+    assert torch.equal(terms.loss.isnan(), terms.valid)
+    gradient = gradient_of(terms.loss, x)
+    assert torch.equal(gradient.isnan().any(1), terms.valid)
+    assert (gradient[7] == 0).all()
+    for some in (x, x[:0]):  # nobody has a label, nobody is there
+        nothing = loss_of(some, 0 * rows[: len(some)], impl=impl)
+        assert float(nothing.detach()) == 0
+        assert gradient_of(nothing, x).eq(0).all()
+
+
+@by_kind
+@by_weight
+def test_neither_chunks_nor_views_show(kind: str, weighted: bool, monkeypatch) -> None:
+    x, rows, weight = batch(900), rows_of(kind, 300), weights_of(36) if weighted else None
+    want = everything(varcon_terms(x.view(300, 3, 6), rows, weight=weight), x)
+    monkeypatch.setattr("varcon_loss.sweep.CHUNK_CPU", 1)
+    got = everything(varcon_terms(x, rows.repeat_interleave(3, 0), weight=weight), x)
+    same(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "eight", "smoothed", "dense"])
+def test_no_matrix_larger_than_a_chunk_is_made(kind: str) -> None:
+    x = batch(4000, 16).detach().float().requires_grad_()
+    rows = rows_of(kind, 4000, 1000).float()
+    with LargestWritten() as largest:
+        loss_of(x, rows).backward()
+    assert largest.elements <= 2**20
+
+
+@by_kind
+@by_width
+@pytest.mark.filterwarnings("ignore:ref_labels .* look like SupCon's mask")
+def test_reference_sets_of_either_kind(kind: str, num_classes: int, impl: str) -> None:
     """Clean references for mixed anchors, and the other way round."""
-    features, labels = make_batch(20, C)
-    ref_features, ref_labels = torch.randn(35, 16, dtype=torch.float64), torch.arange(35) % C
-    rows = KINDS[kind](20)
+    x, labels, every = batch(20), torch.arange(20) % num_classes, torch.arange(num_classes)
+    rows, references = rows_of(kind, 20, num_classes), batch(num_classes, seed=1).detach()
 
-    def loss(y: Tensor, ref: Tensor, **options: object) -> Tensor:
-        return varcon_loss(
-            features, y, ref_features=ref_features, ref_labels=ref, impl=impl, **options
-        )
+    def loss(y: Tensor, ref: Tensor, ref_features: Tensor = references) -> Tensor:
+        options = {"num_classes": num_classes, "impl": impl}
+        return loss_of(x, y, ref_features=ref_features, ref_labels=ref, **options)
 
-    torch.testing.assert_close(loss(rows, ref_labels), loss(rows, hot(ref_labels)))
-    expected = loss(labels, ref_labels, num_classes=C)
-    torch.testing.assert_close(loss(labels, hot(ref_labels)), expected)
-    torch.testing.assert_close(loss(hot(labels), ref_labels, num_classes=C), expected)
-
+    for y in (rows, labels, hot(labels, num_classes)):
+        same(loss(y, hot(every, num_classes)), loss(y, every))
+    same(loss(hot(labels, num_classes), every), loss(labels, every))
+    shares = rows_of(kind, num_classes, num_classes) / 2
+    shares[-1] = 1 / num_classes  # every class has a share
+    same(loss(rows, shares), loss(rows, every, shares.T @ F.normalize(references)))
     with pytest.raises(ValueError, match=r"ref_labels lack label 4, 5, .*row of zeros"):
-        loss(hot(torch.arange(20) % (C - 1)), ref_labels % 4)
-    for anchors in (torch.zeros_like(labels), hot(torch.zeros_like(labels))):
+        loss(hot(torch.arange(20) % 7, num_classes), every % 4)
+    for anchors in (0 * labels, hot(0 * labels, num_classes)):
         with pytest.raises(ValueError, match="ref_labels lack label 0, which labels contain"):
-            loss(anchors, torch.zeros(35, C))
+            loss(anchors, torch.zeros(num_classes, num_classes))
 
 
-def test_memory_learns_by_shares(impl: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    options = {"num_classes": C, "feature_dim": 5, "centroid_momentum": 0.9, "impl": impl}
-    integers, rows = VarConLoss(**options), VarConLoss(**options)
+@by_width
+def test_memory_learns_by_shares(num_classes: int, impl: str) -> None:
+    integers, shares = (memory_of(num_classes, impl=impl) for _ in range(2))
     for step in range(4):
-        features = torch.randn(10, 5, generator=generator).requires_grad_()
-        labels = torch.randint(1 + 2 * step, (10,), generator=generator)
-        expected, got = integers(features, labels), rows(features, hot(labels))
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(
-            torch.autograd.grad(got, features), torch.autograd.grad(expected, features)
-        )
-        torch.testing.assert_close(rows.centroids, integers.centroids)
-        with torch.no_grad():
-            every = torch.arange(10) % C
-            torch.testing.assert_close(rows(features, hot(every)), integers(features, every))
+        x = batch(10, seed=step)
+        labels = torch.randint(1 + 2 * step, (10,), generator=torch.Generator().manual_seed(step))
+        rows = hot(labels, num_classes)
+        got, want = everything(shares.terms(x, rows), x), everything(integers.terms(x, labels), x)
+        same(got, want, rtol=1e-5, atol=1e-5)
+        same(shares.centroids, integers.centroids, rtol=1e-5, atol=1e-6)
+    # A class that has a quarter of a sample moves by a quarter.
+    before = shares.centroids
+    shares(x[:1], 0.25 * rows[:1])
+    before[labels[0]].lerp_(F.normalize(x.detach())[0].float(), 0.25 * (1 - 0.9))
+    same(shares.centroids, F.normalize(before), rtol=1e-5, atol=1e-6)
 
 
 def test_smoothing_does_not_move_classes_that_are_absent() -> None:
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.eye(C, 16)
-    criterion = VarConLoss(num_classes=C, feature_dim=16, centroid_momentum=0.9)
+    directions, criterion = torch.eye(7, 16), memory_of(7, 16)
     for step in range(200):
-        labels = torch.tensor([step % C, (step + 1) % C]).repeat(4)
-        features = directions[labels] + 0.05 * torch.randn(8, 16, generator=generator)
-        criterion(features, 0.9 * hot(labels, torch.float32) + 0.1 / C)
+        labels = torch.tensor([step % 7, (step + 1) % 7]).repeat(4)
+        x = directions[labels] + 0.05 * batch(8, 16, step).detach().float()
+        criterion(x, 0.9 * hot(labels, 7, torch.float32) + 0.1 / 7)
     assert (criterion.centroids * directions).sum(1).min() > 0.95
 
 
-def test_memory_drops_shares_of_classes_it_has_not_seen() -> None:
-    criterion = VarConLoss(num_classes=C, feature_dim=5, centroid_momentum=0.5)
-    criterion(torch.randn(8, 5), torch.arange(8) % 3)
+@by_kind
+@by_width
+@by_weight
+@pytest.mark.filterwarnings("ignore:samples of classes that the centroid memory has not seen")
+def test_memory_drops_shares_of_classes_it_has_not_seen(kind, num_classes, weighted, impl) -> None:
+    """Of eight shares about six."""
+    weight = weights_of(num_classes)
+    criterion = memory_of(num_classes, impl=impl, weight=weight if weighted else None)
+    seen = torch.arange(num_classes) % 4 == 1
+    criterion(batch(num_classes)[seen], seen.nonzero().squeeze(1))
     criterion.eval()
-    features = torch.randn(2, 5)
-    half = 0.5 * hot(torch.tensor([0, 1])) + 0.5 * hot(torch.tensor([6, 2]))
-    terms = criterion.terms(features, half)
-    alone = criterion.terms(features, torch.tensor([0, 1]))
-    torch.testing.assert_close(terms.nll[0], alone.nll[0] / 2)
-    assert criterion.terms(features, hot(torch.tensor([6, 5]))).valid.tolist() == [False, False]
+    x, rows = batch(30), rows_of(kind, 30, num_classes)
+    got, want = criterion.terms(x, rows), criterion.terms(x, rows * seen)
+    same([*got[:-2], gradient_of(got.loss, x)], [*want[:-2], gradient_of(want.loss, x)])
+    assert torch.equal(got.valid, (rows * seen).sum(1) > 0)
+    # The mean divides by all shares of the rows that take part.
+    total, kept = ((y @ weight)[got.valid].sum() for y in (rows, rows * seen))
+    same(got.reduced, want.reduced * (kept / total if weighted else 1))
 
 
-def on_rank(rank: int, world_size: int) -> dict:
-    results = {}
-    for kind, exchange in itertools.product(KINDS, ("all-reduce", "all-gather")):
-        for title, options in {"plain": {}, "weight": {"weight": WEIGHT}}.items():
-            net = DistributedDataParallel(encoder()) if world_size > 1 else encoder()
-            criterion = VarConLoss(
-                num_classes=C, process_group="world", exchange=exchange, **options
-            )
-            inputs, rows = share_of(rank, kind)
-            terms = criterion.terms(net(inputs), rows)
-            terms.reduced.backward()
-            gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
-            results[kind, exchange, title] = (terms.loss.detach(), terms.num_classes, gradient)
-    return results
+SETTINGS = ("plain", "as they are", "weight", "views", "memory", "reference")
+by_setting = pytest.mark.parametrize("setting", SETTINGS)
 
 
-def share_of(rank: int, kind: str) -> tuple[Tensor, Tensor]:
-    num_rows = 9 - 2 * rank
-    generator = torch.Generator().manual_seed(rank)
-    inputs = torch.randn(num_rows, WIDTH, generator=generator, dtype=torch.float64)
-    return inputs, KINDS[kind](num_rows, seed=rank)
+def in_setting(setting: str, num_classes: int, **options: object) -> tuple[VarConLoss, dict]:
+    reference = {"ref_features": batch(72, seed=9).detach(), "ref_labels": torch.arange(72) % 7}
+    if setting == "memory":
+        return memory_of(num_classes, **options), {}
+    if setting == "weight":
+        options |= {"weight": weights_of(num_classes), "reduction": "none"}
+    criterion = VarConLoss(normalize=setting != "as they are", **options)
+    return criterion, reference if setting == "reference" else {}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_equal_one_process_on_the_concatenated_batch(world_size: int, tmp_path: Path) -> None:
-    ranks = run_ranks(on_rank, world_size, tmp_path)
-    for kind, exchange, title in ranks[0]:
-        parts = [share_of(rank, kind) for rank in range(world_size)]
-        net = encoder()
-        assert net(parts[0][0]).shape[1] == DIM
-        expected = varcon_terms(
-            net(torch.cat([x for x, _ in parts])),
-            torch.cat([y for _, y in parts]),
-            weight=WEIGHT if title == "weight" else None,
-        )
-        expected.reduced.backward()
-        gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
-        got = [rank[kind, exchange, title] for rank in ranks]
-        torch.testing.assert_close(torch.cat([loss for loss, _, _ in got]), expected.loss.detach())
-        for _, num_classes, rank_gradient in got:
-            assert int(num_classes) == int(expected.num_classes)
-            torch.testing.assert_close(rank_gradient, gradient, rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("how", ["blind", "one graph"])
+@by_setting
+def test_where_values_are_not_read(how: str, setting: str, impl: str, monkeypatch) -> None:
+    """As on an accelerator, and in one graph."""
+    results, views = [], 2 if setting == "views" else 1
+    for looks in (True, False):
+        criterion, reference = in_setting(setting, 7, impl=impl)
+        call = criterion.terms
+        if not looks and how == "blind":
+            look_at_nothing(monkeypatch.setattr)
+        elif not looks:
+            torch._dynamo.reset()
+            call = torch.compile(call, fullgraph=True, backend="aot_eager")
+        for kind, num_rows in (("mixed", 15), ("one-hot", 12), ("dense", 15), ("dense", 0)):
+            x, rows = batch(num_rows * views), rows_of(kind, num_rows, 7)
+            terms = call(x.view(num_rows, 2, 6) if views == 2 else x, rows, **reference)
+            results.append((everything(terms, x), getattr(criterion, "centroids", x)))
+    # The memory is float32.
+    same(results[4:], results[:4], *((1e-4, 1e-5) if setting == "memory" else (1e-8, 1e-10)))
 
 
-def many_classes(rank: int, kind: str) -> tuple[Tensor, Tensor]:
-    """Three rows a rank, and more classes than there are rows."""
-    inputs, rows = share_of(rank, kind)
-    return inputs[:3], torch.cat([rows[:3], rows[3:6]], dim=1)
+@by_kind
+@pytest.mark.parametrize("bad", [-0.5, float("nan"), float("inf")])
+def test_bad_entries_where_none_is_read(kind: str, bad: float, impl: str, monkeypatch) -> None:
+    look_at_nothing(monkeypatch.setattr)
+    x, rows = batch(12), rows_of(kind, 12)
+    twice = varcon_terms(x, 2 * rows, impl=impl)  # two samples a row, and no error
+    same(twice.loss, 2 * varcon_terms(x, rows, impl=impl).loss)
+    criterion, spoilt = memory_of(36, impl=impl), rows.clone()
+    criterion(x, rows)
+    before, spoilt[2, 5] = criterion.centroids, bad
+    assert loss_of(x, spoilt, impl=impl).isnan()
+    assert criterion(x, spoilt).isnan()
+    assert torch.equal(criterion.centroids, before)
+    reference = {"ref_features": batch(36).detach(), "ref_labels": torch.eye(36), "impl": impl}
+    of_row = varcon_terms(x, spoilt, **reference).loss
+    assert of_row.isnan().nonzero().flatten().tolist() == [2]
+    reference["ref_labels"][:, 3] = 0  # some anchors lack their class
+    assert torch.equal(varcon_terms(x, rows, **reference).loss.isnan(), rows[:, 3] > 0)
+    reference["ref_labels"][3, 4] = bad
+    assert loss_of(x, rows, **reference).isnan()
 
 
-def many_classes_on_rank(rank: int, world_size: int) -> dict:
-    results = {}
-    for kind, exchange in itertools.product(KINDS, ("auto", "all-gather")):
-        criterion = VarConLoss(process_group="world", exchange=exchange)
-        for _ in range(2):
-            results[kind, exchange] = criterion(*many_classes(rank, kind))
-    late = VarConLoss(num_classes=2 * C, process_group="world")
-    late(many_classes(rank, "dense")[0], torch.arange(3))
-    with pytest.raises(ValueError, match=r"class probabilities follow .* choose exchange='all-red"):
-        late(*many_classes(rank, "dense"))
-    return results
+@by_setting
+def test_nothing_waits_for_a_device(setting: str, impl: str) -> None:
+    """On the meta device tensors have no values, and reading one raises."""
+    criterion, reference = in_setting(setting, 7, impl=impl)
+    x = torch.empty(12, 6, device="meta", requires_grad=True)
+    given = x.view(6, 2, 6) if setting == "views" else x
+    reference = {name: tensor.to("meta") for name, tensor in reference.items()}
+    rows = torch.empty(len(given), 7, device="meta")
+    terms = criterion.to("meta").terms(given, rows, **reference)
+    assert gradient_of(terms.reduced, x).shape == (12, 6)
 
 
-def test_ranks_that_hold_more_classes_than_rows(tmp_path: Path) -> None:
-    ranks = run_ranks(many_classes_on_rank, 2, tmp_path)
-    for kind, exchange in ranks[0]:
-        parts = [many_classes(rank, kind) for rank in range(2)]
-        expected = varcon_loss(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
-        torch.testing.assert_close(sum(rank[kind, exchange] for rank in ranks) / 2, expected)
+@by_setting
+@torch.no_grad()
+def test_exports_with_a_dynamic_batch(setting: str) -> None:
+    """Of C rows too, and of more than a float32 sum takes."""
+    (criterion, reference), size = in_setting(setting, 7), torch.export.Dim("B", min=2)
+    criterion.eval()
+    if setting == "memory":
+        criterion.centroids = batch(7)
+    shape = (2, 6) if setting == "views" else (6,)
+    sizes = {"features": {0: size}, "labels": {0: size}, **dict.fromkeys(reference)}
+    given = torch.randn(8, *shape), rows_of("dense", 8, 7).float()
+    exported = torch.export.export(criterion, given, reference, dynamic_shapes=sizes).module()
+    for num_rows in (5, 7, 9000):
+        given = torch.randn(num_rows, *shape), rows_of("mixed", num_rows, 7).float()
+        same(exported(*given, **reference), criterion(*given, **reference), 1e-5, 1e-5)
 
 
-def memory_on_rank(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
-    inputs, rows = share_of(rank, "mixed")
-    criterion = VarConLoss(
-        num_classes=C, feature_dim=WIDTH, centroid_momentum=0.9, process_group="world"
-    )
-    loss = criterion(inputs, 2 * rows)  # two labels a row: shares that do not sum to 1
-    return loss, criterion.centroids
-
-
-def some_smoothed(rank: int, step: int) -> tuple[Tensor, Tensor]:
-    """Rank 0 gives class 0 alone, rank 1 a little of every class."""
-    generator = torch.Generator().manual_seed(10 * step + rank)
-    labels = torch.arange(4) * rank
-    rows = hot(labels) if rank == 0 else 0.9 * hot(labels) + 0.1 / C
-    return torch.randn(4, WIDTH, generator=generator, dtype=torch.float64), rows
-
-
-def either_kind_on_rank(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
-    criterion = VarConLoss(
-        num_classes=C, feature_dim=WIDTH, centroid_momentum=0.9, process_group="world"
-    )
-    loss = torch.zeros(())
-    for step in range(3):
-        inputs, rows = some_smoothed(rank, step)
-        loss = criterion(inputs, rows.argmax(1) if rank == 0 else rows)
-    return loss, criterion.centroids
-
-
-def test_ranks_with_labels_of_either_kind_remember_the_same(tmp_path: Path) -> None:
-    """Each rank may decide by itself whether it mixes."""
-    criterion = VarConLoss(num_classes=C, feature_dim=WIDTH, centroid_momentum=0.9)
-    expected = torch.zeros(())
-    for step in range(3):
-        parts = [some_smoothed(rank, step) for rank in range(2)]
-        expected = criterion(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
-    got = run_ranks(either_kind_on_rank, 2, tmp_path)
-    torch.testing.assert_close(sum(loss for loss, _ in got) / 2, expected)
-    for _, centroids in got:
-        torch.testing.assert_close(centroids, criterion.centroids)
-
-
-def test_ranks_with_a_memory_divide_by_rows(tmp_path: Path) -> None:
-    parts = [share_of(rank, "mixed") for rank in range(2)]
-    criterion = VarConLoss(num_classes=C, feature_dim=WIDTH, centroid_momentum=0.9)
-    expected = criterion(torch.cat([x for x, _ in parts]), 2 * torch.cat([y for _, y in parts]))
-    got = run_ranks(memory_on_rank, 2, tmp_path)
-    torch.testing.assert_close(sum(loss for loss, _ in got) / 2, expected)
-    for _, centroids in got:
-        torch.testing.assert_close(centroids, criterion.centroids)
-
-
-BAD_LABELS = {
-    "negative": (-dense(4), "got -0."),
-    "integers": (hot(torch.arange(4)).long(), "cast class probabilities to float"),
-    "none": (None, "labels is None"),
-    "too many columns": (torch.ones(4, C + 1), f"{C + 1} classes but num_classes={C}"),
-}
-
-
-def failing_rank(rank: int, world_size: int) -> dict:
-    errors = {}
-    for num_classes, title in itertools.product((None, C), BAD_LABELS):
-        if title == "too many columns" and num_classes is None:
-            continue
-        criterion = VarConLoss(num_classes=num_classes, process_group="world")
-        criterion(torch.randn(4, 5), dense(4))
-        labels = BAD_LABELS[title][0] if rank == 1 else dense(4)
-        try:
-            criterion(torch.randn(4, 5), labels)
-        except (RuntimeError, TypeError, ValueError) as error:
-            errors[num_classes, title] = str(error)
-        # Nobody is out of step.
-        criterion(torch.randn(4, 5), dense(4))
-    return errors
-
-
-def test_bad_labels_on_one_rank_are_an_error_on_all(tmp_path: Path) -> None:
-    first, second = run_ranks(failing_rank, 2, tmp_path, seconds=40)
-    assert len(first) == len(second) == 7
-    for (num_classes, title), error in second.items():
-        assert "failed on rank 1" in first[num_classes, title]
-        assert BAD_LABELS[title][1] in error
+@by_kind
+@pytest.mark.parametrize("memory", [False, True])
+def test_what_changes_before_backward(kind: str, memory: bool, impl: str) -> None:
+    """Labels are reused, weights are scheduled, and a teacher makes both in inference mode."""
+    made = [memory_of(36, impl=impl) if memory else VarConLoss(impl=impl) for _ in range(3)]
+    x, rows = batch(20), rows_of(kind, 20)
+    rows[:, -1] = rows.amax(1) / 2  # every class may be there
+    losses = []
+    for criterion in made:
+        with torch.inference_mode(criterion is made[2]):
+            given, criterion.weight = rows.clone(), weights_of(36)
+        losses.append(criterion(x, given))
+        if criterion is made[1]:
+            given.zero_()
+            criterion.weight.mul_(torch.arange(36))
+    want, *got = (gradient_of(loss, x) for loss in losses)
+    assert all(torch.equal(gradient, want) for gradient in got)
 
 
 @by_kind
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("label_dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("label_dtype", [torch.float16, torch.bfloat16, torch.float32, F64])
 def test_dtypes(kind: str, dtype: torch.dtype, label_dtype: torch.dtype) -> None:
-    features = torch.randn(20, 8).to(dtype).requires_grad_()
-    rows = KINDS[kind](20, dtype=label_dtype)
-    loss = varcon_loss(features, rows)
-    (gradient,) = torch.autograd.grad(loss, features)
-    exact = features.detach().double().requires_grad_()
-    expected = varcon_loss(exact, rows.double())
-    (exact_gradient,) = torch.autograd.grad(expected, exact)
-    assert (loss.dtype, gradient.dtype) == (torch.float32, dtype)
-    torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-6)
-    error = (gradient.double() - exact_gradient).norm() / exact_gradient.norm()
-    assert float(error) < max(4 * torch.finfo(dtype).eps, 2e-6)
+    x, rows = batch(20).detach().to(dtype).requires_grad_(), rows_of(kind, 20).to(label_dtype)
+    exact = x.detach().double().requires_grad_()
+    loss, want = loss_of(x, rows), loss_of(exact, rows.double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(varcon_loss(features, rows), loss)
+        same(loss_of(x, rows), loss)
+    same(loss, want.float(), rtol=1e-5, atol=1e-6)
+    gradient, want = gradient_of(loss, x), gradient_of(want, exact)
+    assert gradient.dtype == dtype
+    assert float((gradient - want).norm() / want.norm()) < max(4 * torch.finfo(dtype).eps, 2e-6)
 
 
-@pytest.mark.parametrize("title", ["plain", "as they are", "weight, none"])
-def test_full_graph(title: str, impl: str) -> None:
-    torch._dynamo.reset()
-    criterion = VarConLoss(**OPTIONS[title], impl=impl)
-    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
-    for kind in KINDS.values():
-        features = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
-        expected, got = criterion(features, kind(20)), compiled(features, kind(20))
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(
-            torch.autograd.grad(got.sum(), features), torch.autograd.grad(expected.sum(), features)
-        )
-    torch._dynamo.reset()
+CASES = list(itertools.product(KINDS, (7, 36), (False, True)))
 
 
-def test_a_compiled_batch_may_be_empty(impl: str) -> None:
-    torch._dynamo.reset()
-    features = torch.randn(0, 6, requires_grad=True)
-    compiled = torch.compile(VarConLoss(impl=impl), fullgraph=True, backend="aot_eager")
-    loss = compiled(features, torch.zeros(0, C))
-    assert float(loss.detach()) == 0
-    assert torch.autograd.grad(loss, features)[0].shape == (0, 6)
-    torch._dynamo.reset()
+def part_of(rank: int, kind: str, num_classes: int, step: int = 0) -> tuple[Tensor, Tensor]:
+    num_rows = 9 - 2 * rank
+    x, rows = batch(num_rows, seed=10 * step + rank), rows_of(kind, num_rows, num_classes, step)
+    if kind == "one-hot or smoothed":  # rank 0 smooths from the third step on, others but then
+        smooths = step >= 2 if rank == 0 else step != 2
+        rows = rows_of("smoothed", num_rows, num_classes, step)
+        rows = rows if smooths else hot(rows.argmax(1), num_classes)
+    return x, rows
 
 
-def test_memory_and_reference_sets_compile() -> None:
-    torch._dynamo.reset()
-    features, rows = torch.randn(20, 6, dtype=torch.float64, requires_grad=True), mixed(20)
-    options = {"num_classes": C, "feature_dim": 6, "centroid_momentum": 0.9}
-    criterion, twin = VarConLoss(**options), VarConLoss(**options)
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        torch.testing.assert_close(compiled(features, rows), criterion(features, rows))
-    torch.testing.assert_close(twin.centroids, criterion.centroids)
-    reference = {"ref_features": torch.randn(30, 6), "ref_labels": torch.arange(30) % C}
-    plain = VarConLoss(num_classes=C)
-    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        compiled(features, rows, **reference), plain(features, rows, **reference)
-    )
-    torch._dynamo.reset()
+def projected(x: Tensor, rows: Tensor, **options: object) -> list[Tensor]:
+    """A step of a linear layer. Rows sum to a half: a mean divides by rows, or by weights."""
+    p = batch(6, 4, seed=50)
+    terms = VarConLoss(**options).terms(x.detach() @ p, rows / 2)
+    return [*(part.detach() for part in terms[:-1]), gradient_of(terms.reduced, p)]
 
 
-def test_exports_with_a_dynamic_batch() -> None:
-    criterion, batch = VarConLoss(), torch.export.Dim("batch", min=2, max=64)
-    exported = torch.export.export(
-        criterion, (torch.randn(8, 6), dense(8).float()), dynamic_shapes=({0: batch}, {0: batch})
-    ).module()
-    for num_rows in (5, 20):
-        given = (torch.randn(num_rows, 6), dense(num_rows).float())
-        torch.testing.assert_close(exported(*given), criterion(*given))
+def on_rank(rank: int, world_size: int) -> dict:
+    results, world = {}, {"process_group": "world"}
+    for kind, num_classes, weighted in CASES:
+        given, weight = part_of(rank, kind, num_classes), weights_of(num_classes)
+        options = world | {"weight": weight if weighted else None}
+        results[kind, num_classes, weighted] = projected(*given, **options)
+    for num_classes in (7, 36):
+        criterion = memory_of(num_classes, **world)
+        for step in range(4):
+            x, rows = part_of(rank, "one-hot or smoothed", num_classes, step)
+            loss = criterion(x, rows.argmax(1) if rows.amax() == 1 else rows)
+        results[num_classes] = [loss.detach(), criterion.centroids]
+    late = VarConLoss(num_classes=36, **world)
+    late(batch(4), torch.arange(4))
+    with pytest.raises(ValueError, match="with class probabilities where some batches have them"):
+        late(batch(4), rows_of("dense", 4))
+    look_at_nothing()
+    criterion, (x, rows) = memory_of(36, **world), part_of(rank, "eight", 36)
+    criterion(x, rows)
+    before, rows[0, 0] = criterion.centroids, -0.5 if rank == 1 else 0.5
+    assert criterion(x, rows).isnan()
+    assert torch.equal(criterion.centroids, before)
+    return results
 
 
-@by_kind
-def test_labels_may_be_reused_before_backward(kind: str) -> None:
-    features, rows = torch.randn(20, 6, requires_grad=True), KINDS[kind](20)
-    (expected,) = torch.autograd.grad(varcon_loss(features, rows), features)
-    loss = varcon_loss(features, rows)
-    rows.zero_()
-    assert torch.equal(torch.autograd.grad(loss, features)[0], expected)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_are_one_process_on_the_concatenated_batch(world_size: int, tmp_path: Path) -> None:
+    """With more classes than samples and with fewer; and each rank chooses its kind of labels."""
+    ranks = run_ranks(on_rank, world_size, tmp_path, seconds=40)
+
+    def whole(*given: object) -> list[Tensor]:
+        parts = [part_of(rank, *given) for rank in range(world_size)]
+        return [torch.cat(side) for side in zip(*parts, strict=True)]
+
+    for kind, num_classes, weighted in CASES:
+        weight = weights_of(num_classes) if weighted else None
+        want = projected(*whole(kind, num_classes), weight=weight)
+        got = list(zip(*(rank[kind, num_classes, weighted] for rank in ranks), strict=True))
+        same([torch.cat(part) for part in got[:6]], want[:6])
+        same(list(got[6]), [want[6]] * world_size)
+        same([sum(part) / world_size for part in got[7:]], want[7:])
+    for num_classes in (7, 36):
+        criterion = memory_of(num_classes)
+        for step in range(4):
+            want = criterion(*whole("one-hot or smoothed", num_classes, step))
+        losses, centroids = zip(*(rank[num_classes] for rank in ranks), strict=True)
+        same(sum(losses) / world_size, want.detach(), 1e-5, 1e-6)
+        same(list(centroids), [criterion.centroids] * world_size, 1e-5, 1e-6)
 
 
-@by_kind
-def test_what_was_made_in_inference_mode(kind: str, impl: str) -> None:
-    """As a teacher makes labels."""
-    features = torch.randn(20, 6, requires_grad=True)
-    with torch.inference_mode():
-        rows, weight = KINDS[kind](20), WEIGHT.float()
-        assert rows.is_inference()
-    for options in ({}, {"weight": weight}):
-        got = varcon_loss(features, rows, impl=impl, **options)
-        want = varcon_loss(
-            features, rows.clone(), impl=impl, **{name: x.clone() for name, x in options.items()}
-        )
-        assert torch.equal(
-            torch.autograd.grad(got, features)[0], torch.autograd.grad(want, features)[0]
-        )
-
-
-@by_kind
-@pytest.mark.parametrize("remembers", [False, True])
-def test_class_weights_may_change_before_backward(kind: str, remembers: bool) -> None:
-    features, rows = torch.randn(20, 6, requires_grad=True), KINDS[kind](20)
-    rows[:, -1] = rows.amax(1)  # every class is there
-    memory = {"feature_dim": 6, "centroid_momentum": 0.0} if remembers else {}
-    criterion = VarConLoss(weight=WEIGHT.float(), **memory)
-    (expected,) = torch.autograd.grad(criterion(features, rows), features)
-    loss = criterion(features, rows)
-    assert criterion.weight is not None
-    criterion.weight.mul_(torch.arange(C))
-    assert torch.equal(torch.autograd.grad(loss, features)[0], expected)
+ROWS = rows_of("dense", 6, 7)
 
 
 @pytest.mark.parametrize(
     ("labels", "options", "error", "message"),
     [
-        (-dense(6), {}, ValueError, "labels as class probabilities must be finite and at least 0"),
-        (dense(6) * torch.nan, {}, ValueError, "got nan for sample 0 and class 0"),
-        (dense(6), {"num_classes": 9}, ValueError, "have 7 classes but num_classes=9"),
-        (dense(6), {"weight": torch.ones(5)}, ValueError, "have 7 classes but num_classes=5"),
-        (hot(torch.arange(6)).long(), {}, TypeError, r"cast class probabilities to float"),
-        (dense(6)[:, :0], {}, ValueError, "have no classes"),
-        (
-            torch.arange(6.0).view(6, 1),
-            {},
-            ValueError,
-            r"labels \[6, 1\] have one class.*labels.squeeze\(1\).long\(\)",
-        ),
-        (mixed(6).to_sparse(), {}, TypeError, r"must be dense.*labels.to_dense\(\)"),
-        (dense(5), {}, ValueError, r"labels must have shape \[6\]"),
-        (dense(6).view(6, 1, C), {}, TypeError, r"class probabilities \[6, C\]"),
-        (dense(6)[:, 0], {}, TypeError, "must be integers .* or class probabilities"),
-        (dense(6), {"leave_one_out": True}, ValueError, "no meaning with class probabilities"),
-        (dense(6), {"impl": "triton"}, ValueError, "impl='triton' cannot run here"),
+        (-ROWS, {}, ValueError, "class probabilities, from 0 to 1, got -0.* sample 0 and class 0"),
+        (ROWS * torch.nan, {}, ValueError, "got nan for sample 0 and class 0"),
+        (1.03 * torch.eye(6, 7), {}, ValueError, r"got 1\.029.*sample 0 .*labels.long\(\)"),
+        (torch.arange(12.0).view(6, 2), {}, ValueError, "got 2.0 for sample 1 and class 0"),
+        (ROWS, {"num_classes": 9}, ValueError, "have 7 classes but num_classes=9"),
+        (ROWS.bool().long(), {}, TypeError, r"are neither class numbers.*\.float\(\)"),
+        (ROWS[:, :0], {}, ValueError, "have no classes"),
+        (torch.arange(6.0).view(6, 1), {}, ValueError, r"have one class.*labels.squeeze\(1\).long"),
+        (ROWS.to_sparse(), {}, TypeError, r"must be dense.*labels.to_dense\(\)"),
+        (ROWS.view(6, 1, 7), {}, TypeError, r"labels \[6, 1, 7\] .* are neither class numbers"),
+        (ROWS[:, 0], {}, TypeError, "must be integers .* or class probabilities"),
+        (ROWS, {"leave_one_out": True}, ValueError, "no meaning with class probabilities"),
+        (ROWS, {"impl": "triton"}, ValueError, "impl='triton' cannot run here"),
     ],
 )
-def test_what_cannot_be(
-    labels: Tensor, options: dict, error: type[Exception], message: str
-) -> None:
-    features = torch.randn(6, 4)
+def test_bad_input(labels: Tensor, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        varcon_loss(features, labels, **options)
+        loss_of(batch(6), labels, **options)
     with pytest.raises(error, match=message):
-        VarConLoss(**options)(features, labels)
-
-
-def test_one_class_where_it_is_meant() -> None:
-    features, rows = torch.randn(6, 4), torch.ones(6, 1)
-    for options in ({"num_classes": 1}, {"weight": torch.ones(1)}):
-        assert float(varcon_loss(features, rows, **options)) == 0
+        VarConLoss(**options)(batch(6), labels)
 
 
 def test_two_sets_that_disagree() -> None:
-    with pytest.raises(ValueError, match=r"ref_labels \[6, 5\] have 5 classes but num_classes=7"):
-        varcon_loss(
-            torch.randn(6, 4), dense(6), ref_features=torch.randn(6, 4), ref_labels=torch.ones(6, 5)
-        )
-    features, labels = torch.randn(C + 1, 4), torch.arange(C + 1)
-    for given, taken in (("labels", "ref_labels"), ("ref_labels", "labels")):
-        both = {given: labels, taken: dense(C + 1)}
-        message = rf"^{given} must lie in \[0, 7\).* got 7: give {taken} a column for each class"
-        with pytest.raises(ValueError, match=message):
-            varcon_loss(features, ref_features=features, **both)
+    x, numbers, rows = batch(8), torch.arange(8), rows_of("dense", 8, 7)
+    for labels, ref_labels, message in (
+        (rows, torch.ones(8, 5), r"ref_labels \[8, 5\] have 5 classes but num_classes=7"),
+        (
+            numbers,
+            3 * torch.ones(8, 8),
+            "ref_labels .*from 0 to 1, got 3.0 for sample 0 and class 0",
+        ),
+        (numbers, rows, r"labels must lie in \[0, 7\).* got 7: give ref_labels a column"),
+        (rows, numbers, r"ref_labels must lie in \[0, 7\).* got 7: give labels a column"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            loss_of(x, labels, ref_features=x.detach(), ref_labels=ref_labels)
 
 
-def test_rows_of_zeros_and_classes_that_nobody_has() -> None:
-    features = torch.randn(6, 4, requires_grad=True)
-    with torch.no_grad():
-        features[1] = torch.nan
-    rows = hot(torch.tensor([0, -100, 2, 0, 2, 5]))
-    terms = varcon_terms(features, rows)
-    (gradient,) = torch.autograd.grad(terms.reduced, features)
-    assert terms.valid.tolist() == [True, False, True, True, True, True]
-    assert int(terms.num_classes) == 3
-    assert gradient[1].eq(0).all()
-    assert gradient.isfinite().all()
-    nothing = varcon_loss(features, torch.zeros(6, C))
-    assert float(nothing.detach()) == 0
-    assert torch.autograd.grad(nothing, features)[0].eq(0).all()
-    empty = features[:0]
-    assert float(varcon_loss(empty, rows[:0])) == 0
+def test_rounded_and_single_probabilities_are_allowed() -> None:
+    x = batch(6)
+    # Two shares in bfloat16 may add up to more than 1.
+    assert loss_of(x, 1.015 * hot(torch.arange(6) % 3)).isfinite()
+    for options in ({"num_classes": 1}, {"weight": torch.ones(1)}):
+        assert float(loss_of(x, torch.ones(6, 1), **options).detach()) == 0

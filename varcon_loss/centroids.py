@@ -49,41 +49,45 @@ class Table(NamedTuple):
             return classes
         return torch.searchsorted(self.names, classes).clamp_max_(self.names.shape[0] - 1)
 
-    def found(self, classes: Tensor | None, num_classes: int) -> Tensor:
-        """Which of class numbers of any shape have a row, bool; None: ``num_classes``, in order."""
+    def found(self, labels: Labels) -> Tensor:
+        """Which of the labels' classes have a row, ``[N, M]`` or ``[C]`` bool."""
+        classes = labels.classes
         if classes is None:
-            classes = torch.arange(num_classes, device=self.w.device)
+            assert labels.shares is not None
+            classes = torch.arange(labels.shares.shape[1], device=self.w.device)
         slots = self.find(classes)
-        found = None if self.names is None else self.names[slots] == classes
-        if self.present is not None:
-            there = self.present[slots]
-            found = there if found is None else found & there
-        return torch.ones_like(classes, dtype=torch.bool) if found is None else found
+        found = torch.ones_like(slots, dtype=torch.bool)
+        if self.names is not None:
+            found = self.names[slots] == classes
+        return found if self.present is None else found & self.present[slots]
 
     def knows(self, labels: Labels) -> Tensor:
         """Which samples have a share of a class that has a row, ``[N]`` bool."""
-        found = self.found(labels.classes, labels.width())
+        found = self.found(labels)
         return found.squeeze(1) if labels.shares is None else (labels.shares * found).sum(1) > 0
 
     def lacks(self, labels: Labels) -> Tensor:
-        """Which samples have a share of a class that has no row, ``[N]`` bool."""
-        lost = ~self.found(labels.classes, labels.width())
-        return lost.squeeze(1) if labels.shares is None else (labels.shares * lost).sum(1) > 0
+        """Which valid samples have a share of a class that has no row, ``[N]`` bool."""
+        lost = ~self.found(labels)
+        lost = lost.squeeze(1) if labels.shares is None else (labels.shares * lost).sum(1) > 0
+        return lost if labels.valid is None else lost & labels.valid
 
     def missing(self, labels: Labels) -> list[int]:
-        """The classes of valid samples that have no row, ascending. It reads values."""
-        lost = ~self.found(labels.classes, labels.width()).expand(labels.entries())
+        """The classes of samples that `lacks` tells, ascending. It reads values."""
+        lost = ~self.found(labels) & self.lacks(labels).unsqueeze(1)
         if labels.shares is not None:
             lost = lost & (labels.shares > 0)
-        if labels.valid is not None:
-            lost = lost & labels.valid.unsqueeze(1)
         if labels.classes is None:
             return lost.any(0).nonzero().flatten().tolist()
         return labels.classes[lost].unique().tolist()
 
     def holds(self, classes: Classes) -> Tensor:
         """Which rows of ``classes`` are not empty, and have a row here, ``[S]`` bool."""
-        return self.found(classes.names, classes.counts.shape[0]) & (classes.counts > 0)
+        filled = classes.counts > 0
+        if classes.names is None and self.names is None:
+            return filled if self.present is None else filled & self.present
+        names = torch.arange(len(filled)) if classes.names is None else classes.names
+        return filled & self.found(Labels(names, None))
 
     def place(
         self, labels: Labels, slots: Tensor | None
@@ -95,22 +99,17 @@ class Table(NamedTuple):
         """
         w, present, shares = self.w, self.present, labels.shares
         if shares is None:
-            return (
-                w,
-                present,
-                self.find(labels.class_of().unsqueeze(1)) if slots is None else slots,
-                None,
-            )
+            slots = self.find(labels.class_of().unsqueeze(1)) if slots is None else slots
+            return w, present, slots, None
         if labels.classes is None:
             if self.names is not None:
                 shares = shares.index_select(1, self.names.clamp_max(shares.shape[1] - 1))
             return w, present, None, shares if present is None else shares * present
-        slots = self.find(labels.classes)
-        found = self.found(labels.classes, 0)
+        slots, found = self.find(labels.classes), self.found(labels)
         if self.names is not None:
             slots = torch.where(found, slots, w.shape[0])
-            w = torch.cat((w, w.new_zeros(1, w.shape[1])))
             there = torch.ones_like(self.names, dtype=torch.bool) if present is None else present
+            w = torch.cat((w, w.new_zeros(1, w.shape[1])))
             present = torch.cat((there, there.new_zeros(1)))
         return w, present, slots, shares * found
 
@@ -146,7 +145,7 @@ def unit(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def table_of(classes: Classes, dtype: torch.dtype) -> Table:
     """The directions of the class means. A class whose members cancel out has a zero centroid."""
     counts, present = classes.counts, None
-    if not (values_may_be_read(counts) and int(counts.min()) > 0):
+    if not (values_may_be_read(counts) and float(counts.min()) > 0):
         present = counts > 0
     return Table(unit(classes.sums, dtype)[0], present, classes.names)
 
@@ -172,7 +171,13 @@ def sum_classes(
         The classes, and the rows ``[N, M]`` that the labels are of; None: of all.
     """
     if labels.classes is None:
-        return Classes(*_sum_by_table(z, labels), None), None
+        table = labels.shares
+        assert table is not None
+        if labels.broken is not None:  # an invalid share is in every sum
+            table = table.masked_fill(labels.broken.any(), torch.nan)
+        size, ones = table.shape[1], z.new_ones(z.shape[0], 1)
+        counts = add_rows(ones, table, size).squeeze(1)
+        return Classes(add_rows(z, table, size), counts, None), None
     names = slots = counts = None
     if not every:
         valid = labels.valid
@@ -199,21 +204,6 @@ def sum_classes(
     for slot, share in zip(slots.unbind(1), labels.shares.split(1, dim=1), strict=True):
         sums += add(z * share, slot, size)
     return Classes(sums, counts, names), slots
-
-
-def _sum_by_table(z: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
-    """Sums ``[C, D]`` and counts ``[C]`` under shares ``[N, C]``."""
-    table = labels.shares
-    assert table is not None
-    if labels.broken is not None:  # an invalid share is in every sum
-        table = table.masked_fill(labels.broken.any(), torch.nan)
-    parts = zip(table.split(ROWS_A_SUM), z.split(ROWS_A_SUM), strict=True)
-    if z.shape[0] <= ROWS_A_SUM or z.dtype != torch.float32:
-        return table.T @ z, table.sum(0)
-    sums = z.new_zeros(table.shape[1], z.shape[1], dtype=widest(z.device))
-    for shares, rows in parts:
-        sums += shares.T @ rows
-    return sums.to(z.dtype), table.sum(0, dtype=sums.dtype).to(z.dtype)
 
 
 def name_rows(
@@ -250,29 +240,34 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def add_rows(rows: Tensor, slots: Tensor, size: int) -> Tensor:
-    """Rows ``[N, ...]`` added by slot ``[N]``: ``[size, ...]``.
+def add_rows(rows: Tensor, where: Tensor, size: int) -> Tensor:
+    """Rows ``[N, ...]`` added by slot ``[N]``, or by shares ``[N, size]``: ``[size, ...]``.
 
     A float32 sum is off by at most what adding `ROWS_A_SUM` rows costs, whatever ``N``.
     """
     if torch.compiler.is_compiling():
-        return _added_rows(rows, slots, size)
-    sums = rows.new_zeros(size, *rows.shape[1:])
+        return _added_rows(rows, where, size)
     if rows.dtype != torch.float32 or rows.shape[0] <= ROWS_A_SUM:
-        return sums.index_add_(0, slots, rows)
-    total = torch.zeros_like(sums, dtype=widest(rows.device))
-    for part, theirs in zip(rows.split(ROWS_A_SUM), slots.split(ROWS_A_SUM), strict=True):
-        total += sums.zero_().index_add_(0, theirs, part)
+        return _add(rows, where, size)
+    total = rows.new_zeros(size, *rows.shape[1:], dtype=widest(rows.device))
+    for part, theirs in zip(rows.split(ROWS_A_SUM), where.split(ROWS_A_SUM), strict=True):
+        total += _add(part, theirs, size)
     return total.to(rows.dtype)
+
+
+def _add(rows: Tensor, where: Tensor, size: int) -> Tensor:
+    if where.is_floating_point():
+        return where.T @ rows
+    return rows.new_zeros(size, *rows.shape[1:]).index_add_(0, where, rows)
 
 
 # Inductor compiles sums by index to wrong code: torch 2.6 on a CPU whatever the sizes, and later
 # ones in some cases (pytorch issues 171493, 191571, 191837). It does not look into an operator.
 @torch.library.custom_op("varcon_loss::added_rows", mutates_args=())
-def _added_rows(rows: Tensor, slots: Tensor, size: int) -> Tensor:
-    return add_rows(rows, slots, size)
+def _added_rows(rows: Tensor, where: Tensor, size: int) -> Tensor:
+    return add_rows(rows, where, size)
 
 
 @_added_rows.register_fake
-def _(rows: Tensor, slots: Tensor, size: int) -> Tensor:
+def _(rows: Tensor, where: Tensor, size: int) -> Tensor:
     return rows.new_empty(size, *rows.shape[1:])

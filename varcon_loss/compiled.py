@@ -4,6 +4,7 @@ Forward has the gradient already, so backward is one multiplication. A second de
 paper's equations.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -15,28 +16,16 @@ from varcon_loss.readable import without_autocast
 from varcon_loss.sweep import sweep
 
 _IN_PLACE = (
-    "a second derivative of VarCon needs the features, and class probabilities where there are any, "
-    "as they were when the loss was computed, and they were changed in place since: differentiate "
-    "before that"
+    "a second derivative of VarCon needs the features, and class probabilities, as they were when "
+    "the loss was computed, and they were changed in place since: differentiate before that"
 )
 
 
 def losses(
-    features: Tensor,
-    z: Tensor,
-    lengths: Tensor | None,
-    valid: Tensor | None,
-    w: Tensor,
-    present: Tensor | None,
-    slots: Tensor | None,
-    shares: Tensor | None,
-    own: Tensor | None,
-    temperature: float,
-    epsilon: float,
-    *,
-    need_terms: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+    features: Tensor, z: Tensor, lengths: Tensor | None, valid: Tensor | None, w: Tensor,
+    present: Tensor | None, slots: Tensor | None, shares: Tensor | None, own: Tensor | None,
+    temperature: float, epsilon: float, *, need_terms: bool, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss ``[N]``, which autograd can differentiate, and terms ``[4, N]``; 0 where not valid.
 
     Args:
@@ -98,10 +87,8 @@ def by_equations(
 def _run(
     z: Tensor, left_out: Tensor | None, *given: Any, operands: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if operands is None:
-        loss, terms, gradient = sweep(z, *given)
-    else:
-        loss, terms, gradient = fused.sweep(z, *given, operands)
+    run: Any = sweep if operands is None else functools.partial(fused.sweep, operands=operands)
+    loss, terms, gradient = run(z, *given)
     if left_out is not None:
         loss.masked_fill_(left_out, 0.0)
         if terms.numel() > 0:
@@ -137,10 +124,8 @@ class Sweep(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        _, z, lengths, left_out, *table, temperature, epsilon, need_grad, need_terms, operands = (
-            inputs
-        )
-        given = (*table, temperature, epsilon, lengths is not None, need_grad, need_terms)
+        _, z, lengths, left_out, *given, need_grad, need_terms, operands = inputs
+        given += (lengths is not None, need_grad, need_terms)
         return _run(z, left_out, *given, operands=operands)
 
     @staticmethod
@@ -152,10 +137,12 @@ class Sweep(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+        upstream = upstreams[0]
         if upstream is None:
             return (None,) * 14
-        gradient, lengths, left_out, features, *table = ctx.saved_tensors
+        saved: Any = ctx.saved_tensors
+        gradient, lengths, left_out, features, *table = saved
         if not torch.is_grad_enabled():
             return pull(gradient, lengths, left_out, upstream, features.dtype), *(None,) * 13
 
@@ -166,25 +153,16 @@ class Sweep(torch.autograd.Function):
             return by_equations(x, lengths is not None, left_out, *table, *ctx.numbers)[0]
 
         with without_autocast(features.device.type):
-            return torch.func.vjp(loss, features)[1](upstream.to(table[0].dtype))[0], *(None,) * 13
+            value, pull_back, *_ = torch.func.vjp(loss, features)
+            return pull_back(upstream.to(value.dtype))[0], *(None,) * 13
 
 
 @torch.library.custom_op("varcon_loss::sweep", mutates_args=())
 def sweep_operator(
-    features: Tensor,
-    z: Tensor,
-    lengths: Tensor | None,
-    left_out: Tensor | None,
-    w: Tensor,
-    present: Tensor | None,
-    slots: Tensor | None,
-    shares: Tensor | None,
-    own: Tensor | None,
-    temperatures: Tensor,
-    need_grad: bool,
-    need_terms: bool,
-    operands: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    features: Tensor, z: Tensor, lengths: Tensor | None, left_out: Tensor | None, w: Tensor,
+    present: Tensor | None, slots: Tensor | None, shares: Tensor | None, own: Tensor | None,
+    temperatures: Tensor, need_grad: bool, need_terms: bool, operands: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`Sweep` for compiled graphs, which neither look inside nor break for it."""
     given = (w, present, slots, shares, own, *temperatures.tolist(), lengths is not None)
     return _run(z, left_out, *given, need_grad, need_terms, operands=operands)
@@ -193,11 +171,8 @@ def sweep_operator(
 @sweep_operator.register_fake
 def _(features: Tensor, z: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
     need_grad, need_terms, _ = given[-3:]
-    return (
-        z.new_empty(z.shape[0]),
-        z.new_empty(4, z.shape[0] if need_terms else 0),
-        z.new_empty(z.shape if need_grad else 0),
-    )
+    terms = z.new_empty(4, z.shape[0] if need_terms else 0)
+    return z.new_empty(z.shape[0]), terms, z.new_empty(z.shape if need_grad else 0)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -217,12 +192,9 @@ sweep_operator.register_autograd(_backward, setup_context=_keep)
 # sees that a second derivative passes through them, and raises.
 @torch.library.custom_op("varcon_loss::pull_once", mutates_args=())
 def pull_once(
-    features: Tensor,
-    gradient: Tensor,
-    lengths: Tensor | None,
-    left_out: Tensor | None,
+    features: Tensor, gradient: Tensor, lengths: Tensor | None, left_out: Tensor | None,
     upstream: Tensor,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`pull` for a compiled backward."""
     return pull(gradient, lengths, left_out, upstream, features.dtype)
 

@@ -5,15 +5,9 @@ from torch import Tensor
 
 
 def sweep_by_equations(
-    z: Tensor,
-    w: Tensor,
-    present: Tensor | None,
-    slots: Tensor | None,
-    shares: Tensor | None,
-    own: Tensor | None,
-    temperature: float,
-    epsilon: float,
-) -> tuple[Tensor, Tensor]:
+    z: Tensor, w: Tensor, present: Tensor | None, slots: Tensor | None, shares: Tensor | None,
+    own: Tensor | None, temperature: float, epsilon: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss ``[N]`` and KL, NLL, confidence, tau2 ``[4, N]``: Eq. 7-13 on ``[N, K]`` matrices.
 
     Args:

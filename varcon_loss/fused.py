@@ -35,18 +35,20 @@ class Tiles(NamedTuple):
     def shared_bytes(
         self, dim: int, itemsize: int, capability: tuple[int, int], precision: str
     ) -> int:
-        """What a block of threads needs at most: its rows, the prefetched keys, barriers."""
+        """What a block of threads needs at most: its rows, tiles of keys, and barriers."""
         width = max(16, _power_of_two(dim))
-        in_matrix_units = itemsize == 2 or precision == "tf32"
-        numbers = (self.rows + (STAGES if in_matrix_units else 1) * self.keys) * width
-        if in_matrix_units and capability[0] == 10 and self.rows >= 64:
-            numbers += self.rows * (width + self.keys)  # products read all operands from there
+        if itemsize == 4 and precision == "ieee":
+            numbers = (self.rows + self.keys) * width + self.rows * self.keys
+        else:  # matrix units, which those of 10.x feed from there alone
+            numbers = (self.rows + STAGES * self.keys) * width
+            if capability[0] == 10 and self.rows >= 64:
+                numbers += self.rows * width
         return numbers * itemsize + 1024
 
 
 # By bytes of an operand, and width up to which. `benchmarks/kernel_code.py` shows what the compiler
-# makes of them: no loop spills registers, on any device, and up to a width of 128 two blocks share
-# a multiprocessor, so that one computes exponentials while the other waits for its products.
+# makes of them: no default spills registers in its loop, and half operands up to a width of 128 let
+# two blocks share a multiprocessor: one computes exponentials while the other waits for products.
 TILES = {
     2: {
         64: Tiles(rows=64, keys=64, warps=4),
@@ -165,11 +167,10 @@ def sweep(
     need_terms: bool,
     operands: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss ``[N]``, terms ``[4, N]``, gradient ``[N, D]`` (or ``[0]``), as `sweep.sweep`.
+    """As `sweep.sweep`, for integer labels.
 
     The products multiply ``z`` and ``w`` rounded to ``operands``. The logit of the own class and
-    the sum of all logits are computed from float32. The terms cost a kernel nothing:
-    ``need_terms`` changes nothing.
+    the sum of all logits are computed from float32.
     """
     from varcon_loss import kernels
 
@@ -178,6 +179,9 @@ def sweep(
     loss, terms = z.new_empty(num_rows), z.new_empty(4, num_rows)
     gradient = z.new_empty((num_rows, dim) if need_grad else 0)
     w = w.contiguous()
+    bias, num_present = w.new_zeros(num_slots), slots.new_full((), num_slots)
+    if present is not None:
+        bias, num_present = bias.masked_fill_(~present, -inf), present.sum()
     tiles = choose_tiles(dim, operands.itemsize)
     _launch(
         kernels.sweep_kernel,
@@ -187,8 +191,8 @@ def sweep(
         w_ptr=w,
         keys_ptr=w.to(operands),
         key_sum_ptr=w.sum(0),
-        bias_ptr=None if present is None else w.new_zeros(num_slots).masked_fill_(~present, -inf),
-        num_present_ptr=None if present is None else present.sum(),
+        bias_ptr=bias,
+        num_present_ptr=num_present,
         slots_ptr=slots.contiguous(),
         own_ptr=None if own is None else own.contiguous(),
         loss_ptr=loss,
@@ -202,7 +206,6 @@ def sweep(
         BLOCK_N=tiles.rows,
         BLOCK_K=tiles.keys,
         BLOCK_D=max(16, _power_of_two(dim)),
-        HAS_PRESENT=present is not None,
         HAS_OWN=own is not None,
         # A small logit's exponential fits float32, but as an operand of a product not float16.
         PLAIN_EXP=unit and 1 / temperature <= LARGEST_PLAIN_LOGIT and operands != torch.float16,
@@ -214,7 +217,7 @@ def sweep(
         num_warps=tiles.warps,
         num_stages=STAGES,
     )
-    return loss, terms, gradient
+    return loss, terms if need_terms else terms.new_empty(4, 0), gradient
 
 
 def float32_precision() -> str:

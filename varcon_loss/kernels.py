@@ -58,9 +58,8 @@ def sweep_kernel(
     loss_ptr, terms_ptr, gradient_ptr,
     num_rows, num_slots, dim, temperature, epsilon,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_PRESENT: tl.constexpr, HAS_OWN: tl.constexpr, PLAIN_EXP: tl.constexpr,
-    PROJECT: tl.constexpr, NEED_GRAD: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    HAS_OWN: tl.constexpr, PLAIN_EXP: tl.constexpr, PROJECT: tl.constexpr,
+    NEED_GRAD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Loss, terms and gradient of a block of rows by one pass over the centroids.
 
@@ -78,15 +77,15 @@ def sweep_kernel(
     numbers. Its logit and the sum of all logits, ``z . sum_k w_k / tau1``, are computed from
     float32. The loss and its slopes follow from these few numbers a row, as in `objective`:
 
-        dL/dz = (a p-weighted sum of others + dL/du_y w_y - q_other sum_{k != y} w_k) / tau1
+        dL/dz = (rest_slope mixed / total + own_slope w_y - q_other (sum_k w_k - w_y)) / tau1
 
     Tensors:
         z_ptr: ``[N, D]`` rows, float32.
         w_ptr: ``[S, D]`` centroids, float32.
         keys_ptr: ``[S, D]`` the same in the dtype that the matrix units multiply.
         key_sum_ptr: ``[D]`` the sum of ``w``.
-        bias_ptr: ``[S]`` 0 at classes that are present and -inf at others, with ``HAS_PRESENT``.
-        num_present_ptr: the number of those that are present, with ``HAS_PRESENT``.
+        bias_ptr: ``[S]`` 0 at classes that are present and -inf at others, float32.
+        num_present_ptr: the number of those that are present, int64.
         slots_ptr: ``[N]`` the own class.
         own_ptr: ``[N, D]`` own centroids, with ``HAS_OWN``, in place of ``w[slots]``.
         loss_ptr: ``[N]``.
@@ -126,9 +125,9 @@ def sweep_kernel(
         keys_ptr += BLOCK_K * dim
         if UPCAST:
             keys = keys.to(tl.float32)
-        bias = tl.where(taken, 0.0, float("-inf"))
-        if HAS_PRESENT:
-            bias = tl.load(bias_ptr + slot, mask=taken, other=float("-inf"))
+        # Triton 3.2 loads nothing but 0 in place of what is masked.
+        bias = tl.load(bias_ptr + slot, mask=taken, other=0.0)
+        bias = tl.where(taken, bias, float("-inf"))
         logits = tl.dot(x, tl.trans(keys), input_precision=PRECISION) * (LOG2_E / temperature)
         logits += bias[None, :]
         # Written so that the compiler keeps no matrix of differences in registers over the loop.
@@ -152,10 +151,7 @@ def sweep_kernel(
             mixed = tl.dot(weights, keys, acc=mixed, input_precision=PRECISION)
 
     # As in `objective.row_objective`.
-    if HAS_PRESENT:
-        num_others = tl.maximum(tl.load(num_present_ptr).to(tl.float32) - 1.0, 0.0)
-    else:
-        num_others = (num_slots - 1).to(tl.float32)
+    num_others = tl.maximum(tl.load(num_present_ptr).to(tl.float32) - 1.0, 0.0)
     margin = (shift + tl.log2(total)) * LN_2 - t
     p_own, p_rest = _sigmoid(-margin), _sigmoid(margin)
     nll = tl.maximum(margin, 0.0) + _softplus_of_negative(tl.abs(margin))
@@ -175,7 +171,7 @@ def sweep_kernel(
     tl.store(terms_ptr + 3 * num_rows + rows, tau2, mask=inside)
 
     if NEED_GRAD:
-        # As in `objective.row_slopes`.
+        # As in `objective.row_slope`.
         rest_slope = (2.0 + through_q * q_own * rise * a * a) * p_rest
         own_slope = q_rest - rest_slope
         g = mixed * (rest_slope / tl.maximum(total, TINY))[:, None]

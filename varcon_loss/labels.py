@@ -37,16 +37,6 @@ class Labels(NamedTuple):
             rows = (self.shares * weight[self.classes]).sum(1)
         return rows if self.valid is None else rows.masked_fill(~self.valid, 0.0)
 
-    def width(self) -> int:
-        """``C`` of a table of all classes."""
-        return 0 if self.shares is None else self.shares.shape[1]
-
-    def entries(self) -> torch.Size:
-        """``[N, M]`` or ``[N, C]``."""
-        entries = self.shares if self.classes is None else self.classes
-        assert entries is not None
-        return entries.shape
-
     def weighted(self, weight: Tensor) -> "Labels":
         """The same, with each share multiplied by the weight ``[C]`` of its class."""
         assert self.shares is not None
@@ -56,7 +46,9 @@ class Labels(NamedTuple):
 
     def broken_where(self, where: Tensor) -> "Labels":
         """The same, broken also ``where`` ``[N]`` or 0-d bool."""
-        broken = where.expand(self.entries()[0]) if self.broken is None else self.broken | where
+        entries = self.shares if self.classes is None else self.classes
+        assert entries is not None
+        broken = where.expand(entries.shape[0]) if self.broken is None else self.broken | where
         return Labels(self.classes, self.shares, self.valid, broken)
 
     def narrowed(self, kept: Tensor) -> "Labels":
@@ -68,14 +60,9 @@ class Labels(NamedTuple):
 
 
 def read_labels(
-    labels: Tensor,
-    views: int,
-    num_classes: int | None,
-    ignore_index: int | None,
-    dtype: torch.dtype,
-    name: str,
-    columns_of: str | None,
-) -> Labels:
+    labels: Tensor, views: int, num_classes: int | None, ignore_index: int | None,
+    dtype: torch.dtype, name: str, columns_of: str | None,
+) -> Labels:  # fmt: skip
     """Integers ``[B]`` or class probabilities ``[B, C]``, one row for each ``views`` samples.
 
     Args:
@@ -102,12 +89,9 @@ def read_labels(
 
 
 def _read_integers(
-    labels: Tensor,
-    num_classes: int | None,
-    ignore_index: int | None,
-    name: str,
+    labels: Tensor, num_classes: int | None, ignore_index: int | None, name: str,
     columns_of: str | None,
-) -> Labels:
+) -> Labels:  # fmt: skip
     valid = broken = None
     if not values_may_be_read(labels):
         valid = None if ignore_index is None else labels != ignore_index

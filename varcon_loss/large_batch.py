@@ -15,26 +15,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from varcon_loss import checks
+from varcon_loss import loss as flow
 from varcon_loss.centroids import Classes, Table, widest
-from varcon_loss.loss import (
-    Embedded,
-    Scored,
-    VarConTerms,
-    add_up,
-    alike,
-    check_call,
-    choose,
-    count,
-    known_to_memory,
-    loss_of,
-    read,
-    score,
-    table_for,
-    terms_of,
-)
 from varcon_loss.module import VarConLoss
 from varcon_loss.ranks import group_of, merge, over_ranks, room_of, size_of
-from varcon_loss.readable import values_may_be_read, without_autocast
+from varcon_loss.readable import without_autocast
 
 
 class LargeBatch:
@@ -73,9 +58,9 @@ class LargeBatch:
                 "use 'mean' or 'sum', and terms() for the loss of each sample"
             )
         self._criterion = criterion
-        self._classes: Classes | None = None
-        self._total: Tensor | None = None
-        self._table: Table | None = None
+        self._classes: Any = None  # of all chunks so far; then of all ranks
+        self._total: Any = 0
+        self._table: Any = None
         self._num_added = self._num_evaluated = 0
 
     @torch.no_grad()
@@ -91,103 +76,90 @@ class LargeBatch:
             )
         chunk, options, impl = self._read(features, labels)
         with without_autocast(features.device.type):
-            classes, _ = add_up(chunk, options, self._criterion.centroid_memory, impl)
-            total = count(chunk, options.weight, chunk)
-            dtype = widest(features.device)
-            sums, counts = classes.sums.to(dtype), classes.counts.to(dtype)
-            classes = Classes(sums, counts, classes.names)
-            if self._classes is not None and self._total is not None:
+            classes, _ = flow.add_up(chunk, options, self._criterion.centroid_memory, impl)
+            total, wide = flow.count(chunk, options.weight, chunk), widest(features.device)
+            classes = Classes(classes.sums.to(wide), classes.counts.to(wide), classes.names)
+            if self._classes is not None:
                 classes = _joined(self._classes, classes, options.num_classes)
-                total = total + self._total
-        self._classes, self._total = classes, total
+        self._classes, self._total = classes, total + self._total
         self._num_added += chunk[1].shape[0]
         # Autocast keeps weights that it has cast; those of this pass have no gradient.
         torch.clear_autocast_cache()
 
     def __call__(self, features: Tensor, labels: Tensor) -> Tensor:
         """The chunk's part of the loss of the whole batch, a scalar."""
-        return loss_of(features, self._evaluate(features, labels, need_terms=False))
+        return flow.loss_of(features, self._evaluate(features, labels, need_terms=False))
 
-    def terms(self, features: Tensor, labels: Tensor) -> VarConTerms:
+    def terms(self, features: Tensor, labels: Tensor) -> flow.VarConTerms:
         """As the call, with the terms of the chunk's samples; its part is ``.reduced``."""
-        return terms_of(features, self._evaluate(features, labels, need_terms=True))
+        return flow.terms_of(features, self._evaluate(features, labels, need_terms=True))
 
-    def _read(self, features: Tensor, labels: Tensor) -> tuple[Embedded, Any, str]:
-        criterion = self._criterion
-        if not criterion.training:
+    def _read(self, features: Tensor, labels: Tensor) -> tuple[flow.Embedded, flow.Options, str]:
+        if not self._criterion.training:
             raise RuntimeError(
-                "LargeBatch is for training steps, but the criterion is in eval mode: call train(), "
-                "or evaluate by the criterion itself"
+                "LargeBatch is for training steps, but the criterion is in eval mode: call "
+                "train(), or evaluate by the criterion itself"
             )
-        options, memory = criterion._options(learns=True), criterion.centroid_memory
-        options, dtype = check_call(features, labels, None, None, options, memory)
+        options, memory = self._criterion._options(learns=True), self._criterion.centroid_memory
+        options, dtype = flow.check_call(features, labels, None, None, options, memory)
         with without_autocast(features.device.type):
-            impl = choose(options.impl, features, labels, dtype)
-            return read(features, labels, options, dtype), options, impl
+            impl = flow.choose(options.impl, features, labels, dtype)
+            return flow.read(features, labels, options, dtype), options, impl
 
-    def _evaluate(self, features: Tensor, labels: Tensor, *, need_terms: bool) -> Scored:
-        if self._classes is None or self._total is None:
+    def _evaluate(self, features: Tensor, labels: Tensor, *, need_terms: bool) -> flow.Scored:
+        if self._classes is None:
             raise RuntimeError(
                 "no chunk was added: give every chunk of the batch to add(), under "
                 "torch.no_grad(), before the first part of the loss"
             )
         chunk, options, impl = self._read(features, labels)
-        rows, z, lengths, target = chunk
         group, memory = group_of(options.process_group), self._criterion.centroid_memory
         with without_autocast(features.device.type):
             if self._table is None:
-                classes, total = self._classes, self._total
-                classes = Classes(classes.sums.to(z.dtype), classes.counts, classes.names)
-                if group is not None:
-                    given = (self._num_added, target.shares is not None, options.num_classes)
-                    same = alike(options, memory, z, reference=False)
-                    room = room_of(group, self._criterion._exchanges, *given, same)
-                    classes, total = over_ranks(group, room, classes, total, options.num_classes)
-                self._classes, self._total = classes, total
-                self._table = table_for(classes, memory, options, z.dtype)
-            self._num_evaluated += z.shape[0]
+                self._finish(chunk, options, group, memory)
+            self._num_evaluated += chunk[1].shape[0]
             if self._num_evaluated > self._num_added:
                 raise RuntimeError(
                     f"{self._num_evaluated} rows were evaluated but {self._num_added} added: give "
                     "each chunk to add() once, and to the call once"
                 )
-            counts = self._classes.counts
-            added = Table(self._classes.sums, counts > 0, self._classes.names)
-            lacking = added.lacks(target)
-            lacking = lacking if target.valid is None else lacking & target.valid
-            if not values_may_be_read(lacking):
-                target = target.broken_where(lacking)
-            elif bool(lacking.any()):
-                raise ValueError(
-                    f"labels have class {added.missing(target)[0]}, which no chunk had that was "
-                    "added: give the same chunks to add() and to the call"
-                )
-            chunk = (rows, z, lengths, target)
+            table: Any = self._table
+            added = Table(self._classes.sums, self._classes.counts > 0, self._classes.names)
+            chunk = flow.with_classes(chunk, added, "the chunks that were added lack")
             if memory is not None:
-                chunk = known_to_memory(chunk, self._table)
-            given = (chunk, self._table, self._classes, None, self._total, options, impl)
-            return score(*given, size_of(group), need_terms=need_terms)
+                chunk = flow.known_to_memory(chunk, table)
+            given = (chunk, table, self._classes, None, self._total, options, impl)
+            return flow.score(*given, size_of(group), need_terms=need_terms)
+
+    @torch.no_grad()
+    def _finish(
+        self, chunk: flow.Embedded, options: flow.Options, group: Any, memory: Tensor | None
+    ) -> None:
+        """After the last chunk: what ranks add, what a memory learns, and the centroids."""
+        _, z, _, labels = chunk
+        sums, counts, names = self._classes
+        self._classes = Classes(sums.to(z.dtype), counts, names)
+        if group is not None:
+            same = flow.alike(options, memory, z, reference=False)
+            room = room_of(group, self._criterion._exchanges, self._num_added, labels, same)
+            given = (group, room, self._classes, self._total, options.num_classes)
+            self._classes, self._total = over_ranks(*given)
+        self._table = flow.table_for(self._classes, memory, options, z.dtype)
 
 
 def _joined(a: Classes, b: Classes, num_classes: int | None) -> Classes:
     if a.names is None and b.names is None:
         return Classes(a.sums + b.sums, a.counts + b.counts, None)
-    names = [
-        torch.arange(x.sums.shape[0], device=x.sums.device) if x.names is None else x.names
-        for x in (a, b)
-    ]
+    rows = (torch.arange(len(x.sums), device=x.sums.device) for x in (a, b))
+    names = [row if x.names is None else x.names for x, row in zip((a, b), rows, strict=True)]
     sums, counts = torch.cat((a.sums, b.sums)), torch.cat((a.counts, b.counts))
     return merge(sums, counts, torch.cat(names), num_classes)
 
 
 def backward_in_chunks(
-    model: Callable[..., Tensor],
-    criterion: VarConLoss,
-    inputs: Any,
-    labels: Tensor,
-    chunk_size: int,
-    backward: Callable[[Tensor], object] | None = None,
-) -> Tensor:
+    model: Callable[..., Tensor], criterion: VarConLoss, inputs: Any, labels: Tensor,
+    chunk_size: int, backward: Callable[[Tensor], object] | None = None,
+) -> Tensor:  # fmt: skip
     """The loss of the whole batch and its gradient, by chunks: forward twice, backward once.
 
     Random states are replayed, so that dropout is the same in both passes, and running statistics

@@ -68,7 +68,7 @@ class Options(NamedTuple):
 
 
 FUNCTION_OPTIONS = Options._fields[:-1]
-_EXCHANGES: dict[Any, Any] = weakref.WeakKeyDictionary()  # of the functions, by process group
+_EXCHANGES: Any = weakref.WeakKeyDictionary()  # of the functions, by process group
 
 
 def varcon_loss(
@@ -155,7 +155,7 @@ def varcon_terms(
 
 def _checked(where: str, positional: tuple[Any, ...], options: dict[str, Any]) -> Options:
     if positional:
-        checks.refuse_positional_options(where, positional)
+        checks.refuse_options(where, positional)
     unknown = {name: value for name, value in options.items() if name not in FUNCTION_OPTIONS}
     if unknown:
         known = ("features", "labels", *FUNCTION_OPTIONS, "ref_features", "ref_labels")
@@ -165,16 +165,9 @@ def _checked(where: str, positional: tuple[Any, ...], options: dict[str, Any]) -
 
 
 def evaluate(
-    features: Tensor,
-    labels: Any,
-    ref_features: Tensor | None,
-    ref_labels: Any,
-    options: Options,
-    memory: Tensor | None,
-    exchanges: Any,
-    *,
-    need_terms: bool,
-) -> "Scored":
+    features: Tensor, labels: Any, ref_features: Tensor | None, ref_labels: Any,
+    options: Options, memory: Tensor | None, exchanges: Any, *, need_terms: bool,
+) -> "Scored":  # fmt: skip
     """The flow of every call: labels, class sums, centroids, sweep, reduction.
 
     Args:
@@ -200,30 +193,21 @@ def evaluate(
         if group is not None and classes is not None:
             total = count(anchors, options.weight, members)
             same = alike(options, memory, members[1], reference=ref_features is not None)
-            given = (len(members[1]), members[3].shares is not None, options.num_classes)
-            room = room_of(group, exchanges, *given, same)
+            room = room_of(group, exchanges, members[1].shape[0], members[3], same)
             classes, total = over_ranks(group, room, classes, total, options.num_classes)
-            slots = None
         table = table_for(classes, memory, options, dtype)
         if ref_features is not None:
-            anchors, classes = with_reference(anchors, table, members[3]), None
+            anchors = with_classes(anchors, table, "ref_labels lack", members[3])
+            classes = None
         elif memory is not None:
             anchors = known_to_memory(anchors, table)
-        elif group is None and not options.leave_one_out:
-            warn_of_odd_batch(anchors, table)
-        if table.names is None or classes is None or table.names is not classes.names:
-            slots = None  # of another table
+        elif group is None:
+            warn_of_odd_batch(anchors, table, options)
+        own_table = ref_features is None and memory is None and group is None
         return score(
-            anchors,
-            table,
-            classes,
-            slots,
-            total,
-            options,
-            impl,
-            size_of(group),
-            need_terms=need_terms,
-        )
+            anchors, table, classes, slots if own_table else None, total, options, impl,
+            size_of(group), need_terms=need_terms,
+        )  # fmt: skip
 
 
 # Features without views, z, their lengths, and labels.
@@ -233,13 +217,9 @@ Scored = tuple[Tensor, Tensor, Tensor, Tensor | None, Table, str]
 
 
 def read(
-    features: Tensor,
-    labels: Tensor,
-    options: Options,
-    dtype: torch.dtype,
-    other_labels: Tensor | None = None,
-    of: str = "",
-) -> Embedded:
+    features: Tensor, labels: Tensor, options: Options, dtype: torch.dtype,
+    other_labels: Tensor | None = None, of: str = "",
+) -> Embedded:  # fmt: skip
     """Features without views ``[N, D]``, ``z`` ``[N, D]``, lengths ``[N]``, and labels read.
 
     Rows that take no part are zero vectors in ``z``, whatever they held: they add nothing to any
@@ -299,26 +279,25 @@ def table_for(
 
 def alike(options: Options, memory: Tensor | None, z: Tensor, *, reference: bool) -> dict[str, Any]:
     """What ranks whose losses are averaged must have alike."""
-    own = ("num_classes", "process_group", "impl")
-    same = {name: getattr(options, name) for name in Options._fields if name not in own}
+    same = {n: getattr(options, n) for n in Options._fields if n not in ("process_group", "impl")}
     widths = {"feature width": z.shape[1], "dtype": z.dtype}
     return same | widths | {"ref_features, given or not": reference, "centroid memory": memory}
 
 
 @torch.no_grad()
-def with_reference(anchors: Embedded, table: Table, reference: Labels) -> Embedded:
-    """The anchors, each of which must find its class in the table of a reference set.
+def with_classes(
+    anchors: Embedded, table: Table, lack: str, reference: Labels | None = None
+) -> Embedded:
+    """The anchors, each of which must find its class in the table, of a ``reference`` set or not.
 
     Raises:
         ValueError: one does not, where values may be read. Elsewhere its loss is NaN.
     """
-    *embedded, labels = anchors
+    rows, z, lengths, labels = anchors
     lacking = table.lacks(labels)
-    if labels.valid is not None:
-        lacking = lacking & labels.valid
     if not values_may_be_read(lacking):
         labels = labels.narrowed(~lacking).broken_where(lacking)
-        if reference.broken is not None:  # an invalid reference is in every loss
+        if reference is not None and reference.broken is not None:  # it is in every loss
             labels = labels.broken_where(reference.broken.any())
     elif bool(lacking.any()):
         absent, way_out = table.missing(labels), "mark anchors without one with ignore_index"
@@ -326,10 +305,10 @@ def with_reference(anchors: Embedded, table: Table, reference: Labels) -> Embedd
             way_out = "give anchors without one a row of zeros"
         listed = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
         raise ValueError(
-            f"ref_labels lack label {listed}, which labels contain: every anchor needs a "
-            f"reference of its class ({way_out})"
+            f"{lack} label {listed}, which labels contain: every anchor needs a reference of its "
+            f"class ({way_out})"
         )
-    return *embedded, labels
+    return rows, z, lengths, labels
 
 
 @torch.no_grad()
@@ -345,17 +324,9 @@ def known_to_memory(anchors: Embedded, table: Table) -> Embedded:
 
 
 def score(
-    anchors: Embedded,
-    table: Table,
-    classes: Classes | None,
-    slots: Tensor | None,
-    total: Tensor | None,
-    options: Options,
-    impl: str,
-    num_ranks: int,
-    *,
-    need_terms: bool,
-) -> Scored:
+    anchors: Embedded, table: Table, classes: Classes | None, slots: Tensor | None,
+    total: Tensor | None, options: Options, impl: str, num_ranks: int, *, need_terms: bool,
+) -> Scored:  # fmt: skip
     """Loss and terms ``[N]`` of the anchors against the table, and the reduced loss.
 
     Args:
@@ -376,31 +347,28 @@ def score(
             slots = table.find(labels.class_of().unsqueeze(1)) if slots is None else slots
             own, kept = own_without_self(z, slots.squeeze(1), classes), classes.counts > 1
             labels = labels.narrowed(kept.index_select(0, slots.squeeze(1)))
-        if total is not None:
-            if classes is not None and not soft:  # some classes may take no part
-                kept = table.holds(classes) if kept is None else kept
-                total = classes.total(kept, weight) + 0 * total  # NaN stays
-            if not values_may_be_read(total):
-                labels = labels.broken_where(total.isnan())
+        if total is not None and classes is not None and not soft:
+            # Some classes may take no part. A total of NaN stays.
+            kept = table.holds(classes) if kept is None else kept
+            total = classes.total(kept, weight) + 0 * total
+        if total is not None and not values_may_be_read(total):
+            labels = labels.broken_where(total.isnan())
         row_weights = labels.weights(weight, z.dtype)
-    given = (rows, z, lengths, labels.valid)
-    constants = (own, options.temperature, options.epsilon)
-    if weight is not None and soft:
-        # Each class of a row has its own weight, which the terms do not have.
-        placed = table.place(labels.weighted(weight), None)
-        weighted, terms = losses(*given, *placed, *constants, need_terms=False, impl=impl)
-        loss = weighted
-    if weight is None or not soft or need_terms:
-        placed = table.place(labels, slots)
-        loss, terms = losses(*given, *placed, *constants, need_terms=need_terms, impl=impl)
-    if weight is None:
-        weighted = loss
-    elif not soft:
-        weighted = loss * row_weights
+
+    def swept(labels: Labels, need_terms: bool) -> tuple[Tensor, Tensor]:
+        given: Any = (*table.place(labels, slots), own, options.temperature, options.epsilon)
+        return losses(rows, z, lengths, labels.valid, *given, need_terms=need_terms, impl=impl)
+
+    if weight is None or not soft:
+        loss, terms = swept(labels, need_terms)
+        weighted = loss if row_weights is None else loss * row_weights
+    else:  # each class of a row has its own weight, which the terms do not have
+        weighted, terms = swept(labels.weighted(weight), False)
+        loss, terms = swept(labels, True) if need_terms else (weighted, terms)
     if labels.broken is not None:
-        plain, loss = loss, loss.masked_fill(labels.broken, torch.nan)
-        same = weighted is plain
-        weighted = loss if same else weighted.masked_fill(labels.broken, torch.nan)
+        alike = weighted is loss
+        loss = loss.masked_fill(labels.broken, torch.nan)
+        weighted = loss if alike else weighted.masked_fill(labels.broken, torch.nan)
     if total is None and row_weights is not None:
         total = row_weights.sum()
     elif total is None and labels.valid is not None:
@@ -450,8 +418,8 @@ def terms_of(features: Tensor, scored: Scored) -> VarConTerms:
     if reduced.ndim > 0:  # callers may change one and keep the other
         loss = loss.clone()
     valid = torch.ones_like(loss, dtype=torch.bool) if valid is None else valid
-    terms, valid = terms.view(4, *shape).unbind(), valid.view(shape)
-    return VarConTerms(loss.view(shape), *terms, valid, table.num_present(), reduced, impl)
+    each: Any = (loss.view(shape), *terms.view(4, *shape).unbind(), valid.view(shape))
+    return VarConTerms(*each, table.num_present(), reduced, impl)
 
 
 def _shape(features: Tensor) -> torch.Size:
@@ -487,47 +455,38 @@ def choose(impl: str, features: Tensor, labels: Tensor, dtype: torch.dtype) -> s
 
 
 def check_call(
-    features: Tensor,
-    labels: Any,
-    ref_features: Tensor | None,
-    ref_labels: Any,
-    options: Options,
-    memory: Tensor | None,
-) -> tuple[Options, torch.dtype]:
+    features: Tensor, labels: Any, ref_features: Tensor | None, ref_labels: Any,
+    options: Options, memory: Tensor | None,
+) -> tuple[Options, torch.dtype]:  # fmt: skip
     """The options with ``num_classes`` where it is known, and the dtype of the computation.
 
     Raises:
         TypeError, ValueError: of what was given, by name.
     """
     checks.check_samples(features, labels)
-    checks.check_reference_set(ref_features, ref_labels, options.leave_one_out, memory is not None)
     checks.check_temperatures(options.temperature, options.epsilon)
-    width = features.shape[1 if features.ndim == 2 else 2 :].numel()
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     checks.warn_of_no_gradient("labels", labels, "class probabilities are constants of the loss")
-    if ref_features is not None:
-        checks.check_samples(ref_features, ref_labels, of="ref_")
-        checks.check_reference_fits(width, features, ref_features)
-        dtype = torch.float64 if ref_features.dtype == torch.float64 else dtype
+    leave_one_out, remembers = options.leave_one_out, memory is not None
+    checks.check_reference_set(features, ref_features, ref_labels, leave_one_out, remembers)
     if memory is not None:
-        checks.check_memory_fits(width, features, memory)
+        checks.check_memory_fits(features, memory)
     num_classes = checks.num_classes_of(options.num_classes, options.weight)
     if options.weight is not None:
         checks.check_device(options.weight, "weight is", features, "the loss module or the weight")
     if labels.ndim == 2 or (ref_labels is not None and ref_labels.ndim == 2):
-        num_classes = checks.check_probabilities(
-            labels, ref_labels, num_classes, options.leave_one_out
-        )
+        num_classes = checks.check_probabilities(labels, ref_labels, num_classes, leave_one_out)
+    wide = (features.dtype, None if ref_features is None else ref_features.dtype)
+    dtype = torch.float64 if torch.float64 in wide else torch.float32
     if num_classes != options.num_classes:  # `_replace` is not traced by torch 2.6
         kept = {name: getattr(options, name) for name in Options._fields}
         options = Options(**{**kept, "num_classes": num_classes})
     return options, dtype
 
 
-def warn_of_odd_batch(anchors: Embedded, table: Table) -> None:
-    """Where the batch makes its own centroids, and how many is known without a look."""
-    labels = anchors[3]
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or labels.shares is not None:
-        return
-    if labels.valid is None and table.present is None:
-        checks.warn_of_odd_batch(len(anchors[1]), len(table.w))
+def warn_of_odd_batch(anchors: Embedded, table: Table, options: Options) -> None:
+    """Where the number of classes is known without a look."""
+    _, z, _, labels = anchors
+    looks = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    known = labels.valid is labels.shares is table.present is None
+    if looks and known and not options.leave_one_out:
+        checks.warn_of_odd_batch(z.shape[0], table.w.shape[0])

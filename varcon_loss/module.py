@@ -8,17 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from varcon_loss import checks
+from varcon_loss import loss as flow
 from varcon_loss.centroids import unit
-from varcon_loss.loss import (
-    FUNCTION_OPTIONS,
-    Options,
-    Scored,
-    VarConTerms,
-    evaluate,
-    flatten_views,
-    loss_of,
-    terms_of,
-)
 from varcon_loss.memory import Prediction, predict
 from varcon_loss.ranks import group_of, several_ranks, size_of
 from varcon_loss.readable import values_may_be_read, without_autocast
@@ -131,9 +122,9 @@ class VarConLoss(nn.Module):
     ) -> None:
         super().__init__()
         if positional:
-            checks.refuse_positional_options("VarConLoss", positional)
+            checks.refuse_options("VarConLoss", positional)
         if unknown:
-            known = (*FUNCTION_OPTIONS, *OF_MEMORY)
+            known = (*flow.FUNCTION_OPTIONS, *OF_MEMORY)
             checks.refuse_unknown("VarConLoss", unknown, known, temperature)
         self.temperature, self.epsilon = temperature, epsilon
         checks.check_temperatures(self.temperature, self.epsilon)
@@ -186,7 +177,7 @@ class VarConLoss(nn.Module):
         if positional or unknown:
             checks.refuse_arguments("the call", positional, unknown)
         scored = self._evaluate(features, labels, ref_features, ref_labels, need_terms=False)
-        return loss_of(features, scored)
+        return flow.loss_of(features, scored)
 
     def terms(
         self,
@@ -196,12 +187,12 @@ class VarConLoss(nn.Module):
         ref_features: Tensor | None = None,
         ref_labels: Tensor | None = None,
         **unknown: Never,
-    ) -> VarConTerms:
+    ) -> flow.VarConTerms:
         """As the call, with the per-sample terms that one logs; the loss is ``.reduced``."""
         if positional or unknown:
             checks.refuse_arguments("terms", positional, unknown)
         scored = self._evaluate(features, labels, ref_features, ref_labels, need_terms=True)
-        return terms_of(features, scored)
+        return flow.terms_of(features, scored)
 
     def _evaluate(
         self,
@@ -211,24 +202,24 @@ class VarConLoss(nn.Module):
         ref_labels: Tensor | None,
         *,
         need_terms: bool,
-    ) -> Scored:
+    ) -> flow.Scored:
         learns, memory = self.training and torch.is_grad_enabled(), None
         if self.centroid_momentum is not None:
             memory = self._memory()
             self._warn_of_memory(memory, learns)
         options = self._options(learns)
         sets = (features, labels, ref_features, ref_labels)
-        scored = evaluate(*sets, options, memory, self._exchanges, need_terms=need_terms)
+        scored = flow.evaluate(*sets, options, memory, self._exchanges, need_terms=need_terms)
         if not self.training:
             self._watch_eval_mode(scored[0], None if memory is None else scored[3])
         return scored
 
-    def _options(self, learns: bool) -> Options:
+    def _options(self, learns: bool) -> flow.Options:
         """Of a call; one that does not learn neither moves the memory nor exchanges."""
-        given = {name: getattr(self, name) for name in Options._fields}
+        given = {name: getattr(self, name) for name in flow.Options._fields}
         if not learns:
             given |= {"process_group": None, "centroid_momentum": None}
-        return Options(**given)
+        return flow.Options(**given)
 
     @property
     def centroids(self) -> Tensor:
@@ -246,18 +237,17 @@ class VarConLoss(nn.Module):
         memory = self._memory()
         return unit(memory, memory.dtype)[0]
 
+    @torch.no_grad()
     def _set_centroids(self, means: Any) -> None:
         if self.centroid_momentum is None:
             raise AttributeError(_NO_MEMORY)
-        memory = self._memory()
+        memory, got = self._memory(), getattr(means, "shape", type(means).__name__)
         if not isinstance(means, Tensor) or means.shape != memory.shape:
-            got = list(means.shape) if isinstance(means, Tensor) else type(means).__name__
             raise ValueError(
-                f"centroids must be a tensor {list(memory.shape)}, [num_classes, feature_dim], "
-                f"got {got}: give a row for each class, zeros for a class not known"
+                f"centroids must be a tensor {list(memory.shape)}, [num_classes, feature_dim], got "
+                f"{got}: give a row for each class, zeros for a class not known"
             )
-        with torch.no_grad():
-            memory.copy_(unit(means.detach(), torch.promote_types(means.dtype, memory.dtype))[0])
+        memory.copy_(unit(means.detach(), torch.promote_types(means.dtype, memory.dtype))[0])
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Prediction:
@@ -276,8 +266,8 @@ class VarConLoss(nn.Module):
         """
         memory = self._require_memory()
         checks.check_features(features)
-        rows, shape = flatten_views(features), features.shape[: 1 if features.ndim == 2 else 2]
-        checks.check_memory_fits(rows.shape[1], features, memory)
+        rows, shape = flow.flatten_views(features), features.shape[: 1 if features.ndim == 2 else 2]
+        checks.check_memory_fits(features, memory)
         self._warn_of_memory(memory, learns=False)
         with without_autocast(features.device.type):
             dtype = torch.promote_types(features.dtype, memory.dtype)
@@ -365,34 +355,30 @@ class VarConLoss(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "centroids":  # before Module takes a Parameter for one of its own
             return self._set_centroids(value)
-        if name in Options._fields or name in OF_MEMORY:
+        if name in flow.Options._fields or name in OF_MEMORY:
             value = self._checked(name, value)
         super().__setattr__(name, value)
 
     def _checked(self, name: str, value: Any) -> Any:
         """An option as it is kept, beside the ones that are there."""
-        if name == "centroid_momentum":
-            return value if value is None else self._checked_momentum(value, self.leave_one_out)
-        value = checks.option(name, value)
+        if name != "centroid_momentum":
+            value = checks.option(name, value)
         if name == "weight":
             checks.check_weight_values(value)
-        if self.__dict__.get("centroid_momentum") is None:
+        momentum = value if name == "centroid_momentum" else self.__dict__.get("centroid_momentum")
+        if momentum is None or name not in ("centroid_momentum", "leave_one_out", "num_classes"):
             return value
-        if name == "leave_one_out":
-            self._checked_momentum(self.centroid_momentum, value)
-        elif name == "num_classes" and value != len(self._memory()):
-            raise ValueError(
-                f"num_classes cannot become {value}: the centroid memory has "
-                f"{len(self._memory())} classes. Make a new loss"
-            )
-        return value
-
-    def _checked_momentum(self, momentum: Any, leave_one_out: bool) -> float | None:
         if self.centroid_memory is None:
             raise AttributeError(_NO_MEMORY)
-        return checks.check_memory_options(
-            self.num_classes, self.feature_dim, momentum, leave_one_out
-        )
+        num_classes = self.centroid_memory.shape[0]
+        if name == "num_classes" and value != num_classes:
+            raise ValueError(
+                f"num_classes cannot become {value}: the centroid memory has {num_classes} "
+                "classes. Make a new loss"
+            )
+        alone = value if name == "leave_one_out" else self.leave_one_out
+        momentum = checks.check_memory_options(num_classes, self.feature_dim, momentum, alone)
+        return momentum if name == "centroid_momentum" else value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VarConLoss":
         """As in `torch.nn.Module`, but the memory stays float32, and weights lose no digits.
@@ -442,8 +428,8 @@ class VarConLoss(nn.Module):
     def extra_repr(self) -> str:
         """What was chosen, where it differs from the defaults."""
         shown = []
-        for name in (*FUNCTION_OPTIONS, *OF_MEMORY):
-            value, default = getattr(self, name), Options._field_defaults.get(name)
+        for name in (*flow.FUNCTION_OPTIONS, *OF_MEMORY):
+            value, default = getattr(self, name), flow.Options._field_defaults.get(name)
             if name == "weight":
                 shown += [] if value is None else [f"weight=[{len(value)}]"]
             elif value != default or name in ("temperature", "epsilon"):

@@ -1,11 +1,12 @@
 """Classes over all ranks of a process group, for one collective a step and none in backward.
 
 No gradient flows through centroids, so ranks need each other's class sums and counts, never each
-other's embeddings. A table ``[C, D + 1]`` of all classes is summed where ``C`` is at most the number
-of samples of all ranks; else the rows of the classes that each rank holds are gathered. A rank that
-raises ends the job, as in DistributedDataParallel.
+other's embeddings. A table ``[C, D + 1]`` of all classes is summed where ``C`` is at most the
+number of samples of all ranks; else the rows of the classes that each rank holds are gathered. A
+rank that raises ends the job, as in DistributedDataParallel.
 """
 
+import ctypes
 import sys
 import zlib
 from typing import Any
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from varcon_loss.centroids import Classes, Table, add_rows, name_rows
+from varcon_loss.labels import Labels
 from varcon_loss.readable import values_may_be_read
 
 
@@ -44,12 +46,7 @@ def size_of(group: Any) -> int:
 
 
 def room_of(
-    group: Any,
-    exchanges: Any,
-    num_samples: int,
-    soft: bool,
-    num_classes: int | None,
-    same: dict[str, Any],
+    group: Any, exchanges: Any, num_samples: int, labels: Labels, same: dict[str, Any]
 ) -> int | None:
     """How ranks add up their classes: agreed on once, at their first step, with their options.
 
@@ -57,8 +54,7 @@ def room_of(
         group: of ranks.
         exchanges: what was agreed on before, by group; written to.
         num_samples: of this rank; a later batch must not have more classes.
-        soft: labels are class probabilities, so that a sample may be of any class.
-        num_classes: ``C``, if it is known.
+        labels: of this rank; under class probabilities a sample may be of any class.
         same: what the ranks must have alike: numbers, texts and tensors.
 
     Returns:
@@ -69,16 +65,18 @@ def room_of(
         ValueError: on every rank, if they disagree.
     """
     known = exchanges.setdefault(group, {})
-    key = (soft, num_classes, same["feature width"], same["dtype"])
+    num_classes = same["num_classes"]
+    key = (num_classes, same["feature width"], same["dtype"])
     if key in known:
         return known[key]
+    if labels.shares is not None and num_classes is not None and num_samples > 0:
+        num_samples = max(num_samples, num_classes)  # each may be of any class
     # A compiled graph breaks here, once. Where nobody compiles its compiler is not imported: that
     # would keep the process group alive.
-    agree = torch.compiler.disable(_agree) if "torch._dynamo" in sys.modules else _agree
-    held = agree(group, num_samples, same | {"num_classes": num_classes})
-    room = None
+    agree: Any = torch.compiler.disable(_agree) if "torch._dynamo" in sys.modules else _agree
+    held, room = agree(group, num_samples, same), None
     if num_classes is not None:
-        room = 0 if soft or num_classes <= sum(held) else min(num_classes, max(held))
+        room = 0 if num_classes <= sum(held) else min(num_classes, max(held))
     if any(held):  # a step without samples tells nothing of the next
         known[key] = room
     return room
@@ -102,8 +100,9 @@ def _agree(group: Any, num_samples: int, same: dict[str, Any]) -> list[int]:
 
 def _comparable(value: Any) -> Any:
     if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        return f"{list(value.shape)} with checksum {zlib.crc32(bytes(flat.tolist()))}"
+        flat = value.detach().cpu().contiguous()
+        bits = ctypes.string_at(flat.data_ptr(), flat.numel() * flat.itemsize)
+        return f"{list(value.shape)} with checksum {zlib.crc32(bits)}"
     return value
 
 
@@ -135,9 +134,9 @@ def over_ranks(
         room = int(largest)
     elif rows.shape[0] > room:
         raise ValueError(
-            f"rank {dist.get_rank(group)} has up to {rows.shape[0]} classes, but the first step made "
-            f"room for {room} a rank, all that its largest batch could have: start with a full "
-            "batch"
+            f"rank {dist.get_rank(group)} has up to {rows.shape[0]} classes, but the first step "
+            f"made room for {room} a rank, all that its largest batch could have: start with a "
+            "full batch, and with class probabilities where some batches have them"
         )
     # Class numbers travel as bits: a float would round them. Row 0 carries the total.
     bits = names.unsqueeze(1).view(rows.dtype)

@@ -10,6 +10,8 @@ label is one share of 1. The chunk's logits stay in the cache. The sum of all ke
 ``sum_k u_k`` and applies ``- B`` to all classes at once.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,28 +31,16 @@ TINY = 1e-30
 
 
 def sweep(
-    z: Tensor,
-    w: Tensor,
-    present: Tensor | None,
-    slots: Tensor | None,
-    shares: Tensor | None,
-    own: Tensor | None,
-    temperature: float,
-    epsilon: float,
-    unit: bool,
-    need_grad: bool,
+    z: Tensor, w: Tensor, present: Tensor | None, slots: Tensor | None, shares: Tensor | None,
+    own: Tensor | None, temperature: float, epsilon: float, unit: bool, need_grad: bool,
     need_terms: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss ``[N]``, its terms and its gradient; see `sweep_by_equations` for the other arguments.
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss ``[N]``; KL, NLL, confidence and tau2 ``[4, N]``; and the gradient ``[N, D]``.
 
-    Args:
-        unit: rows ``z`` have unit length, or are zero. The gradient is then that of unnormalised
-            rows, times their length.
-        need_grad: else the gradient is empty.
-        need_terms: else the terms are ``[4, 0]``.
-
-    Returns:
-        ``[N]``; KL, NLL, confidence and tau2 ``[4, N]``; ``[N, D]``.
+    The arguments are those of `sweep_by_equations`, and three more. With ``unit`` the rows ``z``
+    have unit length, or are zero, and the gradient is that of unnormalised rows, times their
+    length. Without ``need_grad`` the gradient is empty, without ``need_terms`` the terms are
+    ``[4, 0]``.
     """
     keys = w / temperature
     num_others = w.shape[0] - 1 if present is None else present.sum().sub_(1).clamp_min_(0)
@@ -79,9 +69,10 @@ def sweep(
     gradient = z.new_empty(z.shape if need_grad else 0)
     for start in range(0, num_rows, chunk):
         rows = slice(start, start + chunk)
-        given = [None if x is None else x[rows] for x in (z, slots, shares, own)]
+        n = min(chunk, num_rows - start)
         out = gradient[rows] if need_grad else None
-        part = _chunk(*constants, buffer[: given[0].shape[0]], out, *given)
+        slots_, shares_, own_ = (None if x is None else x[rows] for x in (slots, shares, own))
+        part = _chunk(*constants, buffer[:n], out, z[rows], slots_, shares_, own_)
         loss[rows] = part[0]
         if need_terms:
             terms[:, rows] = part[1]
@@ -89,23 +80,11 @@ def sweep(
 
 
 def _chunk(
-    keys: Tensor,
-    key_sum: Tensor,
-    present: Tensor | None,
-    num_others: Tensor | int,
-    plain: bool,
-    project: bool,
-    temperature: float,
-    epsilon: float,
-    need_grad: bool,
-    need_terms: bool,
-    buffer: Tensor | None,
-    gradient: Tensor | None,
-    z: Tensor,
-    slots: Tensor | None,
-    shares: Tensor | None,
-    own: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keys: Tensor, key_sum: Tensor, present: Tensor | None, num_others: Tensor | int, plain: bool,
+    project: bool, temperature: float, epsilon: float, need_grad: bool, need_terms: bool,
+    buffer: Tensor | None, gradient: Tensor | None, z: Tensor, slots: Tensor | None,
+    shares: Tensor | None, own: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`sweep` of the rows ``z`` ``[n, D]``.
 
     ``keys`` ``[S, D]`` are the centroids divided by the temperature, ``num_others`` is ``K - 1``.
@@ -124,7 +103,8 @@ def _chunk(
 
     # Own classes stay out of the sum over the rest, so that 1 - p is never a subtraction. Where a
     # row has several, each has the other ones added.
-    several, total, shift, own_masked = shares is not None, None, None, own_logit
+    several, shift, own_masked = shares is not None, None, own_logit
+    total: Any = None
     if slots is not None:
         u.scatter_(1, slots, -torch.inf)
     if several and present is not None:
@@ -152,7 +132,6 @@ def _chunk(
         rest = _sum_of_others(own_weights)
         lse_others = (rest if total is None else rest.add_(total)).log_()
     else:
-        assert total is not None
         own_weights, lse_others = total, total.log()
     if shift is not None:
         lse_others += shift

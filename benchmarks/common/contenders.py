@@ -1,5 +1,6 @@
 """What the ``speed`` benchmark compares: losses as functions of features and labels."""
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from benchmarks.common.transcriptions import (
     authors_operations,
     authors_operations_on_soft_labels,
     lean_log_space,
+    nll_alone,
 )
 from varcon_loss import varcon_loss
 
@@ -86,6 +88,20 @@ def _around_cut_cross_entropy() -> Loss:
     return loss
 
 
+def _linear_cross_entropy() -> Loss:
+    """In chunks, as torch has it from 2.13 on."""
+    chunked = functools.partial(
+        torch.nn.functional.linear_cross_entropy,
+        options=torch.nn.LinearCrossEntropyOptions(),
+    )
+    return functools.partial(nll_alone, cross_entropy=chunked)
+
+
+def _no_linear_cross_entropy(device: str) -> str | None:
+    found = hasattr(torch.nn, "LinearCrossEntropyOptions")
+    return None if found else "torch has no linear_cross_entropy"
+
+
 def _by_hand(features: Tensor, labels: Tensor) -> Tensor:
     loss = authors_operations_on_soft_labels if labels.is_floating_point() else authors_operations
     return loss(features, labels)
@@ -103,6 +119,9 @@ CONTENDERS: dict[str, Contender] = {
     "equations, lean, compiled": Contender("varcon", _compiled(lean_log_space)),
     "cut-cross-entropy composition": Contender(
         "varcon", _around_cut_cross_entropy, _cuda_with("cut_cross_entropy")
+    ),
+    "NLL alone (linear_cross_entropy)": Contender(
+        "nll", _linear_cross_entropy, _no_linear_cross_entropy
     ),
     "SupCon (pytorch-metric-learning)": Contender(
         "supcon", _pml("SupConLoss"), _needs("pytorch_metric_learning")

@@ -230,11 +230,13 @@ def _evaluate(loss: Loss, features: Tensor, labels: Tensor) -> None:
 def gate(name: str, loss: Loss, features: Tensor, labels: Tensor) -> float | None:
     """Relative error against float64 on the first rows; raises if it is too large."""
     from benchmarks.common.supcon import supcon_loss
+    from benchmarks.common.transcriptions import nll_alone
     from varcon_loss import varcon_loss
 
     oracles = {
         "varcon": lambda x, y: varcon_loss(x, y, impl="reference"),
         "supcon": supcon_loss,
+        "nll": nll_alone,
     }
     x, y = features.detach()[:GATE_ROWS].clone().requires_grad_(), labels[:GATE_ROWS]
     value = loss(x, y)

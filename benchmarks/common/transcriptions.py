@@ -97,3 +97,20 @@ def lean_log_space(
         (num_classes - 1) * (log_q_other + nll + own) - others
     )
     return (kl + nll).mean()
+
+
+def nll_alone(
+    features: Tensor,
+    labels: Tensor,
+    temperature: float = 0.1,
+    cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The NLL of the loss and no KL, by ``cross_entropy(z, w / temperature, slots)``."""
+    z = F.normalize(features, dim=1)
+    classes, slots = torch.unique(labels, return_inverse=True)
+    with torch.no_grad():
+        sums = z.new_zeros(len(classes), z.shape[1]).index_add_(0, slots, z)
+        w = F.normalize(sums, dim=1) / temperature
+    if cross_entropy is None:
+        return F.cross_entropy(z @ w.T, slots)
+    return cross_entropy(z, w, slots)

@@ -1,11 +1,12 @@
 """Time, memory, bytes between ranks, and what a GPU says."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import large_batch, speed
+from benchmarks import gpu_proof, large_batch, speed
 from benchmarks.common import measure, plots, results
 from benchmarks.common.contenders import OURS
 from benchmarks.report.markdown import embedded, folded, grid, origin
@@ -230,27 +231,16 @@ def gpu_section(folder: Path) -> Iterator[str]:
     yield "## What happens on a GPU?\n"
     if not (folder / "gpu-proof.json").exists():
         yield (
-            "**No kernel has run on a GPU yet.** What is known without one (registers, spills, "
-            "matrix instructions, floors) is in [docs/kernels.md](../docs/kernels.md); "
-            "`python -m benchmarks gpu-proof` measures the rest.\n"
+            "**No kernel has run on a GPU yet.** What is known without one is in "
+            "[docs/kernels.md](../docs/kernels.md); `python -m benchmarks gpu-proof` measures the "
+            "rest.\n"
         )
         return
-    frame, env = results.read("gpu-proof", folder)
-    yield origin("gpu-proof", env) + "\n"
-    keys = ["stage", "status", "seconds", "last_line"]
-    yield from grid(
-        ["stage", "outcome", "seconds", "last line"],
-        ([row[key] for key in keys] for _, row in frame.iterrows()),
-    )
-    for _, row in frame.dropna(subset=["rows"]).iterrows():
-        # What is a table itself stays in the file.
-        measured = pd.DataFrame(row["rows"]).drop(
-            columns=["microseconds", "floor"], errors="ignore"
-        )
-        measured = measured.astype(object).where(measured.notna(), None)
-        lines = (
-            [f"{v:.3g}" if isinstance(v, float) else v for v in line]
-            for line in measured.itertuples(index=False)
-        )
-        yield from folded(str(row["stage"]), grid(list(measured.columns), lines))
+    content = json.loads((folder / "gpu-proof.json").read_text())
+    yield origin("gpu-proof", content["environment"]) + "\n"
+    for name, found in content["checks"].items():
+        yield f"- {name}: {found['outcome']}, {found['seconds']} s"
+    yield f"- **{content['verdict']}**\n"
+    head, *lines = gpu_proof.table(content["rows"])
+    yield from grid(head, lines)
     yield ""

@@ -1,3 +1,4 @@
+# pyright: reportIncompatibleMethodOverride=false
 """VarCon as a pytorch-metric-learning (PML) loss.
 
     from varcon_loss.integrations.metric_learning import CrossBatchMemory, VarConLoss
@@ -9,70 +10,56 @@ one's name added.
 
 import importlib.metadata
 import re
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import varcon_loss
+from varcon_loss import checks
 
 try:
-    import pytorch_metric_learning
-except ImportError as error:
-    raise ImportError(
-        "varcon_loss.integrations.metric_learning needs pytorch-metric-learning: "
-        "pip install 'pytorch-metric-learning>=2.2,<3'"
-    ) from error
-try:
+    import pytorch_metric_learning  # noqa: F401
+
     _version = importlib.metadata.version("pytorch-metric-learning")
-except importlib.metadata.PackageNotFoundError:  # a folder on the path
-    _version = getattr(pytorch_metric_learning, "__version__", "one that names no version")
+except ImportError:  # also where nothing records what is installed
+    _version = getattr(sys.modules.get("pytorch_metric_learning"), "__version__", "none")
 if not re.match(r"2\.([2-9]|\d\d)", _version):
     raise ImportError(
         "varcon_loss.integrations.metric_learning supports pytorch-metric-learning >=2.2,<3, found "
         f"{_version}: pip install 'pytorch-metric-learning>=2.2,<3'"
     )
 
-from typing import Any
-
-import torch
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
 from pytorch_metric_learning.reducers import MeanReducer
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
-from torch import Tensor
-
-import varcon_loss
-from varcon_loss import checks
 
 __all__ = ["CrossBatchMemory", "SelfSupervisedLoss", "VarConLoss"]
 
-_STATISTICS = ("tau2", "confidence", "kl", "nll", "num_classes", "num_anchors")
+_MEANS = ("tau2", "confidence", "kl", "nll")
 
 # What `varcon_loss.VarConLoss` and other losses take and PML has another place for.
 _ELSEWHERE = {
     "num_classes": "leave it out, any integers serve as labels",
     "embedding_size": "leave it out, VarCon has no weights of its own",
+    "weight_regularizer": "leave it out, VarCon has no weights of its own",
+    "contrast_mode": "leave it out, every embedding is an anchor",
+    "base_temperature": "leave it out, VarCon does not rescale the loss",
     "normalize": "use distance=DotProductSimilarity(normalize_embeddings=False) for raw embeddings",
     "reduction": "use reducer=MeanReducer() (the default), SumReducer() or DoNothingReducer()",
     "ignore_index": "leave such samples out of the call",
     "weight": "use reducer=ClassWeightedReducer(weights), which divides by the number of anchors",
     "process_group": "use pytorch_metric_learning.utils.distributed.DistributedLossWrapper(loss)",
-    "exchange": "use pytorch_metric_learning.utils.distributed.DistributedLossWrapper(loss)",
     "feature_dim": "use CrossBatchMemory(loss, embedding_size) of this module",
-    "centroid_momentum": "use CrossBatchMemory(loss, embedding_size) of this module, or "
-    "varcon_loss.VarConLoss outside PML",
-    "contrast_mode": "leave it out, every embedding is an anchor",
-    "weight_regularizer": "leave it out, VarCon has no weights of its own",
-    "base_temperature": "leave it out, VarCon does not rescale the loss",
+    "centroid_momentum": "use CrossBatchMemory(loss, embedding_size) of this module",
 }
 
 
 def _names(kind: type) -> list[str]:
     """PML's wrappers compare bare class names: of ``kind`` and of every class derived from it."""
     return [kind.__name__, *(name for heir in kind.__subclasses__() for name in _names(heir))]
-
-
-def _refuse_core_loss(wrapper: str, loss: object) -> None:
-    if isinstance(loss, varcon_loss.VarConLoss):
-        raise TypeError(
-            f"{wrapper} wraps PML's kind of loss, got varcon_loss.VarConLoss: "
-            "from varcon_loss.integrations.metric_learning import VarConLoss"
-        )
 
 
 class VarConLoss(pml_losses.BaseMetricLossFunction):
@@ -126,103 +113,73 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
     """
 
     def __init__(
-        self,
-        temperature: float = 0.1,
-        epsilon: float = 0.02,
-        *,
-        leave_one_out: bool = False,
-        impl: str = "auto",
-        **kwargs: Any,
-    ) -> None:
+        self, temperature: float = 0.1, *, epsilon: float = 0.02, leave_one_out: bool = False,
+        impl: str = "auto", **kwargs: Any,
+    ) -> None:  # fmt: skip
         misplaced = [f"{name}: {_ELSEWHERE[name]}" for name in kwargs if name in _ELSEWHERE]
         if misplaced:
-            raise TypeError(
-                "pytorch-metric-learning's VarConLoss does not take " + "; ".join(misplaced)
-            )
+            raise TypeError(f"VarConLoss for PML does not take {'; '.join(misplaced)}")
         super().__init__(**kwargs)
-        core = varcon_loss.VarConLoss(temperature, epsilon, leave_one_out=leave_one_out, impl=impl)
+        options = {"epsilon": epsilon, "leave_one_out": leave_one_out, "impl": impl}
+        varcon_loss.VarConLoss(temperature, **options)  # which checks them
         _check_distance(self.distance)
-        self.temperature = core.temperature
-        self.epsilon = core.epsilon
-        self.leave_one_out = core.leave_one_out
-        self.impl = core.impl
+        self.temperature, self.epsilon = temperature, epsilon
+        self.leave_one_out, self.impl = leave_one_out, impl
         self.add_to_recordable_attributes(list_of_names=["temperature", "epsilon"], is_stat=False)
-        self.add_to_recordable_attributes(list_of_names=list(_STATISTICS), is_stat=True)
+        statistics = [*_MEANS, "num_classes", "num_anchors"]
+        self.add_to_recordable_attributes(list_of_names=statistics, is_stat=True)
 
     def compute_loss(
-        self,
-        embeddings: Tensor,
-        labels: Tensor | None,
-        indices_tuple: tuple[Tensor, ...] | None,
-        ref_emb: Tensor,
-        ref_labels: Tensor | None,
+        self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
     ) -> dict[str, Any]:
         """PML's hook: per-anchor losses, for its reducer to weigh and reduce."""
         if labels is None or ref_labels is None:
             raise ValueError("VarConLoss needs labels, and ref_labels beside ref_emb")
         _check_distance(self.distance)
+        _check_inputs(embeddings=embeddings, labels=labels, ref_emb=ref_emb, ref_labels=ref_labels)
         using_ref = ref_emb is not embeddings or (
             ref_labels is not labels and not torch.equal(ref_labels, labels)
         )
         if using_ref and self.leave_one_out:
-            raise ValueError(
-                "leave_one_out has no meaning with ref_emb or a memory, which hold more than the "
-                "anchors: use leave_one_out=False"
-            )
-        _check_inputs(embeddings, labels, ref_emb, ref_labels)
-        if len(embeddings) == 0 or len(ref_emb) == 0:
-            return self.zero_losses()
-        if indices_tuple is not None and all(len(indices) == 0 for indices in indices_tuple):
-            return self.zero_losses()
-        self._record_norms(embeddings, ref_emb)
+            raise ValueError("leave_one_out has no meaning with ref_emb, which is no anchor's own")
         rows = torch.arange(len(labels), device=labels.device)
-        options: dict[str, Any] = {}
+        reference = {}
         if using_ref:
-            found = torch.isin(labels.long(), ref_labels.long())  # torch.isin takes no uint16
-            if not bool(found.all()):
-                rows = rows[found]
-            _warn_of_lost_gradient(embeddings, ref_emb)
-            options = {"ref_features": ref_emb.detach(), "ref_labels": ref_labels}
-        if len(rows) == 0:
+            reference = {"ref_features": ref_emb.detach(), "ref_labels": ref_labels}
+            rows = rows[torch.isin(labels.long(), ref_labels.long())]  # takes no uint16
+        chosen = indices_tuple is None or any(len(indices) for indices in indices_tuple)
+        if len(rows) == 0 or not chosen:
             return self.zero_losses()
+        if using_ref:
+            _warn_of_lost_gradient(embeddings, ref_emb)
+        self._record_norms(embeddings, ref_emb)
         everyone = len(rows) == len(labels)
         terms = varcon_loss.varcon_terms(
-            embeddings if everyone else embeddings[rows],
-            labels if everyone else labels[rows],
-            self.temperature,
-            self.epsilon,
-            normalize=self.distance.normalize_embeddings,
-            ignore_index=None,
-            leave_one_out=self.leave_one_out,
-            impl=self.impl,
-            **options,
-        )
+            embeddings if everyone else embeddings[rows], labels if everyone else labels[rows],
+            self.temperature, epsilon=self.epsilon, leave_one_out=self.leave_one_out,
+            impl=self.impl, normalize=self.distance.normalize_embeddings, ignore_index=None,
+            **reference,
+        )  # fmt: skip
         losses = terms.loss
-        if self.leave_one_out:
+        if self.leave_one_out:  # without whom their class has nobody left
             rows, losses = rows[terms.valid], losses[terms.valid]
             if len(rows) == 0:
                 return self.zero_losses()
         if indices_tuple is not None:
-            weights = lmu.convert_to_weights(
-                indices_tuple, labels, dtype=losses.dtype, using_ref=using_ref
-            )
-            losses = losses * weights[rows]
+            kind = {"dtype": losses.dtype, "using_ref": using_ref}
+            losses = losses * lmu.convert_to_weights(indices_tuple, labels, **kind)[rows]
         if self.collect_stats:
-            self._record(terms, len(rows))
+            for name in _MEANS:
+                setattr(self, name, float(getattr(terms, name)[terms.valid].mean()))
+            self.num_classes, self.num_anchors = int(terms.num_classes), len(rows)
         return {"loss": {"losses": losses, "indices": rows, "reduction_type": "element"}}
 
     def _record_norms(self, query: Tensor, ref: Tensor) -> None:
         """What the distance would record if it were called; VarCon needs no matrix of it."""
-        distance = self.distance
-        if distance.collect_stats:
+        if self.distance.collect_stats:
             with torch.no_grad():
-                norms = distance.maybe_normalize(query), distance.maybe_normalize(ref)
-            distance.set_default_stats(query, ref, *norms)
-
-    def _record(self, terms: varcon_loss.VarConTerms, num_anchors: int) -> None:
-        for name in ("tau2", "confidence", "kl", "nll"):
-            setattr(self, name, float(getattr(terms, name)[terms.valid].mean()))
-        self.num_classes, self.num_anchors = int(terms.num_classes), num_anchors
+                norms = [self.distance.maybe_normalize(rows) for rows in (query, ref)]
+            self.distance.set_default_stats(query, ref, *norms)
 
     def get_default_distance(self) -> Any:
         """The core's own normalisation."""
@@ -233,49 +190,35 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
         return MeanReducer()
 
     def extra_repr(self) -> str:
-        """What was chosen, where it differs from the defaults."""
-        shown = f"temperature={self.temperature}, epsilon={self.epsilon}"
-        if self.leave_one_out:
-            shown += ", leave_one_out=True"
-        return shown if self.impl == "auto" else f"{shown}, impl={self.impl!r}"
+        """What was chosen."""
+        return (f"temperature={self.temperature}, epsilon={self.epsilon}, "
+                f"leave_one_out={self.leave_one_out}, impl={self.impl!r}")  # fmt: skip
 
 
 def _check_distance(distance: Any) -> None:
     """It is read anew in each call, as it may be set after the loss was made."""
-    if type(distance) not in (CosineSimilarity, DotProductSimilarity) or distance.power != 1:
+    plain = type(distance) in (CosineSimilarity, DotProductSimilarity) and distance.power == 1
+    if not plain or (distance.normalize_embeddings and distance.p != 2):
         raise ValueError(
             "VarConLoss compares embeddings with centroids by cosine or dot product: distance "
-            f"must be CosineSimilarity() or DotProductSimilarity(), got {distance}"
-        )
-    if distance.normalize_embeddings and distance.p != 2:
-        raise ValueError(
-            "VarConLoss divides embeddings by their Euclidean length: distance must have p=2, "
-            f"or normalize_embeddings=False, got {distance} with p={distance.p}"
+            "must be CosineSimilarity() or DotProductSimilarity() with power=1, and p=2 where it "
+            f"normalizes, got {distance} with power={distance.power}, p={distance.p}"
         )
 
 
-def _check_inputs(embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> None:
-    """Under the names that PML gives them."""
-    for name, given in (("labels", labels), ("ref_labels", ref_labels)):
-        if given.is_floating_point():
+def _check_inputs(**given: Tensor) -> None:
+    """What `varcon_loss.VarConLoss` takes and PML does not."""
+    for name, rows in given.items():
+        if "labels" in name and (rows.is_floating_point() or rows.dtype == torch.bool):
             raise TypeError(
-                f"{name} must be integers, as everywhere in pytorch-metric-learning, got "
-                f"{given.dtype} {list(given.shape)}: for class probabilities use "
-                "varcon_loss.VarConLoss"
+                f"{name} must be integers, got {rows.dtype} {list(rows.shape)}: class "
+                "probabilities are for varcon_loss.VarConLoss"
             )
-    checks.check_samples(embeddings, labels, features_name="embeddings")
-    checks.check_samples(ref_emb, ref_labels, features_name="ref_emb", labels_name="ref_labels")
-    for name, rows in (("embeddings", embeddings), ("ref_emb", ref_emb)):
-        if rows.ndim != 2:
+        if "emb" in name and rows.ndim != 2:
             raise ValueError(
                 f"{name} must have shape [N, D], got {list(rows.shape)}: for V views of each "
                 "sample use embeddings.flatten(0, 1) and labels.repeat_interleave(V)"
             )
-    if embeddings.shape[1] != ref_emb.shape[1] or embeddings.device != ref_emb.device:
-        raise ValueError(
-            f"ref_emb must have the width and device of embeddings, {embeddings.shape[1]} on "
-            f"{embeddings.device}, got {ref_emb.shape[1]} on {ref_emb.device}"
-        )
 
 
 def _warn_of_lost_gradient(embeddings: Tensor, ref_emb: Tensor) -> None:
@@ -283,18 +226,31 @@ def _warn_of_lost_gradient(embeddings: Tensor, ref_emb: Tensor) -> None:
         return
     # A reference that begins with the batch, as in DistributedLossWrapper(efficient=True), is no
     # second tower: its samples learn as anchors.
-    if ref_emb.dtype == embeddings.dtype and torch.equal(ref_emb[: len(embeddings)], embeddings):
-        return
-    checks.warn(
-        "VarConLoss gives ref_emb no gradient: it makes the centroids, through which none flows, "
-        "so that a second tower does not learn here (it does with SupConLoss). To train both "
-        "towers use SelfSupervisedLoss(loss, symmetric=True), or one batch of both, "
-        "loss(torch.cat([emb, ref_emb]), torch.cat([labels, ref_labels])). If the reference is "
-        "meant to stay fixed, pass ref_emb.detach()"
-    )
+    if not torch.equal(ref_emb[: len(embeddings)], embeddings.to(ref_emb.dtype)):
+        checks.warn(
+            "VarConLoss gives ref_emb no gradient, so that a second tower does not learn (it does "
+            "with SupConLoss). To train both use SelfSupervisedLoss(loss, symmetric=True), or "
+            "loss(torch.cat([emb, ref_emb]), torch.cat([labels, ref_labels])). If the reference "
+            "is meant to stay fixed, pass ref_emb.detach()"
+        )
 
 
-class CrossBatchMemory(pml_losses.CrossBatchMemory):
+class _TakesVarCon:
+    """What a wrapper of PML's needs to accept `VarConLoss`: PML compares bare class names."""
+
+    def __init__(self, loss: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        if isinstance(loss, varcon_loss.VarConLoss):
+            need = f"from {__name__} import VarConLoss"
+            raise TypeError(f"{type(self).__name__} got varcon_loss.VarConLoss: {need}")
+        super().__init__(loss, *args, **kwargs)  # type: ignore[call-arg]
+
+    @classmethod
+    def supported_losses(cls) -> list[str]:
+        """Names of the losses that may be wrapped."""
+        return [*super().supported_losses(), *_names(VarConLoss)]  # type: ignore[misc]
+
+
+class CrossBatchMemory(_TakesVarCon, pml_losses.CrossBatchMemory):
     """PML's ``CrossBatchMemory``, which accepts `VarConLoss` and what derives from it, too.
 
     With `VarConLoss`, and neither miner nor ``indices_tuple``, the list of all pairs of batch and
@@ -305,48 +261,21 @@ class CrossBatchMemory(pml_losses.CrossBatchMemory):
     """
 
     def __init__(self, loss: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        _refuse_core_loss("CrossBatchMemory", loss)
         super().__init__(loss, *args, **kwargs)
         if isinstance(loss, VarConLoss) and loss.leave_one_out:
-            raise ValueError(
-                "leave_one_out has no meaning with a memory, which holds the anchors themselves: "
-                "use leave_one_out=False"
-            )
+            raise ValueError("leave_one_out has no meaning with a memory, which holds the anchors")
 
-    @staticmethod
-    def supported_losses() -> list[str]:
-        """Names of the losses that may be wrapped."""
-        return [*pml_losses.CrossBatchMemory.supported_losses(), *_names(VarConLoss)]
-
-    def create_indices_tuple(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        E_mem: Tensor,  # noqa: N803
-        L_mem: Tensor,  # noqa: N803
-        input_indices_tuple: tuple[Tensor, ...] | None,
-        do_remove_self_comparisons: bool,
-    ) -> tuple[Tensor, ...] | None:
+    def create_indices_tuple(self, *args: Any) -> Any:
         """As PML's; None where VarCon has no use for pairs."""
-        if isinstance(self.loss, VarConLoss) and self.miner is None and input_indices_tuple is None:
+        given = args[4]  # embeddings, labels, memory, its labels, indices_tuple, ...
+        if isinstance(self.loss, VarConLoss) and self.miner is None and given is None:
             return None
-        return super().create_indices_tuple(
-            embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
-        )
+        return super().create_indices_tuple(*args)
 
 
-class SelfSupervisedLoss(pml_losses.SelfSupervisedLoss):
+class SelfSupervisedLoss(_TakesVarCon, pml_losses.SelfSupervisedLoss):
     """PML's ``SelfSupervisedLoss``, which accepts `VarConLoss` and what derives from it, too.
 
     With ``symmetric=True``, the default, both towers are anchors and learn. With
     ``symmetric=False`` only the first does: the second makes the centroids, which have no gradient.
     """
-
-    def __init__(self, loss: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        _refuse_core_loss("SelfSupervisedLoss", loss)
-        super().__init__(loss, *args, **kwargs)
-
-    @staticmethod
-    def supported_losses() -> list[str]:
-        """Names of the losses that may be wrapped."""
-        return [*pml_losses.SelfSupervisedLoss.supported_losses(), *_names(VarConLoss)]
