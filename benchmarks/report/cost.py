@@ -92,8 +92,11 @@ def speed_section(folder: Path) -> Iterator[str]:
         "each size; compiling is not in the time."
         + (f" Not here: {', '.join(names)}." if names else "")
     )
+    whole = (folder / f"{large_batch.NAME}.json").exists()
+    steps = results.read(large_batch.NAME, folder)[0] if whole else None
     yield embedded(
-        plots.draw_hero(frame, folder / "speed-hero.png"), "time and memory over batch size"
+        plots.draw_hero(frame, folder / "speed-hero.png", steps=steps),
+        "time and memory over batch size",
     )
     for k in sorted(frame["num_classes"].unique()):
         ours = frame[(frame["contender"] == OURS) & (frame["num_classes"] == k)]
