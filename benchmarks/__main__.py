@@ -27,6 +27,7 @@ QUESTIONS = {
     "robustness": "Corrupted images, other data than trained on, few labels.",
     "hierarchy": "Do similar classes lie near one another? The tree of class means.",
     "several-labels": "Two labels an image, against binary cross-entropy.",
+    "large-batch": "A step in chunks beside one batch, and SupCon beside both.",
     "momentum": "Which momentum of the centroid memory?",
     "evolution": "Embeddings and temperatures while VarCon and SupCon train.",
     "distributed": "Bytes and time of centroids over ranks, against gathered embeddings.",

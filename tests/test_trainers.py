@@ -4,13 +4,14 @@ import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.common.ranks import run_ranks
-from varcon_loss import ProjectionHead, VarConLoss, varcon_terms
+from varcon_loss import ProjectionHead, VarConLoss, backward_in_chunks, varcon_terms
 
 DOCS = Path(__file__).parent.parent / "docs" / "trainers.md"
 
@@ -48,19 +49,23 @@ def launched(rank: int, world_size: int) -> None:
     )  # fmt: skip
 
 
-def lightning_on_rank(rank: int, world_size: int) -> torch.Tensor:
-    launched(rank, world_size)
+def fit_by_lightning(module: Any, rank: int, world_size: int) -> None:
     import lightning
 
-    scope: dict = {"torch": torch, "VarConLoss": VarConLoss}
-    exec(example("Lightning"), scope)
-    module = scope["Encoder"](net())
     trainer = lightning.Trainer(
         accelerator="cpu", devices=world_size, strategy="ddp", max_steps=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, use_distributed_sampler=False,
         barebones=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, torch.utils.data.DataLoader([share(rank)], batch_size=None))
+
+
+def lightning_on_rank(rank: int, world_size: int) -> torch.Tensor:
+    launched(rank, world_size)
+    scope: dict = {"torch": torch, "VarConLoss": VarConLoss}
+    exec(example("Lightning"), scope)
+    module = scope["Encoder"](net())
+    fit_by_lightning(module, rank, world_size)
     return module.net.weight.detach()
 
 
@@ -80,6 +85,51 @@ def accelerate_on_rank(rank: int, world_size: int) -> torch.Tensor:
     }
     exec(example("Accelerate", 1), scope)
     return model.weight.detach()
+
+
+def chunks_on_rank(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """One step by each example of batches in chunks, here of three samples, and with FSDP2."""
+    launched(rank, world_size)
+    from accelerate import Accelerator
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def run(number: int, scope: dict) -> None:
+        code = example("A larger batch, in chunks", number)
+        assert "chunk_size=32" in code
+        exec(code.replace("chunk_size=32", "chunk_size=3"), scope)
+
+    scope = {"torch": torch, "VarConLoss": VarConLoss, "loader": [share(rank)], "net": net()}
+    run(0, scope)
+    weights = {"ddp": scope["net"].weight.detach()}
+
+    accelerator = scope["accelerator"] = Accelerator(cpu=True)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scope["net"], scope["optimizer"] = accelerator.prepare(model, optimizer)
+    run(1, scope)
+    weights["accelerate"] = model.weight.detach()
+
+    sharded = fully_shard(net(), mesh=init_device_mesh("cpu", (world_size,)))
+    loss = VarConLoss(process_group="world")
+    backward_in_chunks(sharded, loss, *share(rank), chunk_size=3)
+    torch.optim.SGD(sharded.parameters(), lr=0.1).step()
+    weight, _ = sharded.parameters()
+    weights["fsdp2"] = weight.full_tensor().detach()
+
+    exec(example("Lightning"), scope)
+    run(2, scope)
+    module = scope["EncoderInChunks"](net())
+    fit_by_lightning(module, rank, world_size)
+    return weights | {"lightning": module.net.weight.detach()}
+
+
+def test_the_documented_chunks_take_the_step_of_one_batch(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    pytest.importorskip("accelerate")
+    for weights in run_ranks(chunks_on_rank, 2, tmp_path):
+        for weight in weights.values():
+            torch.testing.assert_close(weight, after_one_step())
 
 
 class Backbone(nn.Module):
@@ -180,10 +230,9 @@ def test_a_pretrained_model_starts_with_an_empty_memory(tmp_path: Path) -> None:
         patch.setattr(torch, "empty_like", torch.ones_like)
         model = scope["PretrainedTextEncoder"].from_pretrained(tmp_path / "backbone")
     assert not model.criterion.centroid_memory.any()
-    assert not model.criterion.centroid_seen.any()
 
     model.train()(torch.randint(50, (8, 3)), labels=torch.arange(8) % 5)["loss"].backward()
     model.save_pretrained(tmp_path / "trained")
     again = scope["PretrainedTextEncoder"].from_pretrained(tmp_path / "trained")
-    assert again.criterion.centroid_seen.all()
+    assert again.criterion.centroid_memory.any(dim=1).all()
     assert torch.equal(again.criterion.centroid_memory, model.criterion.centroid_memory)

@@ -100,15 +100,19 @@ def _child_main(
         resource.setrlimit(resource.RLIMIT_AS, (used + memory_limit,) * 2)
     try:
         sender.send({"status": "ok", **function(*arguments)})
-    except (RuntimeError, MemoryError) as error:
-        text = str(error).lower()
-        out_of_memory = isinstance(error, MemoryError) or any(
-            sign in text for sign in ("out of memory", "can't allocate memory", "bad_alloc")
-        )
-        status = "out of memory" if out_of_memory else f"{type(error).__name__}: {error}"
-        sender.send({"status": status.splitlines()[0][:200]})
     except Exception as error:  # a contender's failure is a result like any other
-        sender.send({"status": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
+        sender.send({"status": failure(error)})
+
+
+def failure(error: Exception) -> str:
+    """An error in one line; "out of memory" by whatever name it comes."""
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(sign in text for sign in ("out of memory", "can't allocate memory", "bad_alloc"))
+    ):
+        return "out of memory"
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def time_and_memory(row: dict[str, Any]) -> tuple[str, str]:

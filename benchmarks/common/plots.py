@@ -26,13 +26,24 @@ SPEED_PANELS = (("median", 1e3, "time, ms"), ("peak_bytes", 2**-20, "memory, MiB
 WHERE_LINES_END = "(a line ends where a step takes over 2 s or its process ran out of memory)"
 
 
-def draw_hero(frame: pd.DataFrame, path: Path, num_classes: int = 1000) -> Path:
-    """Time and memory of a step over batch size, ours against what it replaces."""
+STEP_MEMORY = {  # what the third panel shows of a training step, and its names there
+    "VarCon, in chunks": "VarCon\nin chunks",
+    "SupCon, gradient caching": "SupCon\ncaching",
+    "VarCon, one batch": "VarCon\none batch",
+}
+
+
+def draw_hero(
+    frame: pd.DataFrame, path: Path, num_classes: int = 1000, steps: pd.DataFrame | None = None
+) -> Path:
+    """Time and memory over batch size, ours against what it replaces; memory of ``steps`` too."""
     full = frame[(frame["mode"] == "forward+backward") & (frame["num_classes"] == num_classes)]
-    figure, axes = style.panels(1, 2, 3.4)
+    figure, axes = style.panels(1, 2 if steps is None else 3, 3.4)
     ends: dict[Axes, style.Ends] = {}
     last = full["num_rows"].max()
-    for axis, (value, scale, title) in zip(axes[0], SPEED_PANELS, strict=True):
+    if steps is not None:
+        ends[axes[0, 2]] = _draw_step_memory(axes[0, 2], steps)
+    for axis, (value, scale, title) in zip(axes[0], SPEED_PANELS, strict=False):
         for contender, name in HERO.items():
             mine = _positive(full[full["contender"] == contender], value)
             if mine.empty:
@@ -43,20 +54,60 @@ def draw_hero(frame: pd.DataFrame, path: Path, num_classes: int = 1000) -> Path:
             if x == last:
                 ends.setdefault(axis, []).append((x, y, name, drawn["color"]))
             else:
+                over = 6 if name == "SupCon" else 20  # the next line ends beside it
                 axis.annotate(
-                    name, (x, y), (6, 6), textcoords="offset points", color=drawn["color"],
-                    ha="right" if name == "SupCon" else "center", va="bottom",
+                    name, (x, y), (6, over), textcoords="offset points", color=drawn["color"],
+                    ha="right", va="bottom",
                 )  # fmt: skip
         style.log_ticks(axis, x=SIZE_TICKS, y=True)
         axis.set(title=title, xlabel="batch size N")
         axis.set_xlim(50, 12 * last)  # room for the names
-        axis.set_ylim(top=6 * axis.get_ylim()[1])
+        axis.set_ylim(top=15 * axis.get_ylim()[1])
+    with_encoder = "" if steps is None else "; right: with a small CNN, 100 classes"
     figure.suptitle(
         f"One forward and backward, K = {num_classes:,} classes, D = {full['dim'].iloc[0]}, "
-        f"{full['dtype'].iloc[0]}, two CPU cores\n{WHERE_LINES_END}",
+        f"{full['dtype'].iloc[0]}, two CPU cores{with_encoder}\n{WHERE_LINES_END}",
         fontsize=9,
     )
     return style.save(figure, path, ends, gap=25)
+
+
+def _draw_step_memory(axis: Axes, steps: pd.DataFrame) -> style.Ends:
+    steps = steps[steps["status"] == "ok"]
+    ends = []
+    for contender, name in STEP_MEMORY.items():
+        mine = steps[steps["contender"] == contender]
+        drawn, memory = style.line(contender), mine["peak_bytes"] / 2**20
+        axis.plot(mine["num_images"], memory, **drawn)
+        if len(mine):
+            ends.append((mine["num_images"].iloc[-1], memory.iloc[-1], name, drawn["color"]))
+    style.log_ticks(axis, x=(256, 4096), y=True)
+    axis.set(title="whole step: memory, MiB", xlabel="batch size N")
+    axis.set_xlim(right=20 * steps["num_images"].max())
+    axis.set_ylim(top=6 * axis.get_ylim()[1])
+    return ends
+
+
+def draw_large_batch(frame: pd.DataFrame, path: Path) -> Path:
+    """Time for each image and memory of a training step over batch size, whole and in chunks."""
+    figure, axes = style.panels(1, 2, 3.6)
+    frame = frame[frame["status"] == "ok"]
+    frame = frame.assign(
+        each=1e3 * frame["median"] / frame["num_images"], memory=frame["peak_bytes"] / 2**20
+    )
+    for name, mine in frame.groupby("contender", sort=False):
+        for axis, value in zip(axes[0], ("each", "memory"), strict=True):
+            axis.plot(mine["num_images"], mine[value], **style.line(str(name)))
+    for axis, logarithmic in zip(axes[0], (False, True), strict=True):
+        style.log_ticks(axis, x=sorted(set(frame["num_images"])), y=logarithmic)
+        axis.set(xlabel="images of a step", ylim=None if logarithmic else (0, None))
+    axes[0, 0].set_title("time for each image, ms")
+    axes[0, 1].set_title("memory of a step, MiB")
+    figure.suptitle(
+        f"Forward, loss and backward of a small CNN, chunks of {frame['chunk_size'].iloc[0]} images"
+    )
+    style.legend(figure, axes.flat, 4)
+    return style.save(figure, path)
 
 
 def draw_speed(frame: pd.DataFrame, out: Path, name: str) -> list[Path]:

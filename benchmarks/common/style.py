@@ -45,6 +45,10 @@ LINES: dict[str, tuple[str, str, str]] = {
     "varcon-loss, all-gather": ("VarCon, all-gather", BLUE, "--"),
     "VarCon, embeddings gathered": ("VarCon, embeddings gathered", RED, "-"),
     "SupCon, embeddings gathered": ("SupCon, embeddings gathered", ORANGE, "--"),
+    "VarCon, in chunks": ("VarCon, in chunks", BLUE, "-"),
+    "VarCon, one batch": ("VarCon, one batch", BLUE, "--"),
+    "SupCon, gradient caching": ("SupCon, gradient caching", ORANGE, "-"),
+    "SupCon, one batch": ("SupCon, one batch", ORANGE, "--"),
 }
 
 # Ten classes that can be told apart (Petroff, arXiv 2107.02270).
@@ -78,7 +82,7 @@ def line(name: str) -> dict[str, object]:
     label, colour, dashes = LINES.get(method, (method, BLACK, "-"))
     if alpha:
         label, dashes = f"{label}, mixup {alpha}", ":"
-    heavy = name in ("varcon-loss", "VarCon")
+    heavy = name in ("varcon-loss", "VarCon", "VarCon, in chunks")
     return {
         "label": label, "color": colour, "ls": dashes, "marker": "o", "lw": 2.2 if heavy else 1.3,
         "zorder": 3 if heavy else 2,

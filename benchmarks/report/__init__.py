@@ -5,7 +5,13 @@ from pathlib import Path
 
 from benchmarks.common import paired, results
 from benchmarks.common.terminal import progress_bar, written
-from benchmarks.report.cost import costs_section, gpu_section, labels_section, speed_section
+from benchmarks.report.cost import (
+    costs_section,
+    gpu_section,
+    labels_section,
+    large_batch_section,
+    speed_section,
+)
 from benchmarks.report.first_page import first_page
 from benchmarks.report.markdown import rows_of_question
 from benchmarks.report.mixing import mixup_section, several_labels_section
@@ -41,6 +47,7 @@ def write(folder: Path = results.RESULTS) -> Path:
         "evolution": lambda: evolution_section(folder),
         "speed": lambda: speed_section(folder),
         "labels": lambda: labels_section(folder),
+        "large batch": lambda: large_batch_section(folder),
         "costs": lambda: costs_section(folder),
         "gpu": lambda: gpu_section(folder),
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import gpu_proof, speed
+from benchmarks import gpu_proof, large_batch, speed
 from benchmarks.common import measure, plots, results
 from benchmarks.common.contenders import OURS
 from benchmarks.report.markdown import embedded, folded, grid, origin
@@ -92,8 +92,11 @@ def speed_section(folder: Path) -> Iterator[str]:
         "each size; compiling is not in the time."
         + (f" Not here: {', '.join(names)}." if names else "")
     )
+    whole = (folder / f"{large_batch.NAME}.json").exists()
+    steps = results.read(large_batch.NAME, folder)[0] if whole else None
     yield embedded(
-        plots.draw_hero(frame, folder / "speed-hero.png"), "time and memory over batch size"
+        plots.draw_hero(frame, folder / "speed-hero.png", steps=steps),
+        "time and memory over batch size",
     )
     for k in sorted(frame["num_classes"].unique()):
         ours = frame[(frame["contender"] == OURS) & (frame["num_classes"] == k)]
@@ -139,6 +142,27 @@ def _speed_table(part: pd.DataFrame) -> Iterator[str]:
         lines.append([name, *cells, *("" if s is None else f"N^{s:.2f}" for s in slopes)])
     columns = ["contender", *(f"N = {n:,}" for n in sizes), "time ~", "memory ~"]
     yield from grid(columns, lines)
+
+
+def large_batch_section(folder: Path) -> Iterator[str]:
+    """A step in chunks beside one batch."""
+    if not (folder / "large-batch.json").exists():
+        return
+    frame, env = results.read("large-batch", folder)
+    yield "## What does a batch in chunks cost?\n"
+    busy = f" The machine was busy (load {env['load']:.1f})." if env["load"] > 1 else ""
+    yield (
+        f"{origin('large-batch', env)} Forward, loss and backward of a small CNN on images of "
+        f"{large_batch.SIDE} x {large_batch.SIDE}; chunks of {frame['chunk_size'].iloc[0]}. Memory "
+        f"is what a step adds at its peak.{busy}\n"
+    )
+    yield embedded(
+        plots.draw_large_batch(frame, folder / "large-batch.png"),
+        "time and memory of a step over batch size, in one batch and in chunks",
+    )
+    columns = ["", "images", "time, s", "beside one batch", "peak extra memory, MiB"]
+    yield from grid(columns, large_batch.cells(frame))
+    yield ""
 
 
 def costs_section(folder: Path) -> Iterator[str]:
