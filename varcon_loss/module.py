@@ -452,5 +452,4 @@ def _refuse_eval_mode(gradient: Tensor) -> None:
     raise RuntimeError(f"{what}: its gradient is of each rank's own batch alone. {do}")
 
 
-_NEEDS = "num_classes, feature_dim and centroid_momentum"
-_NO_MEMORY = f"this loss remembers no centroids: make it with {_NEEDS}"
+_NO_MEMORY = "this loss remembers no centroids: give num_classes, feature_dim, centroid_momentum"
