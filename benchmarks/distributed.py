@@ -86,16 +86,14 @@ def gather_everything(loss: Step) -> Step:
     return step
 
 
-def contenders(num_classes: int) -> dict[str, Step]:
-    """The ways compared; all but SupCon compute the same loss."""
-    ours = {
-        f"varcon-loss, {exchange}": VarConLoss(
-            num_classes=num_classes, process_group="world", exchange=exchange
-        )
-        for exchange in ("all-reduce", "all-gather")
-    }
+def contenders(num_classes: int, num_samples: int) -> dict[str, Step]:
+    """The ways compared; all but SupCon compute the same loss.
+
+    Ours sums a table of all classes where those are at most the samples of all ranks.
+    """
+    exchange = "all-reduce" if num_classes <= num_samples else "all-gather"
     return {
-        **ours,
+        f"varcon-loss, {exchange}": VarConLoss(num_classes=num_classes, process_group="world"),
         "VarCon, embeddings gathered": gather_everything(varcon_loss),
         "SupCon, embeddings gathered": gather_everything(supcon_loss),
     }
@@ -119,7 +117,7 @@ def _on_rank(
     features = torch.randn(num_rows, dim, generator=generator, requires_grad=True)
     labels = torch.randint(num_classes, (num_rows,), generator=generator)
     rows, expected = [], None
-    for name, step in contenders(num_classes).items():
+    for name, step in contenders(num_classes, world_size * num_rows).items():
         gradient = _step(step, features, labels)
         if "SupCon" not in name:
             # The gradient before DDP's averaging; the value is scaled in ways of their own.
