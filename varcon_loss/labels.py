@@ -138,7 +138,7 @@ def _read_shares(table: Tensor, dtype: torch.dtype, name: str) -> Labels:
             f"{float(table[row, column])} for sample {row} and class {column}: class numbers are "
             f"integers ({name}.long(), one a sample); a sample without a label has a row of zeros"
         )
-    most = int(table.count_nonzero(1).amax())
+    most = max(int(rows.count_nonzero(1).amax()) for rows in table.split(1024))
     all_valid = None if bool(valid.all()) else valid
     if max(1, most) > min(MOST_SHARES, table.shape[1] // 4):
         return Labels(None, table.to(dtype), all_valid)
