@@ -345,7 +345,7 @@ def score(
             labels = labels.broken_where(total.isnan())
         row_weights = labels.weights(weight, z.dtype)
 
-    def swept(labels: Labels, need_terms: bool) -> tuple[Tensor, Tensor]:
+    def swept(labels, need_terms):  # annotations would not be traced by torch 2.6
         given: Any = (*table.place(labels, slots), own, options.temperature, options.epsilon)
         return losses(rows, z, lengths, labels.valid, *given, need_terms=need_terms, impl=impl)
 

@@ -216,7 +216,7 @@ class VarConLoss(nn.Module):
         """Of a call; one that does not learn neither moves the memory nor exchanges."""
         given = {name: getattr(self, name) for name in flow.Options._fields}
         if not learns:
-            given |= {"process_group": None, "centroid_momentum": None}
+            given = {**given, "process_group": None, "centroid_momentum": None}
         return flow.Options(**given)
 
     @property
