@@ -185,6 +185,6 @@ def _expected(row: RowObjective, shares: Tensor | None, need_terms: bool) -> tup
 
 def _sum_of_others(x: Tensor) -> Tensor:
     """For each entry of ``[n, M]`` the sum of the rest of its row, with no cancellation."""
-    largest = x.argmax(1, keepdim=True)
-    rest = x.scatter(1, largest, 0.0).sum(1, keepdim=True)
-    return (rest + x.gather(1, largest) - x).scatter_(1, largest, rest)
+    total = x.sum(1, keepdim=True)
+    most = x > total / 2  # at most one of a row: for the others a difference loses one bit
+    return torch.where(most, x.masked_fill(most, 0.0).sum(1, keepdim=True), total - x)
