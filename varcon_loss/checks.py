@@ -195,7 +195,11 @@ def refuse_unknown(
     for name, value in unknown.items():
         if (
             (name == "contrast_mode" and isinstance(value, str) and value == "all")
-            or (name == "base_temperature" and isinstance(value, float) and value == temperature)
+            or (
+                name == "base_temperature"
+                and isinstance(value, (int, float))
+                and value == temperature
+            )
             or (name == "mask" and value is None)
         ):
             continue
@@ -231,8 +235,8 @@ def refuse_arguments(where: str, positional: tuple[Any, ...], unknown: dict[str,
 
 def warn_of_no_gradient(name: str, tensor: Tensor | None, why: str) -> None:
     """A tensor that asks for a gradient and gets none is rarely meant."""
-    wanted = tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
-    if wanted and not torch.compiler.is_compiling():
+    asks = tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+    if asks and not torch.compiler.is_compiling():
         no_gradient = f"{name}.requires_grad is True, but no gradient goes there"
         warn(f"{no_gradient}: {why}. Give {name}.detach()")
 

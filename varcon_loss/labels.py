@@ -46,7 +46,7 @@ class Labels(NamedTuple):
         broken = where.expand(entries.shape[0]) if self.broken is None else self.broken | where
         return Labels(self.classes, self.shares, self.valid, broken)
 
-    def narrowed(self, kept: Tensor) -> "Labels":
+    def valid_where(self, kept: Tensor) -> "Labels":
         """The same, valid only where ``kept`` ``[N]``."""
         if values_may_be_read(kept) and bool(kept.all()):
             return self

@@ -287,7 +287,7 @@ def with_classes(
     rows, z, lengths, labels = anchors
     lacking = table.lacks(labels)
     if not values_may_be_read(lacking):
-        labels = labels.narrowed(~lacking).broken_where(lacking)
+        labels = labels.valid_where(~lacking).broken_where(lacking)
         if reference is not None and reference.broken is not None:  # it is in every loss
             labels = labels.broken_where(reference.broken.any())
     elif bool(lacking.any()):
@@ -309,7 +309,7 @@ def known_to_memory(anchors: Embedded, table: Table) -> Embedded:
     if not (values_may_be_read(known) and bool(known.all())):
         # A row that is not finite takes part, so that it shows.
         row_sums = z.sum(1)
-        labels = labels.narrowed(known | (row_sums - row_sums != 0))
+        labels = labels.valid_where(known | (row_sums - row_sums != 0))
     return rows, z, lengths, labels
 
 
@@ -336,7 +336,7 @@ def score(
         if options.leave_one_out and classes is not None:
             slots = table.find(labels.class_of().unsqueeze(1)) if slots is None else slots
             own, kept = own_without_self(z, slots.squeeze(1), classes), classes.counts > 1
-            labels = labels.narrowed(kept.index_select(0, slots.squeeze(1)))
+            labels = labels.valid_where(kept.index_select(0, slots.squeeze(1)))
         if total is not None and classes is not None and not soft:
             # Some classes may take no part. A total of NaN stays.
             kept = table.holds(classes) if kept is None else kept
