@@ -28,8 +28,8 @@ WHERE_LINES_END = "(a line ends where a step takes over 2 s or its process ran o
 
 STEP_MEMORY = {  # what the third panel shows of a training step, and its names there
     "VarCon, in chunks": "VarCon\nin chunks",
-    "SupCon, gradient caching": "SupCon\ncaching",
     "VarCon, one batch": "VarCon\none batch",
+    "SupCon, gradient caching": "SupCon\ncaching",
 }
 
 
@@ -61,7 +61,7 @@ def draw_hero(
                 )  # fmt: skip
         style.log_ticks(axis, x=SIZE_TICKS, y=True)
         axis.set(title=title, xlabel="batch size N")
-        axis.set_xlim(50, 12 * last)  # room for the names
+        axis.set_xlim(50, (12 if steps is None else 50) * last)  # room for the names
         axis.set_ylim(top=15 * axis.get_ylim()[1])
     with_encoder = "" if steps is None else "; right: with a small CNN, 100 classes"
     figure.suptitle(
@@ -84,7 +84,8 @@ def _draw_step_memory(axis: Axes, steps: pd.DataFrame) -> style.Ends:
     style.log_ticks(axis, x=(256, 4096), y=True)
     axis.set(title="whole step: memory, MiB", xlabel="batch size N")
     axis.set_xlim(right=20 * steps["num_images"].max())
-    axis.set_ylim(top=6 * axis.get_ylim()[1])
+    low, high = axis.get_ylim()
+    axis.set_ylim(low / 2, 4 * high)
     return ends
 
 
