@@ -24,7 +24,9 @@ from benchmarks.common.terminal import console, print_table, progress_bar, writt
 from varcon_loss import VarConLoss, backward_in_chunks
 
 NAME, DATA, SIDE = "large-batch", "mnist-pairs", 28
+COLUMNS = ("", "images", "time, s", "beside one batch", "by CPU time", "peak extra memory, MiB")
 EXACT = 1e-9  # relative error of gradients in float64
+PAIR_BYTES = 24  # the SupCon of this harness holds six [N, N] matrices
 MAX_REPEATS = 50
 
 Step = Callable[[nn.Module, Tensor, Tensor, int], object]  # model, images, labels, chunk size
@@ -69,7 +71,7 @@ def command(
     device: options.Device = "cpu",
     budget: Annotated[float, typer.Option(help="seconds of timing at each size")] = 40.0,
     timeout: Annotated[float, typer.Option(help="seconds of a size at most")] = 900.0,
-    memory_gib: Annotated[float, typer.Option(help="memory that a step may take")] = 16.0,
+    memory_gib: Annotated[float, typer.Option(help="memory that a step may take")] = 12.0,
     out: options.Out = Path("runs/speed"),
     resume: Annotated[bool, typer.Option(help="keep sizes already measured")] = True,
 ) -> None:
@@ -99,8 +101,7 @@ def command(
             results.save(NAME, rows, env, out)
             bar.advance(task)
     frame = pd.DataFrame(rows)
-    print_table("A training step", ("", "images", "time, s", "beside one batch", "peak, MiB"),
-                cells(frame))  # fmt: skip
+    print_table("A training step", COLUMNS, cells(frame))
     if env["load"] > (os.cpu_count() or 1) / 2:
         console.print(f"The machine was busy (load {env['load']:.1f}): run it again when idle.")
     saved = results.save(NAME, rows, env, out)
@@ -116,10 +117,10 @@ def step_at(
     size = {"num_images": num_images, "chunk_size": chunk_size, "device": device}
     rows = []
     for name in CONTENDERS:
-        mine = [row for row in smaller if row["contender"] == name]
-        row = {**size, "contender": name, "status": "", "estimate": estimate(mine, num_images)}
-        if row["estimate"] and row["estimate"] > limit:
-            row["status"] = "would take {:.2g} GiB".format(row["estimate"] / 2**30)
+        needed = estimate(name, smaller, num_images)
+        row = {**size, "contender": name, "status": "", "estimate": needed}
+        if needed > limit:
+            row["status"] = f"would take {needed / 2**30:.2g} GiB"
         rows.append(row)
     able = [row["contender"] for row in rows if not row["status"]]
     measured = measure.in_child(
@@ -132,18 +133,18 @@ def step_at(
     return rows
 
 
-def estimate(smaller: Sequence[dict[str, Any]], num_images: int) -> float | None:
-    """Bytes of a larger step, by ``a N + b N^2`` through the two largest that were measured."""
-    known = sorted(
-        (row["num_images"], row["peak_bytes"])
-        for row in smaller
-        if row["status"] == "ok" and row["num_images"] < num_images
-    )[-2:]
-    if not known:
-        return None
-    (n, peak), (most, at_most) = known[0], known[-1]
-    b = max(0.0, (at_most / most - peak / n) / (most - n)) if most > n else 0.0
-    return (at_most / most - b * most) * num_images + b * num_images**2
+def estimate(name: str, smaller: Sequence[dict[str, Any]], num_images: int) -> float:
+    """Bytes of a step: those of the largest smaller one by image, and SupCon's for each pair."""
+    n, peak = max(
+        (
+            (row["num_images"], row["peak_bytes"])
+            for row in smaller
+            if row["contender"] == name and row["status"] == "ok" and row["num_images"] < num_images
+        ),
+        default=(0, 0),
+    )
+    a_pair = PAIR_BYTES if name.startswith("SupCon") else 0
+    return peak / max(1, n) * num_images + a_pair * (num_images - n) * num_images
 
 
 def problem(num_images: int, device: str) -> tuple[nn.Module, Tensor, Tensor]:
@@ -180,8 +181,9 @@ def side_by_side(
     map_from(2**25)  # where glibc ends up by itself
     able = [name for name, row in rows.items() if row["status"] == "ok"]
     for name, times in time_together(able, num_images, chunk_size, device, budget).items():
-        quartiles = statistics.quantiles(times, n=4)
-        rows[name] |= dict(zip(("q1", "median", "q3"), quartiles, strict=True), repeats=len(times))
+        seconds, cpu = zip(*times, strict=True)
+        quartiles = zip(("q1", "median", "q3"), statistics.quantiles(seconds, n=4), strict=True)
+        rows[name] |= dict(quartiles, repeats=len(times), least_cpu=min(cpu))
     return rows
 
 
@@ -217,25 +219,27 @@ def peak_of(name: str, num_images: int, chunk_size: int, device: str) -> int:
 
 def time_together(
     names: Sequence[str], num_images: int, chunk_size: int, device: str, budget: float
-) -> dict[str, list[float]]:
-    """Seconds of a step by contender, interleaved."""
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of a step, and of the CPU in it, by contender, interleaved."""
     model, images, labels = problem(num_images, device)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     shuffle = random.Random(0).shuffle
     for _ in range(MAX_REPEATS):
         order = [
             name
             for name, spent in times.items()
-            if len(spent) < measure.FEWEST_REPEATS or sum(spent) < budget / len(names)
+            if len(spent) < measure.FEWEST_REPEATS
+            or sum(seconds for seconds, _ in spent) < budget / len(names)
         ]
         shuffle(order)
         for name in order:
             model.zero_grad()
             synchronize(device)
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             CONTENDERS[name][0](model, images, labels, chunk_size)
             synchronize(device)
-            times[name].append(time.perf_counter() - start)
+            took = (time.perf_counter() - start, time.process_time() - cpu_start)
+            times[name].append(took)
     return times
 
 
@@ -250,14 +254,17 @@ def synchronize(device: str) -> None:
 
 
 def cells(frame: pd.DataFrame) -> Iterator[tuple[str, ...]]:
-    """A line a contender and size, for people."""
+    """A line a contender and size, for people, under `COLUMNS`."""
     rows = frame.to_dict("records")
-    at_once = {row["num_images"]: row.get("median") for row in rows if row["contender"] == AT_ONCE}
+    whole = {row["num_images"]: row for row in rows if row["contender"] == AT_ONCE}
     for row in sorted(rows, key=lambda row: list(CONTENDERS).index(row["contender"])):
         first = (row["contender"], f"{row['num_images']:,}")
         if row["status"] != "ok":
-            yield *first, row["status"], "", ""
+            yield *first, row["status"], "", "", ""
             continue
-        yardstick = at_once[row["num_images"]]
-        beside = "" if pd.isna(yardstick) else f"{row['median'] / yardstick:.2f}x"
-        yield *first, f"{row['median']:.3g}", beside, f"{row['peak_bytes'] / 2**20:,.0f}"
+        yardstick = whole[row["num_images"]]
+        beside = (
+            f"{row[time] / yardstick[time]:.2f}x" if yardstick["status"] == "ok" else ""
+            for time in ("median", "least_cpu")
+        )
+        yield *first, f"{row['median']:.3g}", *beside, f"{row['peak_bytes'] / 2**20:,.0f}"

@@ -26,28 +26,29 @@ def test_a_step_in_chunks_is_weighed_and_timed_beside_one_batch(tmp_path: Path) 
         assert row["q1"] <= row["median"] <= row["q3"]
     assert {"device", "versions", "load"} <= set(env)
     assert rows[CHUNKED]["peak_bytes"] < rows[AT_ONCE]["peak_bytes"] / 2
-    again = CliRunner().invoke(app, [*small, "--sizes", "256,512", "--memory-gib", "0.01"])
+    again = CliRunner().invoke(app, [*small, "--sizes", "256,512", "--memory-gib", "0.001"])
     assert "kept 1 of 2 sizes" in again.output
     both, _ = results.read("large-batch", tmp_path)
     assert both["median"][:4].tolist() == frame["median"].tolist()
-    assert all(status.startswith("would take 0") for status in both["status"][4:])
+    assert all(status.startswith("would take 0.") for status in both["status"][4:])
     assert (tmp_path / "large-batch.png").stat().st_size > 10_000
     (tmp_path / "results").mkdir()
     shutil.copy(tmp_path / "large-batch.json", tmp_path / "results")
     text = report.write(tmp_path / "results").read_text()
     assert "results/large-batch.png" in text
-    assert "would take 0" in text
+    assert "would take 0." in text
 
 
 def test_memory_of_a_larger_step_is_estimated() -> None:
     rows = [
-        {"num_images": n, "peak_bytes": 1000 * n + 20 * n**2, "status": "ok"} for n in (10, 40, 160)
+        {"contender": name, "num_images": n, "peak_bytes": 1000 * n + a_pair * n**2, "status": "ok"}
+        for n in (10, 40)
+        for name, a_pair in ((AT_ONCE, 0), ("SupCon, one batch", large_batch.PAIR_BYTES))
     ]
-    assert estimate(rows, 640) == pytest.approx(1000 * 640 + 20 * 640**2)
-    assert estimate(rows, 40) == pytest.approx(40 * 1200)  # by the one smaller size
-    assert estimate(rows, 10) is None
-    flat = [row | {"peak_bytes": 7} for row in rows]
-    assert estimate(flat, 640) == pytest.approx(7 * 640 / 160)
+    rows.append({"contender": AT_ONCE, "num_images": 80, "status": "out of memory"})
+    assert estimate(AT_ONCE, rows, 640) == 1000 * 640
+    assert estimate("SupCon, one batch", rows, 640) == 1000 * 640 + large_batch.PAIR_BYTES * 640**2
+    assert estimate(AT_ONCE, rows, 10) == 0
 
 
 def test_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

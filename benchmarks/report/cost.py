@@ -160,8 +160,7 @@ def large_batch_section(folder: Path) -> Iterator[str]:
         plots.draw_large_batch(frame, folder / "large-batch.png"),
         "time and memory of a step over batch size, in one batch and in chunks",
     )
-    columns = ["", "images", "time, s", "beside one batch", "peak extra memory, MiB"]
-    yield from grid(columns, large_batch.cells(frame))
+    yield from grid(large_batch.COLUMNS, large_batch.cells(frame))
     yield ""
 
 
