@@ -12,12 +12,7 @@ import torch
 
 import varcon_loss
 from tests.conftest import MakeBatch
-from varcon_loss import (
-    ProjectionHead,
-    VarConLoss,
-    VarConTerms,
-    varcon_terms,
-)
+from varcon_loss import ProjectionHead, VarConLoss, VarConTerms, varcon_terms
 
 
 def test_module_and_function_are_the_same(make_batch: MakeBatch) -> None:
