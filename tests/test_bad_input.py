@@ -145,6 +145,8 @@ def test_reference_set(impl) -> None:
 def test_weight_on_another_device() -> None:
     with pytest.raises(ValueError, match="weight is on meta but features are on cpu"):
         varcon_loss(X, Y, weight=torch.ones(3, device="meta"))
+    with torch.device("meta"), pytest.warns(UserWarning, match="meta device and has no values"):
+        VarConLoss(weight=torch.ones(3))
 
 
 def test_projection_head() -> None:
@@ -156,9 +158,10 @@ def test_projection_head() -> None:
 
 @pytest.mark.parametrize("name", ["normalize", "leave_one_out"])
 def test_a_text_is_no_switch(name: str) -> None:
-    for call in (varcon_loss, varcon_terms):
-        with pytest.raises(TypeError, match=f"{name} must be True or False, got 'False'"):
-            call(X, Y, **{name: "False"})
+    for call in (varcon_loss, varcon_terms, lambda *_, **options: VarConLoss(**options)):
+        for given in ("False", 0, None):
+            with pytest.raises(TypeError, match=f"{name} must be True or False, got {given!r}"):
+                call(X, Y, **{name: given})
 
 
 def test_an_ignore_index_that_no_label_can_have() -> None:

@@ -9,13 +9,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner, Result
 
 pytest.importorskip("sklearn")
 from benchmarks import quickstart
-from benchmarks.__main__ import EXAMPLES, QUESTIONS, app, question
-from benchmarks.common import data, terminal
+from benchmarks.__main__ import QUESTIONS, app
+from benchmarks.common import data
 from benchmarks.common.training import Recipe
 
 
@@ -73,14 +72,6 @@ runpy.run_module("benchmarks", run_name="__main__")
     assert done.stderr.splitlines() == [needs]
 
 
-def test_the_examples_of_the_help_can_be_given() -> None:
-    shown = [line for line in EXAMPLES.splitlines() if line.startswith("python -m benchmarks")]
-    assert len(shown) >= 3
-    for line in shown[:-1]:  # the last stands for any command
-        name, *given = line.split()[3:]
-        typer.main.get_command(question(name)).make_context(name, given)
-
-
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_every_command_explains_itself(question: str) -> None:
     outcome = ask(question, "--help")
@@ -114,6 +105,9 @@ def test_a_missing_gpu_is_a_clear_error() -> None:
         (["speed", "--labels", "cutmix"], "labels must be one of integer, mixup, smooth"),
         (["speed", "--dtypes", "float31"], "dtypes must be among"),
         (["paper", "--device", "cpu", "--root", "nowhere"], "no complete cifar100 in nowhere"),
+        (["settings", "temprature"], "got 'temprature'"),
+        (["several-labels", "--methods", "SupCon"], "must be among binary cross-entropy, VarCon"),
+        (["several-labels", "--data", "digits"], "need images in pairs, got 'digits'"),
     ],
 )
 def test_a_slip_is_answered_before_any_process_starts(
@@ -152,16 +146,6 @@ def test_tables_have_units_and_every_file_is_named(
     written = paths_written(outcome.output)
     assert len(written) == files
     assert all(path.exists() for path in written)
-
-
-def test_progress_in_a_pipe_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    with terminal.progress_bar() as bar:
-        task = bar.add_task("work", total=3, note="")
-        bar.update(task, advance=1, note="first")
-        bar._last_line -= 2 * terminal.LINE_SECONDS
-        bar.update(task, advance=1, note="second")
-        bar.advance(task)
-    assert capsys.readouterr().out.splitlines() == ["work: 2 of 3 second", "work: 3 of 3 second"]
 
 
 class TestQuickstart:

@@ -68,14 +68,20 @@ class TestData:
         assert len(pairs.train.labels) == 30_000
         assert pairs.train.images.shape[1:] == (1, 3, 8)
 
-    def test_missing_and_broken_idx_files_say_what_to_do(
+    def test_missing_and_broken_files_say_what_to_do(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(data, "FASHION", tmp_path / "absent")
-        with pytest.raises(ValueError, match="apt install dataset-fashion-mnist, or --root"):
-            data.load("fashion")
-        with pytest.raises(ValueError, match="idx needs --root"):
-            data.load("idx")
+        for given, message in (
+            (["fashion"], "apt install dataset-fashion-mnist, or --root"),
+            (["idx"], "idx needs --root"),
+            (["imagenet"], "data must be one of digits"),
+            (["cifar10"], "cifar10 needs --root"),
+            (["cifar10", tmp_path], r"no complete cifar10 in .* unpack cifar-10-python"),
+            (["folder", tmp_path], "folder needs --root with train/ and test/"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                data.load(*given)
         write_idx(tmp_path, classes=(0, 1), packed=False)
         path = tmp_path / "t10k-labels-idx1-ubyte"
         path.write_bytes(path.read_bytes()[:-1])
@@ -84,16 +90,6 @@ class TestData:
         path.write_bytes(b"<htm")
         with pytest.raises(ValueError, match="no IDX file"):
             data.load("idx", tmp_path)
-
-    def test_errors(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="data must be one of digits"):
-            data.load("imagenet")
-        with pytest.raises(ValueError, match="cifar10 needs --root"):
-            data.load("cifar10")
-        with pytest.raises(ValueError, match=r"no complete cifar10 in .* unpack cifar-10-python"):
-            data.load("cifar10", tmp_path)
-        with pytest.raises(ValueError, match="folder needs --root with train/ and test/"):
-            data.load("folder", tmp_path)
 
 
 def write_idx(

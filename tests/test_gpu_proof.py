@@ -25,12 +25,8 @@ if torch.cuda.is_available():
 def test_contenders_are_measured_and_a_failure_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_proof, "ROUNDS", 1)
     monkeypatch.setattr(gpu_proof.measure, "TOLERANCE", {torch.float32: 1e-4})
-    names = (
-        OURS,
-        "equations, lean",
-        "NLL alone (linear_cross_entropy)",
-        "cut-cross-entropy composition",
-    )
+    names = (OURS, "equations, lean", "NLL alone (linear_cross_entropy)")
+    names += ("cut-cross-entropy composition",)
     rows = gpu_proof.measured(Row(64, 10, 16, "float32"), "cpu", names)
     rows += gpu_proof.measured(Row(64, 10, 16, "bfloat16"), "cpu", names)  # no tolerance is known
     assert [row["contender"] for row in rows] == [*names, *names]
@@ -67,10 +63,8 @@ def test_what_the_checks_run_is_there() -> None:
     for arguments in gpu_proof.CHECKS.values():
         tests = arguments[arguments.index("pytest") + 1 :]
         program = (
-            "import sys\n"
-            f"sys.modules.update(dict.fromkeys({hidden}))\n"
-            "import pytest, benchmarks.gpu_proof\n"
-            f"sys.exit(pytest.main([*{tests}, '--collect-only']))"
+            f"import sys; sys.modules.update(dict.fromkeys({hidden})); import pytest\n"
+            f"import benchmarks.gpu_proof; sys.exit(pytest.main([*{tests}, '--collect-only']))"
         )
         # Triton's interpreter wants numpy; on a GPU it is not used.
         variables = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "0"}
@@ -84,13 +78,7 @@ def test_what_the_checks_run_is_there() -> None:
 def content_of() -> dict[str, Any]:
     """A results file that proves bfloat16 with D from 128 to 768, and float32 with D = 128."""
     rows = [
-        {
-            **row._asdict(),
-            "contender": name,
-            "seconds": seconds,
-            "status": "ok",
-            "peak_bytes": 2**20,
-        }
+        row._asdict() | {"contender": name, "seconds": seconds, "status": "ok", "peak_bytes": 2**20}
         for row in gpu_proof.ROWS
         for name, seconds in ((OURS, 1.0), (EAGER, 1.5), ("equations, lean", None))
     ]

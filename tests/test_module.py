@@ -266,11 +266,3 @@ def test_a_default_device_is_not_the_features(kind: str, remembers: bool) -> Non
             assert loss.device.type == "cpu"
         if remembers:
             assert criterion.predict(features).label.device.type == "cpu"
-
-
-def test_a_memory_keeps_its_number_of_classes() -> None:
-    criterion = VarConLoss(num_classes=3, feature_dim=4, centroid_momentum=0.9)
-    criterion.num_classes = 3
-    for other in (2, 5, None):
-        with pytest.raises(ValueError, match="the centroid memory has 3 classes"):
-            criterion.num_classes = other
