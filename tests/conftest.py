@@ -44,3 +44,14 @@ def make_batch() -> MakeBatch:
         return features.to(dtype).requires_grad_(), labels
 
     return make
+
+
+def gradient_of(loss: Tensor, x: Tensor, retain_graph: bool = True) -> Tensor:
+    return torch.autograd.grad(loss.sum(), x, retain_graph=retain_graph)[0]
+
+
+def same_step(got: Tensor, want: Tensor, x: Tensor) -> None:
+    """Two losses of ``x`` and their gradients."""
+    torch.testing.assert_close(got, want)
+    # A compiled graph may give its buffers away.
+    torch.testing.assert_close(gradient_of(got, x, False), gradient_of(want, x, False))

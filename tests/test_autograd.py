@@ -7,39 +7,33 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from tests.conftest import MakeBatch
+from tests.conftest import MakeBatch, gradient_of
 from tests.counting import Operators
 from varcon_loss import VarConLoss, varcon_loss, varcon_terms
 
 
 def test_without_a_gradient_its_product_is_not_computed(make_batch: MakeBatch) -> None:
     features, labels = make_batch()
-    with Operators() as with_grad:
-        varcon_loss(features, labels, impl="eager")
-    assert with_grad.count("mm.", "addmm.") == 2
-    with Operators() as detached:
-        a = varcon_loss(features.detach(), labels, impl="eager")
-    assert detached.count("mm.", "addmm.") == 1
-    with Operators() as no_grad, torch.no_grad():
-        b = varcon_loss(features, labels, impl="eager")
-    assert no_grad.count("mm.", "addmm.") == 1
-    assert not a.requires_grad
-    assert not b.requires_grad
-    with Operators() as inference, torch.inference_mode():
-        varcon_loss(features, labels, impl="eager")
-    assert inference.count("mm.", "addmm.") == 1
+    for mode, x, products in (
+        (torch.enable_grad, features, 2),
+        (torch.enable_grad, features.detach(), 1),
+        (torch.no_grad, features, 1),
+        (torch.inference_mode, features, 1),
+    ):
+        with Operators() as operators, mode():
+            loss = varcon_loss(x, labels, impl="eager")
+        assert operators.count("mm.", "addmm.") == products
+        assert loss.requires_grad == (products == 2)
 
 
 def test_two_backwards_agree(impl: str, make_batch: MakeBatch) -> None:
     features, labels = make_batch()
     loss = varcon_loss(features, labels, impl=impl)
-    (first,) = torch.autograd.grad(loss, features, retain_graph=True)
+    first = gradient_of(loss, features)
     kept = first.clone()
     first.mul_(7)  # what a caller does to a gradient must not reach the saved one
-    (second,) = torch.autograd.grad(loss, features, retain_graph=True)
-    assert torch.equal(kept, second)
-    (scaled,) = torch.autograd.grad(3 * loss, features)
-    torch.testing.assert_close(scaled, 3 * kept)
+    assert torch.equal(kept, gradient_of(loss, features))
+    torch.testing.assert_close(gradient_of(3 * loss, features), 3 * kept)
 
 
 TWICE = {
@@ -87,23 +81,22 @@ def test_second_derivatives_are_right(loss_twice, fast: str) -> None:
                 parameter.copy_(torch.linspace(-i, 1, parameter.numel()).view_as(parameter))
         value = loss(net(x), impl)
         first = torch.autograd.grad(value, list(net.parameters()), create_graph=True)
-        through_network = torch.autograd.grad(
-            sum(g.square().sum() for g in first) + value, list(net.parameters())
-        )
+        penalty = sum(g.square().sum() for g in first) + value
+        through_network = torch.autograd.grad(penalty, list(net.parameters()))
         penalised = loss(features, impl)
         (first,) = torch.autograd.grad(penalised, features, create_graph=True)
         features.grad = None
         (penalised + first.square().sum()).backward()
-        found = [
-            torch.autograd.functional.hvp(lambda z: loss(z, impl), x, v)[1],
-            torch.autograd.functional.hessian(lambda z: loss(z, impl), x),
-            *through_network,
-            features.grad.clone(),
-        ]
+
+        def of(z: torch.Tensor) -> torch.Tensor:
+            return loss(z, impl)
+
+        functional, func = torch.autograd.functional, torch.func
+        found = [functional.hvp(of, x, v)[1], functional.hessian(of, x), features.grad.clone()]
         if fast != "triton":
-            found.append(torch.func.jacrev(torch.func.jacrev(lambda z: loss(z, impl)))(x))
-            found.append(torch.func.grad(lambda z: (torch.func.grad(loss)(z, impl) * v).sum())(x))
-        return found
+            found.append(func.jacrev(func.jacrev(of))(x))
+            found.append(func.grad(lambda z: (func.grad(of)(z) * v).sum())(x))
+        return [*found, *through_network]
 
     for got, expected in zip(ways(fast), ways("reference"), strict=True):
         assert expected.abs().max() > 1e-3
@@ -115,10 +108,9 @@ def test_finite_differences_of_the_gradient(impl: str, make_batch: MakeBatch) ->
     ref_features, ref_labels = make_batch(9, 3, 4, seed=1)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        return varcon_loss(
-            x, labels, 0.5, epsilon=0.2, impl=impl, reduction="none",
-            ref_features=ref_features.detach(), ref_labels=ref_labels,
-        )  # fmt: skip
+        options = {"ref_features": ref_features.detach(), "ref_labels": ref_labels}
+        options |= {"reduction": "none", "impl": impl}
+        return varcon_loss(x, labels, 0.5, epsilon=0.2, **options)
 
     assert torch.autograd.gradgradcheck(loss, features)
 
@@ -130,12 +122,15 @@ def test_finite_differences_of_the_gradient(impl: str, make_batch: MakeBatch) ->
     assert torch.autograd.gradcheck(third, features)
 
 
-def test_second_derivative_after_features_changed(make_batch: MakeBatch) -> None:
+def test_backward_after_features_changed(make_batch: MakeBatch) -> None:
+    """In place, as by an optimiser: a gradient was saved, but a second one needs the features."""
     features, labels = make_batch()
     hidden = features * 1
-    loss = varcon_loss(hidden, labels)
+    loss = varcon_loss(hidden, labels, impl="eager")
+    expected = gradient_of(varcon_loss(features, labels, impl="eager"), features)
     with torch.no_grad():
         hidden.zero_()
+    torch.testing.assert_close(gradient_of(loss, features), expected)
     with pytest.raises(RuntimeError, match="changed in place since"):
         torch.autograd.grad(loss, features, create_graph=True)
 
@@ -174,14 +169,14 @@ def test_nothing_outlives_the_features(make_batch: MakeBatch) -> None:
 
 def test_under_saved_tensor_hooks_and_checkpointing(impl: str, make_batch: MakeBatch) -> None:
     features, labels = make_batch()
-    expected = torch.autograd.grad(varcon_loss(features, labels, impl=impl), features)[0]
+    expected = gradient_of(varcon_loss(features, labels, impl=impl), features)
     with torch.autograd.graph.save_on_cpu():
         loss = varcon_loss(features, labels, impl=impl)
-    torch.testing.assert_close(torch.autograd.grad(loss, features)[0], expected)
+    torch.testing.assert_close(gradient_of(loss, features), expected)
     loss = torch.utils.checkpoint.checkpoint(
         lambda x: varcon_loss(x * 1, labels, impl=impl), features, use_reentrant=False
     )
-    torch.testing.assert_close(torch.autograd.grad(loss, features)[0], expected)
+    torch.testing.assert_close(gradient_of(loss, features), expected)
 
 
 def test_func_transforms(impl: str, make_batch: MakeBatch) -> None:
@@ -221,18 +216,6 @@ def test_other_transforms_are_refused_by_torch(make_batch: MakeBatch) -> None:
         torch.func.grad(lambda z: varcon_loss(z, labels, impl="triton"))(x.float())
 
 
-def test_saved_features_are_not_needed_by_backward(make_batch: MakeBatch) -> None:
-    """Backward may run after the features were changed in place, as an optimiser might."""
-    features, labels = make_batch()
-    hidden = features * 1
-    loss = varcon_loss(hidden, labels, impl="eager")
-    expected = torch.autograd.grad(varcon_loss(features, labels, impl="eager"), features)[0]
-    with torch.no_grad():
-        hidden.zero_()
-    (got,) = torch.autograd.grad(loss, features)
-    torch.testing.assert_close(got, expected)
-
-
 def test_descends(impl: str) -> None:
     torch.manual_seed(0)
     features, labels = torch.randn(60, 16, requires_grad=True), torch.arange(60) % 6
@@ -254,12 +237,13 @@ def test_upstream_gradients(reduction: str, impl: str, make_batch: MakeBatch) ->
     features, labels = make_batch()
     loss = varcon_loss(features, labels, reduction=reduction, impl=impl)
     upstream = torch.randn_like(loss)
-    (got,) = torch.autograd.grad(loss, features, upstream)
-    terms = varcon_terms(features, labels, impl=impl)
+    terms = varcon_terms(features, labels, reduction=reduction, impl=impl)
+    assert not any(part.requires_grad for part in terms[1:6])
     each = upstream if reduction == "none" else upstream.expand(len(labels))
     each = each / len(labels) if reduction == "mean" else each
-    (expected,) = torch.autograd.grad(terms.loss, features, each)
-    torch.testing.assert_close(got, expected)
+    expected = gradient_of(terms.loss * each, features)
+    for value in (loss, terms.reduced):
+        torch.testing.assert_close(gradient_of(value * upstream, features), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"feature_dim": 16, "centroid_momentum": 0.9}])

@@ -7,7 +7,7 @@ import torch
 import torch.fx.experimental.symbolic_shapes
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.conftest import MakeBatch
+from tests.conftest import MakeBatch, gradient_of, same_step
 from varcon_loss import VarConLoss, varcon_terms
 
 
@@ -34,12 +34,7 @@ def test_full_graph_with_num_classes(options: dict, impl: str, make_batch: MakeB
     features, labels = make_batch(24, 5)
     labels[3] = -100
     for _ in range(2):
-        expected = criterion(features, labels)
-        (expected_grad,) = torch.autograd.grad(expected.sum(), features)
-        got = compiled(features, labels)
-        (got_grad,) = torch.autograd.grad(got.sum(), features)
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(got_grad, expected_grad)
+        same_step(compiled(features, labels), criterion(features, labels), features)
         features, labels = make_batch(31, 5, seed=1)  # another size
 
 
@@ -49,9 +44,8 @@ def test_full_graph_reference_set(impl: str, make_batch: MakeBatch) -> None:
     features, labels = make_batch(24, 5)
     ref_features, ref_labels = make_batch(40, 6, seed=1)
     options = {"ref_features": ref_features.detach(), "ref_labels": ref_labels}
-    torch.testing.assert_close(
-        compiled(features, labels, **options), criterion(features, labels, **options)
-    )
+    expected = criterion(features, labels, **options)
+    same_step(compiled(features, labels, **options), expected, features)
 
 
 @pytest.mark.parametrize("memory", [False, True], ids=["plain", "memory and probabilities"])
@@ -62,11 +56,8 @@ def test_inductor(memory: bool, make_batch: MakeBatch) -> None:
     compiled = torch.compile(copy.deepcopy(criterion), fullgraph=True)
     if memory:
         labels = torch.rand(24, 7)
-    expected, got = criterion(features, labels), compiled(features, labels)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(got, features), torch.autograd.grad(expected, features)
-    )
+    expected = criterion(features, labels)  # a memory moves
+    same_step(compiled(features, labels), expected, features)
 
 
 def test_any_labels_compile_with_a_graph_break(make_batch: MakeBatch) -> None:
@@ -89,7 +80,7 @@ def test_labels_out_of_range_give_nan_where_values_cannot_be_read(
         assert terms.reduced.isnan()
         assert terms.loss.isnan().nonzero().flatten().tolist() == [3]
         assert not terms.valid[3]
-        (gradient,) = torch.autograd.grad(terms.reduced, features)
+        gradient = gradient_of(terms.reduced, features, retain_graph=False)
         assert gradient.isfinite().all()
         assert (gradient[3] == 0).all()
 
@@ -99,17 +90,14 @@ def test_labels_out_of_range_give_nan_where_values_cannot_be_read(
         assert terms.loss.isnan().nonzero().flatten().tolist() == [3, 4]
         assert terms.valid.logical_not().nonzero().flatten().tolist() == [3, 4]
 
-    terms = compiled(
-        features, labels, num_classes=5, impl=impl,
-        ref_features=features.detach()[labels < 4], ref_labels=labels[labels < 4],
-    )  # fmt: skip
+    reference = {"ref_features": features.detach()[labels < 4], "ref_labels": labels[labels < 4]}
+    terms = compiled(features, labels, num_classes=5, impl=impl, **reference)
     assert torch.equal(terms.loss.isnan(), labels == 4)
 
 
 def test_empty_and_ignored_batches_compile(impl: str, make_batch: MakeBatch) -> None:
-    compiled = torch.compile(
-        VarConLoss(num_classes=5, impl=impl), fullgraph=True, backend="aot_eager"
-    )
+    criterion = VarConLoss(num_classes=5, impl=impl)
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
     features, labels = make_batch(24, 5)
     for x, y in ((features, torch.full_like(labels, -100)), (features[:0], labels[:0])):
         anchors = x.detach().requires_grad_()
@@ -122,16 +110,13 @@ def test_the_operator_is_registered_soundly(make_batch: MakeBatch) -> None:
     features, labels = make_batch(12, 3, 8)
     z = torch.nn.functional.normalize(features.detach(), dim=1)
     w = torch.nn.functional.normalize(torch.randn(4, 8, dtype=z.dtype), dim=1)
-    norms = features.detach().norm(dim=1)
-    present = torch.tensor([True, True, True, False])
     w[3] = 0
-    num_present = torch.tensor(3)
-    given = {
-        "features": features, "norms": norms, "w": w, "need_grad": True, "unit": z, "slots": labels,
-        "soft": None, "entries": None, "columns": None, "background": None,
-        "class_weight": None, "present": present, "num_present": num_present, "packed": True,
-        "own": None, "valid": None, "broken": None,
-        "temperature": 0.1, "epsilon": 0.02, "temperatures": None,
+    given = dict.fromkeys(("soft", "entries", "columns", "background", "class_weight", "own"))
+    given |= dict.fromkeys(("valid", "broken"))
+    given |= {
+        "features": features, "norms": features.detach().norm(dim=1), "w": w, "need_grad": True,
+        "unit": z, "slots": labels, "present": torch.tensor([True, True, True, False]),
+        "num_present": torch.tensor(3), "packed": True, "temperature": 0.1, "epsilon": 0.02,
     }  # fmt: skip
     soft = torch.rand(12, 4, dtype=z.dtype)
     weight = torch.rand(4, dtype=z.dtype)
@@ -141,12 +126,7 @@ def test_the_operator_is_registered_soundly(make_batch: MakeBatch) -> None:
         {"slots": None, "soft": soft},
         {"slots": None, "soft": soft.repeat(1, 2), "columns": torch.tensor([1, 4, 5, 7])},
         {"slots": None, "soft": soft[:6], "class_weight": weight},
-        {
-            "slots": None,
-            "soft": soft[:, :1],
-            "entries": labels.unsqueeze(1),
-            "background": soft[:, :1] / 9,
-        },
+        {"slots": None, "soft": soft[:, :1], "entries": labels[:, None], "background": soft[:, :1]},
     ):
         for need_terms in (True, False):
             for temperatures in (None, torch.tensor([0.1, 0.02], dtype=torch.float64)):
@@ -168,12 +148,13 @@ def test_a_compiled_loss_refuses_to_be_differentiated_twice(
         (first,) = torch.autograd.grad(loss, features, create_graph=True)
         return torch.autograd.grad(first.square().sum(), features)[0]
 
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"differentiated twice|double"):
-        penalty(compiled(features, labels))
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"differentiated twice|double"):
-        torch.autograd.functional.hvp(
-            lambda x: compiled(x, labels), features.detach(), torch.ones_like(features)
-        )
+    x, v = features.detach(), torch.ones_like(features)
+    for twice in (
+        lambda: penalty(compiled(features, labels)),
+        lambda: torch.autograd.functional.hvp(lambda x: compiled(x, labels), x, v),
+    ):
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"tiated twice|double"):
+            twice()
 
 
 # What tells them has another name? Then these tests fail, rather than be skipped.
@@ -231,15 +212,12 @@ def test_export_with_any_batch_size(options: dict, impl: str, make_batch: MakeBa
     criterion.eval()
     features, labels = make_batch(24, 5, dtype=torch.float32)
     batch = torch.export.Dim("batch", min=8, max=4096)
-    exported = torch.export.export(
-        criterion, (features.detach(), labels),
-        dynamic_shapes={"features": {0: batch}, "labels": {0: batch}}, strict=True,
-    ).module()  # fmt: skip
+    shapes, given = ({0: batch}, {0: batch}), (features.detach(), labels)
+    exported = torch.export.export(criterion, given, dynamic_shapes=shapes, strict=True).module()
     for num_rows in (24, 31, 200):
         features, labels = make_batch(num_rows, 5, dtype=torch.float32)
-        torch.testing.assert_close(
-            exported(features.detach(), labels), criterion(features.detach(), labels)
-        )
+        given = (features.detach(), labels)
+        torch.testing.assert_close(exported(*given), criterion(*given))
 
 
 changing = pytest.mark.skipif(not TELLS_CHANGES, reason="this torch compiles for each value")
@@ -254,11 +232,7 @@ def test_a_temperature_schedule(backend: str, impl: str, make_batch: MakeBatch) 
     features, labels = make_batch()
     for step in range(12):
         criterion.temperature, criterion.epsilon = 0.1 + 0.01 * step, 0.02 + 0.001 * step
-        expected, got = criterion(features, labels), compiled(features, labels)
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(
-            torch.autograd.grad(got, features), torch.autograd.grad(expected, features)
-        )
+        same_step(compiled(features, labels), criterion(features, labels), features)
     assert counter.frame_count <= 3
 
 
@@ -269,9 +243,8 @@ def test_a_temperature_schedule_of_the_function(make_batch: MakeBatch) -> None:
     features, labels = make_batch()
     for step in range(12):
         options = {"temperature": 0.1 + 0.01 * step, "num_classes": 5}
-        torch.testing.assert_close(
-            compiled(features, labels, **options).loss, varcon_terms(features, labels, **options)[0]
-        )
+        got = compiled(features, labels, **options).loss
+        torch.testing.assert_close(got, varcon_terms(features, labels, **options).loss)
     assert counter.frame_count <= 3
 
 

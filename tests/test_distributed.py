@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -466,6 +467,26 @@ def check_groups_can_be_destroyed_and_made_anew(rank: int, world_size: int) -> N
     varcon_loss(features, labels, num_classes=NUM_CLASSES, process_group="world")
 
 
+def check_a_compiled_step_is_one_graph_after_a_plain_one(rank: int, world_size: int) -> None:
+    """As `docs/distributed.md` says: before it, it is an error, or several graphs."""
+    features, labels = torch.randn(8, 4, requires_grad=True), torch.arange(8) % 3
+    criterion, found = over_ranks(num_classes=3), []
+    for fullgraph in (True, False, True):
+        torch.compiler.reset()
+        graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        try:
+            loss = torch.compile(criterion, fullgraph=fullgraph, backend=graphs)(features, labels)
+        except Exception:  # torch's, of many kinds
+            found.append(None)
+        else:
+            torch.testing.assert_close(loss, criterion(features, labels))
+            found.append(graphs.frame_count)
+    early, broken, whole = found
+    assert early is None
+    assert broken > 1
+    assert whole == 1 or torch.__version__ < "2.7"  # torch 2.6 traces no weak dictionary
+
+
 ANEW = check_groups_can_be_destroyed_and_made_anew
 CHECKS = {
     2: [
@@ -485,6 +506,7 @@ CHECKS = {
         check_several_criteria_on_one_group,
         check_one_rank_alone_may_validate,
         check_a_named_implementation_runs_no_other,
+        check_a_compiled_step_is_one_graph_after_a_plain_one,
     ],
     3: [
         check_memories_are_identical_and_those_of_one_process,

@@ -68,13 +68,9 @@ def test_each_default_rests_on_results_that_passed() -> None:
 @pytest.mark.parametrize("device", [A100, L4, H100, B200, RTX5090], ids=lambda d: f"{d[0]}.{d[1]}")
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_wide_float32_where_a_device_has_room(
-    precision: str,
-    device: Device,
-    dim: int,
-    dtype: torch.dtype,
-    on_device: Callable[..., Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    precision: str, device: Device, dim: int, dtype: torch.dtype,
+    on_device: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(fused, "float32_precision", lambda: precision)
     obstacle = fused.why_not(on_device(device, dim, dtype), torch.float32)
     needed, room = 0, device.shared_memory_per_block_optin // 1024
