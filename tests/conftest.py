@@ -31,12 +31,9 @@ def make_batch() -> MakeBatch:
     """Raw random features ``[N, D]`` with a gradient, and labels that all occur."""
 
     def make(
-        num_rows: int = 24,
-        num_classes: int = 5,
-        dim: int = 16,
-        dtype: torch.dtype = torch.float64,
+        num_rows: int = 24, num_classes: int = 5, dim: int = 16, dtype: torch.dtype = torch.float64,
         seed: int = 0,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
         features = torch.randn(num_rows, dim, generator=generator, dtype=torch.float64) * 3
         labels = torch.arange(num_rows) % num_classes

@@ -114,12 +114,10 @@ def invalid_labels_on_rank(rank: int, world_size: int) -> dict[str, list[float]]
     blind.look_at_nothing()
     found = {}
     for title, options in {
-        "batch": {},
-        "gathered": {"num_classes": 500},
-        "memory": {"feature_dim": DIM, "centroid_momentum": 0.9},
-        "reference": {},
+        "batch": {}, "gathered": {"num_classes": 500},
+        "memory": {"feature_dim": DIM, "centroid_momentum": 0.9}, "reference": {},
         "probabilities": {},
-    }.items():
+    }.items():  # fmt: skip
         criterion = VarConLoss(**{"num_classes": NUM_CLASSES, "process_group": "world"} | options)
         losses = found[title] = []
         for step in range(3):

@@ -15,11 +15,9 @@ from varcon_loss import VarConLoss, varcon_loss, varcon_terms
 def test_without_a_gradient_its_product_is_not_computed(make_batch: MakeBatch) -> None:
     features, labels = make_batch()
     for mode, x, products in (
-        (torch.enable_grad, features, 2),
-        (torch.enable_grad, features.detach(), 1),
-        (torch.no_grad, features, 1),
-        (torch.inference_mode, features, 1),
-    ):
+        (torch.enable_grad, features, 2), (torch.enable_grad, features.detach(), 1),
+        (torch.no_grad, features, 1), (torch.inference_mode, features, 1),
+    ):  # fmt: skip
         with Operators() as operators, mode():
             loss = varcon_loss(x, labels, impl="eager")
         assert operators.count("mm.", "addmm.") == products
@@ -103,23 +101,30 @@ def test_second_derivatives_are_right(loss_twice, fast: str) -> None:
         torch.testing.assert_close(got, expected, **close)
 
 
-def test_finite_differences_of_the_gradient(impl: str, make_batch: MakeBatch) -> None:
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("temperatures", [(0.1, 0.02), (0.7, 0.6), (0.5, 0.0)])
+def test_finite_differences(temperatures: tuple, normalize: bool, impl: str, make_batch) -> None:
+    """The centroids are detached, so they are held still: those of a reference set."""
     features, labels = make_batch(6, 3, 4)
     ref_features, ref_labels = make_batch(9, 3, 4, seed=1)
+    options = {"temperature": temperatures[0], "epsilon": temperatures[1], "normalize": normalize}
+    options |= {"ref_features": ref_features.detach(), "ref_labels": ref_labels}
+    x = (features.detach() * 0.4).requires_grad_()
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        options = {"ref_features": ref_features.detach(), "ref_labels": ref_labels}
-        options |= {"reduction": "none", "impl": impl}
-        return varcon_loss(x, labels, 0.5, epsilon=0.2, **options)
+        return varcon_loss(x, labels, impl=impl, reduction="none", **options)
 
-    assert torch.autograd.gradgradcheck(loss, features)
+    assert torch.autograd.gradcheck(loss, x, eps=1e-6, atol=1e-6, rtol=1e-5)
+    if temperatures[0] == 0.1:
+        return
+    assert torch.autograd.gradgradcheck(loss, x)
 
     def third(x: torch.Tensor) -> torch.Tensor:
         (first,) = torch.autograd.grad(loss(x).sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
         return second.square().sum()
 
-    assert torch.autograd.gradcheck(third, features)
+    assert torch.autograd.gradcheck(third, x)
 
 
 def test_backward_after_features_changed(make_batch: MakeBatch) -> None:
@@ -135,10 +140,10 @@ def test_backward_after_features_changed(make_batch: MakeBatch) -> None:
         torch.autograd.grad(loss, features, create_graph=True)
 
 
-def test_gradients_after_the_memory_moved(make_batch: MakeBatch) -> None:
+def test_gradients_after_the_memory_moved(impl: str, make_batch: MakeBatch) -> None:
     """The next step moves the memory; an earlier loss keeps the centroids that it saw."""
     features, labels = make_batch(dtype=torch.float32)
-    criterion = VarConLoss(num_classes=5, feature_dim=16, centroid_momentum=0.9)
+    criterion = VarConLoss(num_classes=5, feature_dim=16, centroid_momentum=0.9, impl=impl)
     criterion(features, labels)
     loss = criterion(features, labels)
 

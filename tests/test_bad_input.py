@@ -33,13 +33,10 @@ VIEWS = X[:, None].repeat(1, 3, 1)
         (X.to_mkldnn(), Y, TypeError, "dense, got torch._mkldnn"),
         (torch.nested.as_nested_tensor([X, X]), Y[:2], TypeError, "dense, got nested"),
         (
-            VIEWS,
-            Y[:, None].repeat(1, 3),
-            TypeError,
-            r"\[6, 3\] .* give each view .*flatten\(\)",
+            VIEWS, Y[:, None].repeat(1, 3), TypeError, r"\[6, 3\] .* give each view .*flatten\(\)",
         ),
     ],
-)
+)  # fmt: skip
 def test_samples(features, labels, error, message, impl) -> None:
     with pytest.raises(error, match=message):
         VarConLoss(impl=impl)(features, labels)
@@ -49,14 +46,10 @@ def test_samples(features, labels, error, message, impl) -> None:
     ("options", "error", "message"),
     [
         (
-            {"temperature": torch.nan},
-            ValueError,
-            "temperature must be positive.* got nan",
+            {"temperature": torch.nan}, ValueError, "temperature must be positive.* got nan",
         ),
         (
-            {"temperature": torch.inf},
-            ValueError,
-            "temperature must be positive.* got inf",
+            {"temperature": torch.inf}, ValueError, "temperature must be positive.* got inf",
         ),
         ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
         ({"temperature": -0.1}, ValueError, "temperature must be positive"),
@@ -77,7 +70,7 @@ def test_samples(features, labels, error, message, impl) -> None:
         ({"process_group": "all"}, ValueError, "process_group must be 'world'.*got 'all'"),
         ({"process_group": 3}, TypeError, "process_group must be 'world'.*got int"),
     ],
-)
+)  # fmt: skip
 def test_options_fail_when_the_loss_is_made_and_in_the_function(options, error, message) -> None:
     with pytest.raises(error, match=message):
         VarConLoss(**options)
@@ -105,11 +98,7 @@ LACKING = torch.full((6,), -100)
         (X, Y[:2], {}, ValueError, r"ref_labels must have shape \[6\]"),
         (X, Y.float(), {}, TypeError, "ref_labels must be integers"),
         (
-            X.to("meta"),
-            Y.to("meta"),
-            {},
-            ValueError,
-            "ref_features are on meta but features",
+            X.to("meta"), Y.to("meta"), {}, ValueError, "ref_features are on meta but features",
         ),
         (X, Y.tolist(), {}, TypeError, "ref_labels must be a tensor"),
         (X, Y.numpy(), {}, TypeError, "ref_labels must be a tensor"),
@@ -120,7 +109,7 @@ LACKING = torch.full((6,), -100)
         (X, LACKING, {"num_classes": 7}, ValueError, "ref_labels lack label 0, 1, 2"),
         (X, Y + 1, {"num_classes": 3}, ValueError, r"ref_labels must lie in \[0, 3\)"),
     ],
-)
+)  # fmt: skip
 def test_reference_set(ref_features, ref_labels, options, error, message, impl) -> None:
     with pytest.raises(error, match=message):
         varcon_loss(X, Y, ref_features=ref_features, ref_labels=ref_labels, impl=impl, **options)
@@ -144,18 +133,13 @@ def test_a_text_is_no_switch(name: str) -> None:
 @pytest.mark.parametrize(
     ("features", "labels", "advice"),
     [
-        (X, Y.tolist(), r"give torch.as_tensor\(labels\)"),
-        (X, Y.float(), r"give labels.long\(\)"),
+        (X, Y.tolist(), r"give torch.as_tensor\(labels\)"), (X, Y.float(), r"give labels.long\(\)"),
         (X, torch.eye(3).long()[Y], r"give a table \[N, C\].*float.*argmax\(1\)"),
         (
-            torch.randn(2, 4, 5),
-            PIXELS[:, 0],
-            r"features.transpose\(1, 2\).*\(0, 1\) and labels",
+            torch.randn(2, 4, 5), PIXELS[:, 0], r"features.transpose\(1, 2\).*\(0, 1\) and labels",
         ),
         (
-            torch.randn(2, 4, 3, 5),
-            PIXELS,
-            r"features.movedim\(1, -1\).*\(0, 2\) and labels",
+            torch.randn(2, 4, 3, 5), PIXELS, r"features.movedim\(1, -1\).*\(0, 2\) and labels",
         ),
         (X, Y[:3], r"2 views, one after the other, give labels.repeat\(2\)"),
         (X.view(3, 2, 4), Y, "views of an image share its label"),
@@ -163,7 +147,7 @@ def test_a_text_is_no_switch(name: str) -> None:
         ([X, X], Y, r"torch.stack\(features, dim=1\)"),
         (Y, X, "labels are the second argument"),
     ],
-)
+)  # fmt: skip
 def test_what_to_give_instead(features, labels, advice) -> None:
     with pytest.raises((TypeError, ValueError), match=advice):
         VarConLoss()(features, labels)
@@ -243,13 +227,9 @@ def test_what_changes_nothing_is_taken() -> None:
     expected = VarConLoss(0.2, epsilon=0.04)(X, Y)
     same = VarConLoss(0.2, epsilon=0.04, contrast_mode="all", base_temperature=0.2)
     for loss in (
-        same(X, Y),
-        same(X, Y, None),
-        same(X, Y, mask=None),
-        same.terms(X, Y, mask=None).reduced,
-        same(X, Y[:, None]),
-        same(X, labels=Y, mask=None),
-    ):
+        same(X, Y), same(X, Y, None), same(X, Y, mask=None), same.terms(X, Y, mask=None).reduced,
+        same(X, Y[:, None]), same(X, labels=Y, mask=None),
+    ):  # fmt: skip
         assert torch.equal(loss, expected)
 
 

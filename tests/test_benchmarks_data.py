@@ -35,20 +35,6 @@ class TestData:
         assert loaded.train.images.shape[1:] == (3, 32, 32)
         assert loaded.flips
 
-    def test_image_folder(self, tmp_path: Path) -> None:
-        from PIL import Image
-
-        for part in ("train", "test"):
-            for label in ("cat", "dog"):
-                folder = tmp_path / part / label
-                folder.mkdir(parents=True)
-                for i in range(8):
-                    pixels = np.random.default_rng(i).integers(0, 255, (40, 50, 3), np.uint8)
-                    Image.fromarray(pixels).save(folder / f"{i}.png")
-        loaded = data.load("folder", tmp_path)
-        assert loaded.num_classes == 2
-        assert loaded.test.images.shape == (16, 3, 32, 32)
-
     @pytest.mark.parametrize("packed", [True, False])
     def test_idx_files_of_any_origin(self, packed: bool, tmp_path: Path) -> None:
         images = write_idx(tmp_path, classes=(1, 2, 5), packed=packed)
@@ -68,9 +54,7 @@ class TestData:
         assert len(pairs.train.labels) == 30_000
         assert pairs.train.images.shape[1:] == (1, 3, 8)
 
-    def test_missing_and_broken_files_say_what_to_do(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_missing_and_broken_files_say_what_to_do(self, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(data, "FASHION", tmp_path / "absent")
         for given, message in (
             (["fashion"], "apt install dataset-fashion-mnist, or --root"),

@@ -78,9 +78,7 @@ def _tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple:
     )
 
 
-def test_a_run_that_was_cut_off_ends_as_it_would_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_cut_off_ends_as_it_would_have(tmp_path, monkeypatch) -> None:
     train, test = _tiny(tmp_path, monkeypatch)
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     row = reproduce(train, test, TINY, seed=0, device="cpu", out=whole)

@@ -150,21 +150,6 @@ class TestQuality:
         assert table.loc["SupCon", "mean"] == pytest.approx(0.85)
         assert table.loc["VarCon", "gain"] == pytest.approx(0.1)
 
-    def test_a_wider_grid_overtakes_what_was_reported_before(self) -> None:
-        base = {"data": "d", "noise": 0.0, "batch_size": 8, "collapsed": False, "seed": 0}
-        rows = [
-            base | {"method": m, "split": split, "learning_rate": rate, "linear": v, "knn": v}
-            for m, split, rate, v in [
-                ("SupCon", "validation", 0.1, 0.8), ("SupCon", "test", 0.1, 0.7),
-                ("VarCon", "validation", 0.1, 0.6), ("VarCon", "test", 0.1, 0.5),
-                ("VarCon", "validation", 0.4, 0.7), ("VarCon", "test", 0.4, 0.8),
-                ("VarCon tau1=0.5", "validation", 0.4, 0.9),
-            ]
-        ]  # fmt: skip
-        table = paired.summary(rows, "linear").set_index("method")
-        assert table.loc["VarCon", ["learning_rate", "mean"]].tolist() == [0.4, 0.8]
-        assert paired.best_by_validation(rows, ["SupCon", "VarCon"]) == "SupCon"
-
     def test_interval(self) -> None:
         mean, half = paired.interval([1.0, 2.0, 3.0])
         assert mean == 2

@@ -98,15 +98,3 @@ def test_a_folder_without_results_gives_a_page_that_says_little(tmp_path: Path) 
     (tmp_path / "results").mkdir()
     text = report.write(tmp_path / "results").read_text()
     assert "No kernel has run on a GPU yet" in text
-
-
-@pytest.mark.parametrize("there", [("VarCon", "SupCon"), ("VarCon memory", "SupCon"), ("SupCon",)])
-def test_the_methods_there_are_enough_for_a_report(there: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "results").mkdir()
-    path = tmp_path / "results" / "quality-digits.jsonl"
-    rows = map(json.loads, (results.RESULTS / path.name).read_text().splitlines())
-    kept = [row for row in rows if row["method"] in there and row["batch_size"] == 128]
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    page = report.write(path.parent).read_text()
-    for method in ("VarCon", "VarCon memory"):
-        assert (f"| {method} against SupCon |" in page) == (method in there)

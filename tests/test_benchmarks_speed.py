@@ -22,7 +22,7 @@ from benchmarks.common.transcriptions import (
     authors_operations,
     authors_operations_on_soft_labels,
     lean_log_space,
-)
+)  # fmt: skip
 from varcon_loss import varcon_loss
 
 
@@ -47,18 +47,6 @@ def test_the_yardstick_of_class_probabilities_computes_the_same_loss(labels: str
     if kind == "integer":
         y = torch.nn.functional.one_hot(y % 7, 9 if labels == "a class absent" else 7).double()
     same_step(authors_operations_on_soft_labels, x, y)
-
-
-@pytest.mark.parametrize(("kind", "labels_a_row"), [("mixup", 2), ("smooth", 9)])
-def test_class_probabilities_are_made_of_the_integers_they_are_held_against(
-    kind: str, labels_a_row: int
-) -> None:
-    problem = Problem(500, 9, 8, "float32", "cpu", kind)
-    (x, soft), (same, integers) = problem.inputs(), problem.inputs(INTEGERS)
-    torch.testing.assert_close(x, same, rtol=0, atol=0)
-    torch.testing.assert_close(soft.sum(1), torch.ones(500))
-    assert soft.count_nonzero(1).max() == labels_a_row
-    assert (soft.gather(1, integers[:, None]) > 0).all()
 
 
 def test_supcon_is_pytorch_metric_learnings() -> None:
@@ -168,14 +156,3 @@ def test_class_probabilities_are_held_against_integers(labels: str, tmp_path: Pa
     (tmp_path / "results").mkdir()
     shutil.copy(tmp_path / f"speed-cpu-{labels}.json", tmp_path / "results")
     assert line in report.write(tmp_path / "results").read_text()
-
-
-def test_a_noisy_machine_is_said() -> None:
-    row = {"contender": "x", "mode": "forward", "num_rows": 64, "num_classes": 5,
-           "q1": 0.9, "median": 1.0, "q3": 1.1}  # fmt: skip
-    assert speed.doubts([row], 0.0) == []
-    (busy,) = speed.doubts([row], 99.0)
-    assert "load 99.0" in busy
-    (wide,) = speed.doubts([row, row | {"q3": 1.5, "num_rows": 128}], 0.0)
-    assert "in 1 of 2 cells" in wide
-    assert "N = 128" in wide

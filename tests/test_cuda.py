@@ -40,13 +40,11 @@ def waiting_is_an_error() -> Iterator[Callable[[], None]]:
 
 
 OPTIONS = {
-    "plain": {},
-    "many classes": {"num_classes": 100},
-    "leave-one-out": {"leave_one_out": True},
+    "plain": {}, "many classes": {"num_classes": 100}, "leave-one-out": {"leave_one_out": True},
     "weights": {"weight": torch.linspace(0.5, 2, 10)},
     "as they are": {"normalize": False, "reduction": "sum"},
     "memory": {"feature_dim": 32, "centroid_momentum": 0.9},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -51,16 +51,13 @@ PARTS = {
 KNOWN = {"num_classes": NUM_CLASSES}
 MEMORY = KNOWN | {"feature_dim": DIM, "centroid_momentum": 0.9}
 OPTIONS = {
-    "known": KNOWN,
-    "known, gathered": {"num_classes": MANY},
-    "unknown": {},
+    "known": KNOWN, "known, gathered": {"num_classes": MANY}, "unknown": {},
     "leave-one-out": KNOWN | {"leave_one_out": True},
-    "leave-one-out, unknown": {"leave_one_out": True},
-    "sum": KNOWN | {"reduction": "sum"},
+    "leave-one-out, unknown": {"leave_one_out": True}, "sum": KNOWN | {"reduction": "sum"},
     "weight": {"weight": WEIGHT},
     "weight, leave-one-out": {"weight": WEIGHT, "leave_one_out": True},
     "reference": KNOWN | {"impl": "reference"},
-}
+}  # fmt: skip
 
 
 def over_ranks(**options) -> VarConLoss:
@@ -169,11 +166,9 @@ def check_a_step_without_samples_makes_no_room_for_the_next(rank: int, world_siz
 def check_one_collective_a_step_and_none_in_backward(rank: int, world_size: int) -> None:
     features, labels = torch.randn(8, DIM, requires_grad=True), torch.arange(8) % NUM_CLASSES
     for options, expected in (
-        (KNOWN, ["allreduce_"]),
-        ({"num_classes": 100_000}, ["_allgather_base_"]),
-        ({}, ["allreduce_", "_allgather_base_"]),
-        (MEMORY, ["allreduce_"]),
-    ):
+        (KNOWN, ["allreduce_"]), ({"num_classes": 100_000}, ["_allgather_base_"]),
+        ({}, ["allreduce_", "_allgather_base_"]), (MEMORY, ["allreduce_"]),
+    ):  # fmt: skip
         criterion = over_ranks(**options)
         criterion(features, labels)  # the handshake
         with Operators() as forward:
@@ -490,29 +485,21 @@ def check_a_compiled_step_is_one_graph_after_a_plain_one(rank: int, world_size: 
 ANEW = check_groups_can_be_destroyed_and_made_anew
 CHECKS = {
     2: [
-        *[ANEW] * 3,
-        check_first_steps_without_a_sample_on_any_rank,
+        *[ANEW] * 3, check_first_steps_without_a_sample_on_any_rank,
         check_a_step_without_samples_makes_no_room_for_the_next,
-        check_one_collective_a_step_and_none_in_backward,
-        check_a_reference_set_spread_over_ranks,
-        check_ranks_that_disagree_say_so,
-        check_a_batch_larger_than_the_first_says_so,
-        check_a_rank_that_raises_ends_the_job,
-        check_training_in_eval_mode_says_so,
+        check_one_collective_a_step_and_none_in_backward, check_a_reference_set_spread_over_ranks,
+        check_ranks_that_disagree_say_so, check_a_batch_larger_than_the_first_says_so,
+        check_a_rank_that_raises_ends_the_job, check_training_in_eval_mode_says_so,
         check_a_label_that_cannot_be_read_spoils_the_loss_on_all,
-        check_fsdp_and_accumulation_take_the_true_step,
-        check_a_memory_inside_the_wrapped_model,
-        check_ranks_that_remember_by_themselves_say_so_once,
-        check_several_criteria_on_one_group,
-        check_one_rank_alone_may_validate,
-        check_a_named_implementation_runs_no_other,
+        check_fsdp_and_accumulation_take_the_true_step, check_a_memory_inside_the_wrapped_model,
+        check_ranks_that_remember_by_themselves_say_so_once, check_several_criteria_on_one_group,
+        check_one_rank_alone_may_validate, check_a_named_implementation_runs_no_other,
         check_a_compiled_step_is_one_graph_after_a_plain_one,
     ],
     3: [
-        check_memories_are_identical_and_those_of_one_process,
-        check_subgroups_pickling_and_copies,
+        check_memories_are_identical_and_those_of_one_process, check_subgroups_pickling_and_copies,
     ],
-}
+}  # fmt: skip
 
 
 def run_checks(rank: int, world_size: int, folder: str) -> list[str]:

@@ -39,9 +39,7 @@ def blocks(page: Path, language: str) -> Iterator[Token]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_code_of_a_page_runs_from_the_top(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_code_of_a_page_runs_from_the_top(page: Path, tmp_path, monkeypatch, capsys) -> None:
     """And prints what the `text` block right after it shows."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

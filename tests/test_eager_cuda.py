@@ -19,15 +19,11 @@ DEVICE = "cuda" if CUDA else "cpu"
 N, C, D = 700, 23, 20
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "weight": {"weight": torch.linspace(0.0, 2.0, C)},
-    "cold": {"temperature": 0.02, "epsilon": 0.01},
-    "as they are": {"normalize": False},
-    "none": {"reduction": "none"},
-    "leave-one-out": {"leave_one_out": True},
-    "memory": {"feature_dim": D, "centroid_momentum": 0.9},
-    "any labels": {"num_classes": None},
-}
+    "plain": {}, "weight": {"weight": torch.linspace(0.0, 2.0, C)},
+    "cold": {"temperature": 0.02, "epsilon": 0.01}, "as they are": {"normalize": False},
+    "none": {"reduction": "none"}, "leave-one-out": {"leave_one_out": True},
+    "memory": {"feature_dim": D, "centroid_momentum": 0.9}, "any labels": {"num_classes": None},
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

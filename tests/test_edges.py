@@ -141,9 +141,7 @@ def test_views_in_the_reference_set(impl: str) -> None:
     torch.testing.assert_close(got, expected)
 
 
-def test_a_copy_of_the_batch_as_reference_is_the_plain_loss(
-    impl: str, make_batch: MakeBatch
-) -> None:
+def test_a_copy_of_the_batch_as_reference_is_the_plain_loss(impl: str, make_batch) -> None:
     features, labels = make_batch()
     copy = features.detach().clone().requires_grad_()
     loss = varcon_loss(features, labels, ref_features=copy, ref_labels=labels, impl=impl)

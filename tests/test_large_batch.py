@@ -19,17 +19,12 @@ EXACT = {"rtol": 1e-9, "atol": 1e-12}
 WEIGHT = torch.tensor([1.0, 0.0, 2.0, 0.5, 3.0, 1.0], dtype=torch.float64)
 MEMORY = {"num_classes": NUM_CLASSES, "feature_dim": DIM, "centroid_momentum": 0.7}
 OPTIONS = {
-    "plain": {},
-    "known classes": {"num_classes": NUM_CLASSES},
-    "class weights": {"weight": WEIGHT},
-    "sum": {"reduction": "sum"},
-    "leave-one-out": {"leave_one_out": True},
+    "plain": {}, "known classes": {"num_classes": NUM_CLASSES}, "class weights": {"weight": WEIGHT},
+    "sum": {"reduction": "sum"}, "leave-one-out": {"leave_one_out": True},
     "leave-one-out, weighted": {"leave_one_out": True, "weight": WEIGHT},
-    "not normalised": {"normalize": False},
-    "memory": MEMORY,
-    "memory, weighted": MEMORY | {"weight": WEIGHT},
-    "equations": {"impl": "reference"},
-}
+    "not normalised": {"normalize": False}, "memory": MEMORY,
+    "memory, weighted": MEMORY | {"weight": WEIGHT}, "equations": {"impl": "reference"},
+}  # fmt: skip
 
 
 class Encoder(nn.Module):
@@ -74,11 +69,9 @@ def gradient_of(model: nn.Module) -> Tensor:
 @given(
     name=st.sampled_from(list(OPTIONS)),
     kind=st.sampled_from(["all", "ignored", "a class a chunk", "mixed", "smoothed"]),
-    num_rows=st.integers(1, 40),
-    chunk_size=st.integers(1, 50),
-    views=st.sampled_from([0, 1, 3]),
+    num_rows=st.integers(1, 40), chunk_size=st.integers(1, 50), views=st.sampled_from([0, 1, 3]),
     seed=st.integers(0, 2**31),
-)
+)  # fmt: skip
 def test_equals_one_batch(name, kind, num_rows, chunk_size, views, seed) -> None:
     options = OPTIONS[name]
     if kind in ("mixed", "smoothed") and "leave_one_out" in options:

@@ -27,7 +27,7 @@ from varcon_loss.integrations.metric_learning import (
     CrossBatchMemory,
     SelfSupervisedLoss,
     VarConLoss,
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -221,11 +221,9 @@ def test_a_miner_that_chose_nobody(columns: int, make_batch: MakeBatch) -> None:
     nobody = tuple(torch.empty(0, dtype=torch.int64) for _ in range(columns))
     reference = {"ref_emb": x.detach().clone(), "ref_labels": y}
     for loss_func, options in (
-        (VarConLoss(), {}),
-        (VarConLoss(), reference),
-        (VarConLoss(leave_one_out=True), {}),
+        (VarConLoss(), {}), (VarConLoss(), reference), (VarConLoss(leave_one_out=True), {}),
         (losses.SupConLoss(), {}),
-    ):
+    ):  # fmt: skip
         value = loss_func(x, y, nobody, **options)
         assert value.item() == 0
         assert (gradient_of(value, x) == 0).all()
@@ -279,9 +277,7 @@ def test_statistics_pickles_and_copies(make_batch: MakeBatch) -> None:
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("reference", [False, True])
-def test_statistics_of_the_distance(
-    normalize: bool, reference: bool, make_batch: MakeBatch
-) -> None:
+def test_statistics_of_the_distance(normalize: bool, reference: bool, make_batch) -> None:
     """Those of a built-in loss, and only where they were asked for."""
     x, y = make_batch()
     ref_emb, ref_labels = make_batch(20, 5, seed=1)

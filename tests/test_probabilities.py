@@ -82,17 +82,12 @@ def same(got: object, want: object, rtol: float = 1e-9, atol: float = 1e-10) -> 
 
 @settings(max_examples=80, deadline=None)
 @given(
-    kind=st.sampled_from(KINDS),
-    num_rows=st.integers(1, 14),
-    num_classes=st.sampled_from([1, 2, 3, 7, 8, 9, 36]),
-    views=st.sampled_from([1, 2]),
-    seed=st.integers(0, 2**31),
-    temperature=st.floats(0.02, 5.0),
-    share=st.floats(0.0, 0.99),
-    normalize=st.booleans(),
-    weighted=st.booleans(),
+    kind=st.sampled_from(KINDS), num_rows=st.integers(1, 14),
+    num_classes=st.sampled_from([1, 2, 3, 7, 8, 9, 36]), views=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**31), temperature=st.floats(0.02, 5.0), share=st.floats(0.0, 0.99),
+    normalize=st.booleans(), weighted=st.booleans(),
     reduction=st.sampled_from(["mean", "sum", "none"]),
-)
+)  # fmt: skip
 def test_against_scalar_loops_and_integers(
     kind, num_rows, num_classes, views, seed, temperature, share, normalize, weighted, reduction
 ) -> None:
@@ -130,15 +125,10 @@ def test_against_scalar_loops_and_integers(
 
 @settings(max_examples=100, deadline=None)
 @given(
-    most=st.sampled_from([1, 2, 3, 8, None]),
-    num_rows=st.integers(1, 30),
-    num_classes=st.integers(1, 20),
-    seed=st.integers(0, 2**31),
-    temperature=st.floats(0.01, 2.0),
-    share=st.floats(0.0, 0.95),
-    unit=st.booleans(),
-    some_empty=st.booleans(),
-)
+    most=st.sampled_from([1, 2, 3, 8, None]), num_rows=st.integers(1, 30),
+    num_classes=st.integers(1, 20), seed=st.integers(0, 2**31), temperature=st.floats(0.01, 2.0),
+    share=st.floats(0.0, 0.95), unit=st.booleans(), some_empty=st.booleans(),
+)  # fmt: skip
 def test_equations(most, num_rows, num_classes, seed, temperature, share, unit, some_empty) -> None:
     """Shares of classes that are absent are 0, and all lie in one empty row."""
     g = torch.Generator().manual_seed(seed)
@@ -209,10 +199,8 @@ def test_finite_differences(kind: str, weighted: bool, normalize: bool, impl: st
         options = {"weight": weights_of(num_classes) if weighted else None, "normalize": normalize}
         reference, rows = batch(num_classes, 4, 1).detach(), rows_of(kind, 4, num_classes)
         options |= {
-            "ref_features": reference,
-            "ref_labels": torch.arange(num_classes),
-            "impl": impl,
-        }
+            "ref_features": reference, "ref_labels": torch.arange(num_classes), "impl": impl,
+        }  # fmt: skip
         x = (batch(4, 4).detach() / 2).requires_grad_()
         for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
             assert check(lambda x, y=rows, o=options: loss_of(x, y, 0.5, epsilon=0.2, **o), (x,))

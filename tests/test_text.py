@@ -108,12 +108,9 @@ def train(body: torch.nn.Module, folder: Path, resume: bool = False, **options: 
     }  # fmt: skip
     dataset = Dataset.from_dict({"sentence": texts, "label": labels})
     trainer = SentenceTransformerTrainer(
-        model=body,
-        args=SentenceTransformerTrainingArguments(str(folder), **settings),
-        train_dataset=dataset,
-        eval_dataset=dataset,
-        loss=VarConLoss(body, temperature=0.1),
-    )
+        model=body, args=SentenceTransformerTrainingArguments(str(folder), **settings),
+        train_dataset=dataset, eval_dataset=dataset, loss=VarConLoss(body, temperature=0.1),
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-8") if resume else None)
     return trainer
 

@@ -170,9 +170,7 @@ def test_images_that_take_no_part_are_in_no_mean() -> None:
     assert means["probe_loss"] > 0
 
 
-def test_log_lines_are_means_since_the_last(
-    task: VarConTask, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_log_lines_are_means_since_the_last(task: VarConTask, caplog) -> None:
     task.verbose, task.log_interval = True, 3
     caplog.set_level(logging.INFO)
     values = [float(task(*batch())["varcon_loss"]) for _ in range(8)]
@@ -342,9 +340,7 @@ def recorded(folder: str) -> dict:
     return yaml.safe_load((Path(folder) / "args.yaml").read_text())
 
 
-def test_the_launcher_trains_records_and_repeats(
-    images: Path, tmp_path: Path, varcon_timm: Callable[..., Done]
-) -> None:
+def test_the_launcher_trains_records_and_repeats(images: Path, tmp_path, varcon_timm) -> None:
     flags = ("--varcon-dim", 32, "--model-ema", "--varcon-temperature", 0.2)
     done = launch(SCRIPT, images, *VARCON, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -471,9 +467,7 @@ def with_own_loss(name: str = "own_loss.py") -> Path:
     return Path(name)
 
 
-def test_a_script_with_a_loss_of_its_own(
-    images: Path, varcon_timm: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_script_with_a_loss_of_its_own(images: Path, varcon_timm, monkeypatch) -> None:
     script = with_own_loss()
     done = varcon_timm(script, images, *VARCON)
     assert "batch 16 VarConTask" in done.out, done
@@ -502,10 +496,8 @@ def test_the_task_stays_a_class(images: Path, varcon_timm: Callable[..., Done]) 
         "        return super().forward(*given)\n\n\ndef main():"
     )
     kinds = (
-        "task, ClassificationTask",
-        "dataset, AugMixDataset",
-        "dataset, torch.utils.data.Dataset",
-    )
+        "task, ClassificationTask", "dataset, AugMixDataset", "dataset, torch.utils.data.Dataset",
+    )  # fmt: skip
     checks = "".join(f"    assert isinstance({kind})\n" for kind in kinds)
     text = text.replace("def main():", derived).replace(
         "    optimizer =", f"{checks}    optimizer ="
@@ -530,9 +522,7 @@ UNSUITABLE = (
 )  # fmt: skip
 
 
-def test_unsuitable_flags_are_listed_together(
-    images: Path, varcon_timm: Callable[..., Done]
-) -> None:
+def test_unsuitable_flags_are_listed_together(images: Path, varcon_timm) -> None:
     arguments = [word for flag in UNSUITABLE for word in flag.split()]
     said = varcon_timm(SCRIPT, images, "--loss", "varcon", *arguments).refusal
     for flag in UNSUITABLE:
@@ -573,9 +563,7 @@ def test_unsuitable_flags_are_listed_together(
         ("--loss", "argument --loss: expected one argument"),
     ],
 )  # fmt: skip
-def test_slips_end_in_one_line(
-    arguments: str, message: str, images: Path, varcon_timm: Callable[..., Done]
-) -> None:
+def test_slips_end_in_one_line(arguments: str, message: str, images: Path, varcon_timm) -> None:
     assert message in varcon_timm(SCRIPT, images, *arguments.split()).refusal
 
 
@@ -654,9 +642,7 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_the_recipe_of_a_read_out(
-    images: Path, varcon_timm: Callable[..., Done], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_recipe_of_a_read_out(images: Path, varcon_timm, capsys) -> None:
     pytest.importorskip("sklearn")
     page = (ROOT / "docs/timm.md").read_text()
     (code,) = re.findall("^```py\n(.*?)```", page, re.S | re.M)

@@ -134,17 +134,12 @@ def test_odd_shapes(num_rows: int, size: int, dim: int) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        {},
-        {"gaps": True},
-        {"with_own": True},
-        {"gaps": True, "with_own": True, "length": 0.25},
-        {"length": 8.0},
-        {"temperature": 0.05},
-        {"temperature": 0.01, "epsilon": 0.005},
+        {}, {"gaps": True}, {"with_own": True}, {"gaps": True, "with_own": True, "length": 0.25},
+        {"length": 8.0}, {"temperature": 0.05}, {"temperature": 0.01, "epsilon": 0.005},
         {"temperature": 1.5, "epsilon": 0.0},
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_every_dtype_and_option(operands: torch.dtype, case: dict) -> None:
     check_sweep(37, 140, 24, operands, **case)
 
@@ -249,16 +244,14 @@ def compare(features: Tensor, labels: Tensor, **options: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_classes": 40},
-        {"ignore_index": 3, "weight": torch.linspace(0, 2, 12)},
-        {"leave_one_out": True},
-        {"leave_one_out": True, "num_classes": 15},
+        {"num_classes": 40}, {"ignore_index": 3, "weight": torch.linspace(0, 2, 12)},
+        {"leave_one_out": True}, {"leave_one_out": True, "num_classes": 15},
         {"normalize": False, "reduction": "sum"},
         {"reduction": "none", "temperature": 0.02, "epsilon": 0.01},
         {"num_classes": 14, "feature_dim": 20, "centroid_momentum": 0.9},
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_options(options: dict) -> None:
     features, labels = batch(50, 12, 20)
     if not options.get("normalize", True):
