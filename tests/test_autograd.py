@@ -208,11 +208,10 @@ def test_other_transforms_are_refused_by_torch(make_batch: MakeBatch) -> None:
         return varcon_loss(z, labels)
 
     for transform in (
-        lambda: torch.func.jvp(loss, (x,), (x,)),
-        lambda: torch.func.jacfwd(loss)(x),
+        lambda: torch.func.jvp(loss, (x,), (x,)), lambda: torch.func.jacfwd(loss)(x),
         lambda: torch.func.vmap(loss)(torch.stack([x, x])),
         lambda: torch.func.vmap(torch.func.grad(loss))(torch.stack([x, x])),
-    ):
+    ):  # fmt: skip
         with pytest.raises((NotImplementedError, RuntimeError)):
             transform()
     with forward_ad.dual_level(), pytest.raises(NotImplementedError):
@@ -279,10 +278,9 @@ def test_second_derivatives_are_exact_under_autocast() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"leave_one_out": True}, {"weight": torch.tensor([1.0, 2.0, 0.5]).double()}],
+    "options", [{}, {"leave_one_out": True}, {"weight": torch.tensor([1.0, 2.0, 0.5]).double()}],
     ids=lambda o: "-".join(o) or "defaults",
-)
+)  # fmt: skip
 @pytest.mark.parametrize("kind", ["integers", "probabilities", "reference set"])
 def test_forward_mode_by_the_equations(kind: str, options: dict) -> None:
     """Centroids are constants of it too, though `torch.no_grad` stops no tangent."""

@@ -26,8 +26,7 @@ def test_every_method_learns_digits_in_a_few_epochs(method: str) -> None:
     run = train(digits, method, Recipe(epochs=3, batch_size=128, learning_rate=0.2), seed=0)
     scores = cells.read_out(run, digits, digits.validation, digits.train.labels, "cpu")
     assert not run.collapsed
-    assert scores["linear"] is not None
-    assert scores["linear"] > 0.8
+    assert (scores["linear"] or 0.0) > 0.8
 
 
 def _loop(x: torch.Tensor, y: torch.Tensor, temperature: float) -> list[list[float]]:
@@ -53,19 +52,6 @@ def test_sincere_has_the_values_of_its_equation() -> None:
     assert float(sincere_loss(x, y, 0.3)) == pytest.approx(want, rel=1e-12)
 
 
-def test_normface_has_the_values_of_its_equation() -> None:
-    objective = make_objective("NormFace", 5, 4, dim=5, head="linear", temperature=0.3).double()
-    features, labels = torch.randn(9, 5, dtype=torch.float64), torch.arange(9) % 4
-    z = objective.head(features).detach()
-    together = torch.cat([z, objective.criterion.W.detach().T])
-    scores = [row[9:] for row in _loop(together, labels, 0.3)[:9]]
-    want = sum(
-        math.log(sum(map(math.exp, row))) - row[label]
-        for row, label in zip(scores, labels.tolist(), strict=True)
-    )
-    assert float(objective(features, labels).loss.detach()) == pytest.approx(want / 9, rel=1e-12)
-
-
 def test_nearest_class_mean_by_hand() -> None:
     train = torch.tensor([[1.0, 0.0], [9.0, 1.0], [0.0, 2.0]])  # lengths do not count
     test = torch.tensor([[5.0, 1.0], [1.0, 3.0]])
@@ -73,15 +59,12 @@ def test_nearest_class_mean_by_hand() -> None:
 
 
 def test_collapse_is_noticed() -> None:
-    """Losses on embeddings that all coincide."""
     for method in ("SupCon", "VarCon", "SINCERE"):
         objective = make_objective(method, 8, 5, dim=4, head="linear")
-        step = objective(torch.ones(40, 8), torch.arange(40) % 5)
-        assert step.collapsed
+        assert objective(torch.ones(40, 8), torch.arange(40) % 5).collapsed
         assert not objective(torch.randn(40, 8), torch.arange(40) % 5).collapsed
 
-
-def test_samples_that_take_no_part_hide_no_collapse() -> None:
+    # Samples that take no part hide none.
     objective = make_objective("VarCon leave-one-out", 8, 20, dim=4, head="linear")
     labels = torch.tensor([0, 0, 1, 1, *range(2, 18)])  # sixteen of twenty are alone
     step = objective(torch.ones(20, 8), labels)
@@ -127,9 +110,8 @@ class TestQuality:
         quality.show(again, console)
         for value in ("linear", "knn"):
             mean = saved.loc[(value, "VarCon"), "mean"]
-            assert mean == pytest.approx(
-                sum(r[value] for r in again if r["method"] == "VarCon") / 2
-            )
+            ours = [r[value] for r in again if r["method"] == "VarCon"]
+            assert mean == pytest.approx(sum(ours) / 2)
             assert f"{100 * mean:.1f} ±" in console.export_text(clear=False)
         table = paired.summary(again, "linear").set_index("method")
         assert math.isnan(table.loc["SupCon", "gain"])

@@ -15,7 +15,6 @@ pytest.importorskip("sklearn")
 from benchmarks import report
 from benchmarks.__main__ import app
 from benchmarks.common import data, probes
-from benchmarks.common.cells import Cell, run_cell
 from benchmarks.common.data import ImageData, Split
 from tests import shown
 
@@ -61,16 +60,6 @@ def test_accuracy_over_a_setting(tmp_path: Path) -> None:
     assert "| method | temperature 0.1 | temperature 0.3 |" in page
 
 
-def test_augmentation_has_a_strength() -> None:
-    cells = [Cell("digits", "VarCon", 256, 0.2, 0, "test", 1, augmentation=strength)
-             for strength in (None, "default", "weak", "strong")]  # fmt: skip
-    losses = [run_cell(cell)["history"][0]["loss"] for cell in cells]
-    assert losses[0] == losses[1]
-    assert losses[2] < losses[1] < losses[3]
-    with pytest.raises(ValueError, match="augmentation must be one of weak, default, strong"):
-        run_cell(Cell("digits", "VarCon", 256, 0.2, 0, "test", 1, augmentation="stronk"))
-
-
 class TestCorruption:
     digits = data.load("digits")
 
@@ -89,14 +78,6 @@ class TestCorruption:
             changes.append(float((images - clean).square().mean()))
         assert changes == sorted(changes)
         assert changes[0] > 0
-
-
-def test_transfer_reads_out_on_the_other_sets() -> None:
-    row = run_cell(Cell("digits", "VarCon", 256, 0.2, 0, "test", 2, extra="transfer"))
-    scores = row["further"]
-    assert {"linear on mnist5k", "kNN on mnist5k"} <= set(scores)
-    assert not any("digits" in name for name in scores)
-    assert scores["linear on mnist5k"] > 0.5
 
 
 class TestFewShot:

@@ -5,8 +5,6 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -100,13 +98,6 @@ class TestMeasure:
         assert peaks["SupCon (one matrix)"] > 3000 * 3000 * 4
         assert peaks["equations, authors' operations"] > 2 * 3000 * 500 * 4
         assert peaks["varcon-loss"] < peaks["equations, authors' operations"] / 2
-
-
-def test_growth_recovers_an_exponent() -> None:
-    sizes = np.array([4096, 8192, 16384, 65536])
-    frame = pd.DataFrame({"num_rows": sizes, "median": 3e-9 * sizes**1.7})
-    assert speed.growth(frame, "median") == pytest.approx(1.7)
-    assert speed.growth(frame.head(2), "median") is None
 
 
 def test_results_come_back(tmp_path: Path) -> None:

@@ -211,13 +211,10 @@ def test_a_temperature_schedule_of_the_function(make_batch: MakeBatch) -> None:
     assert counter.frame_count <= 3
 
 
-@pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("options", [{}, {"feature_dim": 4, "centroid_momentum": 0.9}])
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("soft", [False, True])
-def test_export_with_any_batch_size(
-    soft: bool, views: int, options: dict, strict: bool, impl
-) -> None:
+def test_export_with_any_batch_size(soft: bool, views: int, options: dict, impl: str) -> None:
     criterion = VarConLoss(num_classes=3, impl=impl, **options)
 
     def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,7 +225,7 @@ def test_export_with_any_batch_size(
     criterion.eval()
     size = torch.export.Dim("size", min=4, max=4096)
     shapes = ({0: size}, {0: size})
-    exported = torch.export.export(criterion, batch(5), dynamic_shapes=shapes, strict=strict)
+    exported = torch.export.export(criterion, batch(5), dynamic_shapes=shapes, strict=views == 1)
     for size in (11, 200):
         given = batch(size)
         torch.testing.assert_close(exported.module()(*given), criterion(*given))

@@ -127,9 +127,8 @@ def test_many_classes() -> None:
     features, labels = batch(65_536, 100_000, 64)
     for got, expected in zip(
         step(features, labels, num_classes=100_000, impl="triton"),
-        step(features, labels, num_classes=100_000, impl="eager"),
-        strict=True,
-    ):
+        step(features, labels, num_classes=100_000, impl="eager"), strict=True,
+    ):  # fmt: skip
         size = float(expected.abs().max())
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * size)
 

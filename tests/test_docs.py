@@ -102,10 +102,9 @@ def test_the_commands_that_are_shown_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "page",
-    [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RESULTS.md"],
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RESULTS.md"],
     ids=lambda page: page.name,
-)
+)  # fmt: skip
 def test_the_commands_within_a_text_can_be_given(page: Path) -> None:
     found = list(shown.inline(page.read_text()))
     for words in found:
@@ -160,10 +159,9 @@ def slug(heading: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "page",
-    [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *NOTEBOOKS],
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *NOTEBOOKS],
     ids=lambda page: page.name,
-)
+)  # fmt: skip
 def test_links_in_the_sources_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         parts = urlsplit(target)
@@ -264,7 +262,7 @@ def test_one_version_everywhere() -> None:
     changes = (ROOT / "CHANGELOG.md").read_text()
     assert re.search(rf"^## {re.escape(varcon_loss.__version__)}\b", changes, re.M)
     release = (ROOT / ".github/workflows/release.yml").read_text()
-    pattern = re.search(r"sed -n '(s/.*?/p)' varcon_loss/__init__.py", release)
-    command = ["sed", "-n", pattern[1], ROOT / "varcon_loss/__init__.py"]
+    (pattern,) = re.findall(r"sed -n '(s/.*?/p)' varcon_loss/__init__.py", release)
+    command = ["sed", "-n", pattern, ROOT / "varcon_loss/__init__.py"]
     found = subprocess.run(command, check=True, capture_output=True, text=True)
     assert found.stdout.strip() == varcon_loss.__version__

@@ -8,18 +8,15 @@ from tests.conftest import MakeBatch, gradient_of, same_step
 from varcon_loss import varcon_loss, varcon_terms
 
 NOTHING = torch.empty(0, dtype=torch.int64)
+UNKNOWN = torch.full((5, 8), torch.nan), torch.full((5,), -100)
 DEGENERATE = {  # features, labels, options
     "empty": (torch.randn(0, 8), NOTHING, {}),
-    "all ignored, even with NaN": (torch.full((5, 8), torch.nan), torch.full((5,), -100), {}),
-    "the same, leave-one-out": (
-        torch.full((5, 8), torch.nan), torch.full((5,), -100), {"leave_one_out": True}
-    ),
+    "all ignored, even with NaN": (*UNKNOWN, {}),
+    "the same, leave-one-out": (*UNKNOWN, {"leave_one_out": True}),
     "one class": (torch.randn(5, 8), torch.ones(5, dtype=torch.int64), {}),
     "one sample": (torch.randn(1, 8), torch.tensor([3]), {}),
-    "only classes of one, leave-one-out": (
-        torch.randn(4, 8), torch.arange(4), {"leave_one_out": True}
-    ),
-    "empty with an empty reference": (
+    "classes of one, left out": (torch.randn(4, 8), torch.arange(4), {"leave_one_out": True}),
+    "empty reference": (
         torch.randn(0, 8), NOTHING, {"ref_features": torch.randn(0, 8), "ref_labels": NOTHING}
     ),
     "weights of zero": (torch.randn(6, 8), torch.arange(6) % 3, {"weight": torch.zeros(4)}),

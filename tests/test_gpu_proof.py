@@ -68,9 +68,8 @@ def test_what_the_checks_run_is_there() -> None:
         )
         # Triton's interpreter wants numpy; on a GPU it is not used.
         variables = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "0"}
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, env=variables
-        )
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, env=variables)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "tests/test_triton.py::" in done.stdout
 
@@ -98,11 +97,10 @@ FLOAT32_ALONE = "right, and not slower than eager: float32 with D from 128 to 12
     [
         ("tests", "not proven: tests did not pass"),
         ("memcheck", "not proven: memcheck did not pass"),
-        ("no rows", "right, but slower than eager in every dtype"),
-        ("slower", FLOAT32_ALONE),
+        ("no rows", "right, but slower than eager in every dtype"), ("slower", FLOAT32_ALONE),
         ("not run", FLOAT32_ALONE),
     ],
-)
+)  # fmt: skip
 def test_what_is_no_proof(flaw: str, verdict: str, tmp_path: Path) -> None:
     content = content_of()
     if flaw in content["checks"]:

@@ -202,10 +202,7 @@ def in_turn(*calls) -> None:
         (lambda: in_turn(lambda b: b._criterion.eval(), lambda b: b(X, Y)), "eval mode"),
         (lambda: added()(X, Y + 1), "chunks that were added lack label 3"),
         (lambda: in_turn(lambda b: b(X, Y), lambda b: b.add(X, Y)), "is one batch"),
-        (
-            lambda: in_turn(lambda b: b(X, Y), lambda b: b(X[:1], Y[:1])),
-            "7 rows",
-        ),
+        (lambda: in_turn(lambda b: b(X, Y), lambda b: b(X[:1], Y[:1])), "7 rows"),
         (lambda: backward_in_chunks(nn.Identity(), VarConLoss(), X, Y, 0), "chunk_size must be"),
         (lambda: backward_in_chunks(nn.Identity(), VarConLoss(), X, Y[:4], 2), "one length"),
     ],

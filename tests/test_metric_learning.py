@@ -144,11 +144,10 @@ def test_degenerate_batches() -> None:
     x = torch.randn(5, 4, requires_grad=True)
     each, nothing = torch.arange(5), torch.arange(0)
     for name, features, labels, options in (
-        ("one class", x, 0 * each, {}),
-        ("empty", x[:0], nothing, {}),
+        ("one class", x, 0 * each, {}), ("empty", x[:0], nothing, {}),
         ("no reference", x, each, {"ref_emb": x[:0], "ref_labels": nothing}),
         ("foreign reference", x, each, {"ref_emb": x.detach(), "ref_labels": each + 9}),
-    ):
+    ):  # fmt: skip
         loss = VarConLoss()(features, labels, **options)
         assert loss.item() == 0, name
         assert (gradient_of(loss, x) == 0).all(), name
@@ -180,10 +179,9 @@ def test_reducers(reducer: torch.nn.Module, make_batch: MakeBatch) -> None:
         assert torch.equal(result["loss"]["indices"], torch.arange(24))
         return
     expected = {
-        "SumReducer": each.sum(),
-        "ThresholdReducer": each[each > 0.1].mean(),
+        "SumReducer": each.sum(), "ThresholdReducer": each[each > 0.1].mean(),
         "ClassWeightedReducer": (each * CLASS_WEIGHTS[y]).mean(),
-    }.get(name, each.mean())
+    }.get(name, each.mean())  # fmt: skip
     torch.testing.assert_close(result, expected)
     assert gradient_of(result, x).isfinite().all()
 

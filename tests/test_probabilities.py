@@ -167,10 +167,9 @@ def test_confident_gradients_keep_their_digits(kind: str, full: bool, unit: bool
     table = {
         "smoothed": 0.999 * one + 0.001 / 50,
         "uneven": 0.999 * one + 0.001 * torch.rand(one.shape, generator=g),
-        "mixed": 0.6 * one + 0.4 * other,
-        "between": 0.6 * one + 0.4 * other,
+        "mixed": 0.6 * one + 0.4 * other, "between": 0.6 * one + 0.4 * other,
         "barely mixed": 0.9999 * one + 0.0001 * other,
-    }.get(kind, one)
+    }.get(kind, one)  # fmt: skip
     z = (0.72 * one + 0.7 * other) @ w if kind == "between" else w[first]
     z = F.normalize(z + 0.02 * torch.randn(z.shape, generator=g))
     shares, slots = table, None
@@ -569,13 +568,12 @@ def test_two_sets_that_disagree() -> None:
     for labels, ref_labels, message in (
         (rows, torch.ones(8, 5), r"ref_labels \[8, 5\] have 5 classes but num_classes=7"),
         (
-            numbers,
-            3 * torch.ones(8, 8),
+            numbers, 3 * torch.ones(8, 8),
             "ref_labels .*from 0 to 1, got 3.0 for sample 0 and class 0",
         ),
         (numbers, rows, r"labels must lie in \[0, 7\).* got 7: give ref_labels a column"),
         (rows, numbers, r"ref_labels must lie in \[0, 7\).* got 7: give labels a column"),
-    ):
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{message}"):
             loss_of(x, labels, ref_features=x.detach(), ref_labels=ref_labels)
 

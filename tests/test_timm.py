@@ -3,6 +3,7 @@
 import argparse
 import copy
 import csv
+import itertools
 import logging
 import os
 import pickle
@@ -35,31 +36,36 @@ VARCON = ("--num-classes", 3, "--loss", "varcon")
 
 # One model a family, as small as the family goes.
 ARCHITECTURES = {
-    "resnet10t": 64, "resnetv2_18": 64, "seresnet18": 64, "resnest14d": 64, "res2net50_14w_8s": 64,
-    "regnetx_002": 64, "regnety_002": 64, "convnext_atto": 64, "convnextv2_atto": 64,
-    "efficientnet_b0": 64, "efficientnetv2_rw_t": 64, "mobilenetv2_035": 64,
-    "mobilenetv3_small_050": 64, "mobilenetv4_conv_small_035": 64, "mnasnet_050": 64,
-    "fbnetc_100": 64, "spnasnet_100": 64, "tinynet_e": 64, "lcnet_035": 64, "ghostnet_050": 64,
-    "hardcorenas_a": 64, "repvgg_a0": 64, "mobileone_s0": 64, "fastvit_t8": 64, "densenet121": 64,
-    "vgg11": 64, "dla34": 64, "selecsls42": 64, "hrnet_w18_small": 64, "inception_v3": 96,
-    "xception41": 64, "cspresnet50": 64, "darknet17": 64, "dpn48b": 64, "nf_regnet_b0": 64,
-    "edgenext_xx_small": 64, "efficientformer_l1": 224, "poolformer_s12": 64, "pvt_v2_b0": 64,
-    "levit_128s": 224, "repvit_m0_9": 64, "starnet_s1": 64, "vit_tiny_patch16_224": 224,
-    "deit_tiny_patch16_224": 224, "deit_tiny_distilled_patch16_224": 224, "cait_xxs24_224": 224,
-    "xcit_nano_12_p16_224": 224, "swin_tiny_patch4_window7_224": 224, "mixer_s32_224": 224,
-    "coat_tiny": 224, "volo_d1_224": 224, "sequencer2d_s": 224, "mobilevit_xxs": 64,
-    "pit_ti_224": 224, "visformer_tiny": 224, "crossvit_tiny_240": 240, "gmixer_12_224": 224,
-}  # fmt: skip
+    64: """
+        resnet10t resnetv2_18 seresnet18 resnest14d res2net50_14w_8s regnetx_002 regnety_002
+        convnext_atto convnextv2_atto efficientnet_b0 efficientnetv2_rw_t mobilenetv2_035
+        mobilenetv3_small_050 mobilenetv4_conv_small_035 mnasnet_050 fbnetc_100 spnasnet_100
+        tinynet_e lcnet_035 ghostnet_050 hardcorenas_a repvgg_a0 mobileone_s0 fastvit_t8
+        densenet121 vgg11 dla34 selecsls42 hrnet_w18_small xception41 cspresnet50 darknet17
+        dpn48b nf_regnet_b0 edgenext_xx_small poolformer_s12 pvt_v2_b0 repvit_m0_9 starnet_s1
+        mobilevit_xxs
+    """,
+    96: "inception_v3",
+    224: """
+        efficientformer_l1 levit_128s vit_tiny_patch16_224 deit_tiny_patch16_224
+        deit_tiny_distilled_patch16_224 cait_xxs24_224 xcit_nano_12_p16_224
+        swin_tiny_patch4_window7_224 mixer_s32_224 coat_tiny volo_d1_224 sequencer2d_s
+        pit_ti_224 visformer_tiny gmixer_12_224
+    """,
+    240: "crossvit_tiny_240",
+}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+SIZES = {name: size for size, names in ARCHITECTURES.items() for name in names.split()}
+
+
+@pytest.mark.parametrize("name", SIZES)
 def test_probe_and_encoder_keep_apart(name: str) -> None:
     if name not in timm.list_models():
         pytest.skip(f"not in timm {timm.__version__}")
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5)
-    size = ARCHITECTURES[name]
-    x = torch.randn(2, 3, size, size)
+    x = torch.randn(2, 3, SIZES[name], SIZES[name])
     plain = copy.deepcopy(model).eval()
     task = VarConTask(model, dim=8, head="linear", verbose=False)
     with torch.no_grad():
@@ -280,19 +286,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
-    for part in ("train", "validation"):
-        for label in range(3):
-            folder = root / part / str(label)
-            folder.mkdir(parents=True)
-            for i in range(8):
-                pixels = rng.integers(0, 255, (40, 40, 3), np.uint8) // 2 + 40 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    for part, label, i in itertools.product(("train", "validation"), range(3), range(8)):
+        path = root / part / str(label) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 255, (40, 40, 3), np.uint8) // 2 + 40 * label
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
     return root
 
 
-def launch(
-    *arguments: object, cwd: Path, launcher: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess:
+def launch(*arguments: object, cwd: Path, launcher: tuple = ()) -> subprocess.CompletedProcess:
     """As a user runs it; seconds to start, so most tests use `varcon_timm`."""
     command = launcher or (sys.executable,)
     return subprocess.run(
@@ -499,9 +501,8 @@ def test_the_task_stays_a_class(images: Path, varcon_timm: Callable[..., Done]) 
         "task, ClassificationTask", "dataset, AugMixDataset", "dataset, torch.utils.data.Dataset",
     )  # fmt: skip
     checks = "".join(f"    assert isinstance({kind})\n" for kind in kinds)
-    text = text.replace("def main():", derived).replace(
-        "    optimizer =", f"{checks}    optimizer ="
-    )
+    text = text.replace("def main():", derived)
+    text = text.replace("    optimizer =", f"{checks}    optimizer =")
     script.write_text(text.replace("task = ClassificationTask(", "task = Derived("))
     done = varcon_timm(script, images, *VARCON)
     assert "batch 16 Derived" in done.out, done
