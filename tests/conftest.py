@@ -31,12 +31,9 @@ def make_batch() -> MakeBatch:
     """Raw random features ``[N, D]`` with a gradient, and labels that all occur."""
 
     def make(
-        num_rows: int = 24,
-        num_classes: int = 5,
-        dim: int = 16,
-        dtype: torch.dtype = torch.float64,
+        num_rows: int = 24, num_classes: int = 5, dim: int = 16, dtype: torch.dtype = torch.float64,
         seed: int = 0,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
         features = torch.randn(num_rows, dim, generator=generator, dtype=torch.float64) * 3
         labels = torch.arange(num_rows) % num_classes
@@ -44,3 +41,14 @@ def make_batch() -> MakeBatch:
         return features.to(dtype).requires_grad_(), labels
 
     return make
+
+
+def gradient_of(loss: Tensor, x: Tensor, retain_graph: bool = True) -> Tensor:
+    return torch.autograd.grad(loss.sum(), x, retain_graph=retain_graph)[0]
+
+
+def same_step(got: Tensor, want: Tensor, x: Tensor) -> None:
+    """Two losses of ``x`` and their gradients."""
+    torch.testing.assert_close(got, want)
+    # A compiled graph may give its buffers away.
+    torch.testing.assert_close(gradient_of(got, x, False), gradient_of(want, x, False))

@@ -28,14 +28,20 @@ class Operators(TorchDispatchMode):
 
 
 class LargestWritten(TorchDispatchMode):
-    """Elements of the largest tensor that an operator wrote."""
+    """Elements of the largest tensor that an operator wrote; or of the largest new matrix."""
 
     elements = 0
+
+    def __init__(self, new_matrices: bool = False) -> None:
+        super().__init__()
+        self.new_matrices = new_matrices
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         unwritten = func.is_view or func.overloadpacket is torch.ops.aten.new_empty
         for part in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(part, Tensor) and not unwritten:
+            if not isinstance(part, Tensor) or unwritten:
+                continue
+            if not self.new_matrices or (part.ndim > 1 and all(part is not a for a in args)):
                 self.elements = max(self.elements, part.numel())
         return result

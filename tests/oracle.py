@@ -19,18 +19,32 @@ def _mean_direction(vectors: Sequence[Vector]) -> list[float]:
     return _unit([math.fsum(column) for column in zip(*vectors, strict=True)])
 
 
+def class_terms(
+    z: Vector, w: dict[int, list[float]], label: int, temperature: float, epsilon: float
+) -> dict[str, float]:
+    """Eq. 7-13 of one row: loss, kl, nll, confidence, tau2."""
+    logits = {k: _dot(z, centroid) / temperature for k, centroid in w.items()}
+    top = max(logits.values())
+    partition = math.fsum(math.exp(u - top) for u in logits.values())
+    log_p = {k: u - top - math.log(partition) for k, u in logits.items()}
+    confidence = math.exp(log_p[label])
+    tau2 = (temperature - epsilon) + 2 * epsilon * confidence
+    # q_y = e^{1/tau2} / (e^{1/tau2} + K - 1), each part scaled by e^{-1/tau2}
+    scale = math.exp(-1 / tau2)
+    normaliser = 1 + (len(w) - 1) * scale
+    q = {k: (1.0 if k == label else scale) / normaliser for k in w}
+    log_q = {k: (0.0 if k == label else -1 / tau2) - math.log(normaliser) for k in w}
+    kl = math.fsum(q[k] * (log_q[k] - log_p[k]) for k in w)
+    nll = -log_p[label]
+    return {"loss": kl + nll, "kl": kl, "nll": nll, "confidence": confidence, "tau2": tau2}
+
+
 def row_terms(
-    features: Sequence[Vector],
-    labels: Sequence[int],
-    temperature: float = 0.1,
-    epsilon: float = 0.02,
-    *,
-    normalize: bool = True,
-    ignore_index: int | None = -100,
-    leave_one_out: bool = False,
-    ref_features: Sequence[Vector] | None = None,
+    features: Sequence[Vector], labels: Sequence[int], temperature: float = 0.1,
+    epsilon: float = 0.02, *, normalize: bool = True, ignore_index: int | None = -100,
+    leave_one_out: bool = False, ref_features: Sequence[Vector] | None = None,
     ref_labels: Sequence[int] | None = None,
-) -> list[dict[str, float] | None]:
+) -> list[dict[str, float] | None]:  # fmt: skip
     """One dict (loss, kl, nll, confidence, tau2) a sample; None where it takes no part."""
     prepare = _unit if normalize else list
     rows = [prepare(x) for x in features]
@@ -50,21 +64,5 @@ def row_terms(
         mine = dict(centroids)
         if leave_one_out:
             mine[label] = _mean_direction([pool[j] for j in members[label] if j != i])
-        logits = {k: _dot(z, w) / temperature for k, w in mine.items()}
-        top = max(logits.values())
-        partition = math.fsum(math.exp(u - top) for u in logits.values())
-        log_p = {k: u - top - math.log(partition) for k, u in logits.items()}
-        confidence = math.exp(log_p[label])
-        tau2 = (temperature - epsilon) + 2 * epsilon * confidence
-        others = len(mine) - 1
-        # q_y = e^{1/tau2} / (e^{1/tau2} + K - 1), each part scaled by e^{-1/tau2}
-        scale = math.exp(-1 / tau2)
-        normaliser = 1 + others * scale
-        q = {k: (1.0 if k == label else scale) / normaliser for k in mine}
-        log_q = {k: (0.0 if k == label else -1 / tau2) - math.log(normaliser) for k in mine}
-        kl = math.fsum(q[k] * (log_q[k] - log_p[k]) for k in mine)
-        nll = -log_p[label]
-        results.append(
-            {"loss": kl + nll, "kl": kl, "nll": nll, "confidence": confidence, "tau2": tau2}
-        )
+        results.append(class_terms(z, mine, label, temperature, epsilon))
     return results

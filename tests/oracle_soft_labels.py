@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from tests.oracle import Vector, _dot, _unit
+from tests.oracle import Vector, _unit, class_terms
 
 NAMES = ("loss", "kl", "nll", "confidence", "tau2")
 
@@ -22,34 +22,10 @@ def centroids(rows: Sequence[Vector], soft: Sequence[Vector]) -> dict[int, list[
     }
 
 
-def class_terms(
-    z: Vector, w: dict[int, list[float]], r: int, temperature: float, epsilon: float
-) -> dict[str, float]:
-    """Eq. 7-13 of one row as if ``r`` were its class: loss, kl, nll, confidence, tau2."""
-    logits = {k: _dot(z, centroid) / temperature for k, centroid in w.items()}
-    top = max(logits.values())
-    log_total = top + math.log(math.fsum(math.exp(u - top) for u in logits.values()))
-    log_p = {k: u - log_total for k, u in logits.items()}
-    confidence = math.exp(log_p[r])
-    tau2 = (temperature - epsilon) + 2 * epsilon * confidence
-    scores = {k: 1 / tau2 if k == r else 0.0 for k in w}
-    q_top = max(scores.values())
-    log_q_total = q_top + math.log(math.fsum(math.exp(s - q_top) for s in scores.values()))
-    log_q = {k: s - log_q_total for k, s in scores.items()}
-    kl = math.fsum(math.exp(log_q[k]) * (log_q[k] - log_p[k]) for k in w)
-    nll = -log_p[r]
-    return {"loss": kl + nll, "kl": kl, "nll": nll, "confidence": confidence, "tau2": tau2}
-
-
 def row_terms(
-    features: Sequence[Vector],
-    soft: Sequence[Vector],
-    temperature: float = 0.1,
-    epsilon: float = 0.02,
-    *,
-    normalize: bool = True,
-    weight: Vector | None = None,
-) -> list[dict[str, float]]:
+    features: Sequence[Vector], soft: Sequence[Vector], temperature: float = 0.1,
+    epsilon: float = 0.02, *, normalize: bool = True, weight: Vector | None = None,
+) -> list[dict[str, float]]:  # fmt: skip
     """One dict a sample, the loss under weighted shares; all zeros for a row of zeros."""
     rows = [_unit(x) if normalize else list(x) for x in features]
     # A row of zeros takes no part, whatever its features.

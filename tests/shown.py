@@ -27,10 +27,8 @@ def check_benchmarks(words: list[str]) -> None:
     parameters = command.make_context(name, given).params
     # Text to the command line, read by the question itself.
     for key, read in {
-        "batch_sizes": options.integers,
-        "learning_rates": options.floats,
-        "methods": options.names,
+        "batch_sizes": options.integers, "learning_rates": options.floats, "methods": options.names,
         "noise": options.floats,
-    }.items():
+    }.items():  # fmt: skip
         if parameters.get(key):
             read(parameters[key])

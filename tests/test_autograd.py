@@ -7,39 +7,31 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from tests.conftest import MakeBatch
+from tests.conftest import MakeBatch, gradient_of
 from tests.counting import Operators
 from varcon_loss import VarConLoss, varcon_loss, varcon_terms
 
 
 def test_without_a_gradient_its_product_is_not_computed(make_batch: MakeBatch) -> None:
     features, labels = make_batch()
-    with Operators() as with_grad:
-        varcon_loss(features, labels, impl="eager")
-    assert with_grad.count("mm.", "addmm.") == 2
-    with Operators() as detached:
-        a = varcon_loss(features.detach(), labels, impl="eager")
-    assert detached.count("mm.", "addmm.") == 1
-    with Operators() as no_grad, torch.no_grad():
-        b = varcon_loss(features, labels, impl="eager")
-    assert no_grad.count("mm.", "addmm.") == 1
-    assert not a.requires_grad
-    assert not b.requires_grad
-    with Operators() as inference, torch.inference_mode():
-        varcon_loss(features, labels, impl="eager")
-    assert inference.count("mm.", "addmm.") == 1
+    for mode, x, products in (
+        (torch.enable_grad, features, 2), (torch.enable_grad, features.detach(), 1),
+        (torch.no_grad, features, 1), (torch.inference_mode, features, 1),
+    ):  # fmt: skip
+        with Operators() as operators, mode():
+            loss = varcon_loss(x, labels, impl="eager")
+        assert operators.count("mm.", "addmm.") == products
+        assert loss.requires_grad == (products == 2)
 
 
 def test_two_backwards_agree(impl: str, make_batch: MakeBatch) -> None:
     features, labels = make_batch()
     loss = varcon_loss(features, labels, impl=impl)
-    (first,) = torch.autograd.grad(loss, features, retain_graph=True)
+    first = gradient_of(loss, features)
     kept = first.clone()
     first.mul_(7)  # what a caller does to a gradient must not reach the saved one
-    (second,) = torch.autograd.grad(loss, features, retain_graph=True)
-    assert torch.equal(kept, second)
-    (scaled,) = torch.autograd.grad(3 * loss, features)
-    torch.testing.assert_close(scaled, 3 * kept)
+    assert torch.equal(kept, gradient_of(loss, features))
+    torch.testing.assert_close(gradient_of(3 * loss, features), 3 * kept)
 
 
 TWICE = {
@@ -87,63 +79,71 @@ def test_second_derivatives_are_right(loss_twice, fast: str) -> None:
                 parameter.copy_(torch.linspace(-i, 1, parameter.numel()).view_as(parameter))
         value = loss(net(x), impl)
         first = torch.autograd.grad(value, list(net.parameters()), create_graph=True)
-        through_network = torch.autograd.grad(
-            sum(g.square().sum() for g in first) + value, list(net.parameters())
-        )
+        penalty = sum(g.square().sum() for g in first) + value
+        through_network = torch.autograd.grad(penalty, list(net.parameters()))
         penalised = loss(features, impl)
         (first,) = torch.autograd.grad(penalised, features, create_graph=True)
         features.grad = None
         (penalised + first.square().sum()).backward()
-        found = [
-            torch.autograd.functional.hvp(lambda z: loss(z, impl), x, v)[1],
-            torch.autograd.functional.hessian(lambda z: loss(z, impl), x),
-            *through_network,
-            features.grad.clone(),
-        ]
+
+        def of(z: torch.Tensor) -> torch.Tensor:
+            return loss(z, impl)
+
+        functional, func = torch.autograd.functional, torch.func
+        found = [functional.hvp(of, x, v)[1], functional.hessian(of, x), features.grad.clone()]
         if fast != "triton":
-            found.append(torch.func.jacrev(torch.func.jacrev(lambda z: loss(z, impl)))(x))
-            found.append(torch.func.grad(lambda z: (torch.func.grad(loss)(z, impl) * v).sum())(x))
-        return found
+            found.append(func.jacrev(func.jacrev(of))(x))
+            found.append(func.grad(lambda z: (func.grad(of)(z) * v).sum())(x))
+        return [*found, *through_network]
 
     for got, expected in zip(ways(fast), ways("reference"), strict=True):
         assert expected.abs().max() > 1e-3
         torch.testing.assert_close(got, expected, **close)
 
 
-def test_finite_differences_of_the_gradient(impl: str, make_batch: MakeBatch) -> None:
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("temperatures", [(0.1, 0.02), (0.7, 0.6), (0.5, 0.0)])
+def test_finite_differences(temperatures: tuple, normalize: bool, impl: str, make_batch) -> None:
+    """The centroids are detached, so they are held still: those of a reference set."""
     features, labels = make_batch(6, 3, 4)
     ref_features, ref_labels = make_batch(9, 3, 4, seed=1)
+    options = {"temperature": temperatures[0], "epsilon": temperatures[1], "normalize": normalize}
+    options |= {"ref_features": ref_features.detach(), "ref_labels": ref_labels}
+    x = (features.detach() * 0.4).requires_grad_()
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        return varcon_loss(
-            x, labels, 0.5, epsilon=0.2, impl=impl, reduction="none",
-            ref_features=ref_features.detach(), ref_labels=ref_labels,
-        )  # fmt: skip
+        return varcon_loss(x, labels, impl=impl, reduction="none", **options)
 
-    assert torch.autograd.gradgradcheck(loss, features)
+    assert torch.autograd.gradcheck(loss, x, eps=1e-6, atol=1e-6, rtol=1e-5)
+    if temperatures[0] == 0.1:
+        return
+    assert torch.autograd.gradgradcheck(loss, x)
 
     def third(x: torch.Tensor) -> torch.Tensor:
         (first,) = torch.autograd.grad(loss(x).sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
         return second.square().sum()
 
-    assert torch.autograd.gradcheck(third, features)
+    assert torch.autograd.gradcheck(third, x)
 
 
-def test_second_derivative_after_features_changed(make_batch: MakeBatch) -> None:
+def test_backward_after_features_changed(make_batch: MakeBatch) -> None:
+    """In place, as by an optimiser: a gradient was saved, but a second one needs the features."""
     features, labels = make_batch()
     hidden = features * 1
-    loss = varcon_loss(hidden, labels)
+    loss = varcon_loss(hidden, labels, impl="eager")
+    expected = gradient_of(varcon_loss(features, labels, impl="eager"), features)
     with torch.no_grad():
         hidden.zero_()
+    torch.testing.assert_close(gradient_of(loss, features), expected)
     with pytest.raises(RuntimeError, match="changed in place since"):
         torch.autograd.grad(loss, features, create_graph=True)
 
 
-def test_gradients_after_the_memory_moved(make_batch: MakeBatch) -> None:
+def test_gradients_after_the_memory_moved(impl: str, make_batch: MakeBatch) -> None:
     """The next step moves the memory; an earlier loss keeps the centroids that it saw."""
     features, labels = make_batch(dtype=torch.float32)
-    criterion = VarConLoss(num_classes=5, feature_dim=16, centroid_momentum=0.9)
+    criterion = VarConLoss(num_classes=5, feature_dim=16, centroid_momentum=0.9, impl=impl)
     criterion(features, labels)
     loss = criterion(features, labels)
 
@@ -174,14 +174,14 @@ def test_nothing_outlives_the_features(make_batch: MakeBatch) -> None:
 
 def test_under_saved_tensor_hooks_and_checkpointing(impl: str, make_batch: MakeBatch) -> None:
     features, labels = make_batch()
-    expected = torch.autograd.grad(varcon_loss(features, labels, impl=impl), features)[0]
+    expected = gradient_of(varcon_loss(features, labels, impl=impl), features)
     with torch.autograd.graph.save_on_cpu():
         loss = varcon_loss(features, labels, impl=impl)
-    torch.testing.assert_close(torch.autograd.grad(loss, features)[0], expected)
+    torch.testing.assert_close(gradient_of(loss, features), expected)
     loss = torch.utils.checkpoint.checkpoint(
         lambda x: varcon_loss(x * 1, labels, impl=impl), features, use_reentrant=False
     )
-    torch.testing.assert_close(torch.autograd.grad(loss, features)[0], expected)
+    torch.testing.assert_close(gradient_of(loss, features), expected)
 
 
 def test_func_transforms(impl: str, make_batch: MakeBatch) -> None:
@@ -208,29 +208,16 @@ def test_other_transforms_are_refused_by_torch(make_batch: MakeBatch) -> None:
         return varcon_loss(z, labels)
 
     for transform in (
-        lambda: torch.func.jvp(loss, (x,), (x,)),
-        lambda: torch.func.jacfwd(loss)(x),
+        lambda: torch.func.jvp(loss, (x,), (x,)), lambda: torch.func.jacfwd(loss)(x),
         lambda: torch.func.vmap(loss)(torch.stack([x, x])),
         lambda: torch.func.vmap(torch.func.grad(loss))(torch.stack([x, x])),
-    ):
+    ):  # fmt: skip
         with pytest.raises((NotImplementedError, RuntimeError)):
             transform()
     with forward_ad.dual_level(), pytest.raises(NotImplementedError):
         loss(forward_ad.make_dual(x, x))
     with pytest.raises(ValueError, match=r"cannot run here: .*torch.func"):
         torch.func.grad(lambda z: varcon_loss(z, labels, impl="triton"))(x.float())
-
-
-def test_saved_features_are_not_needed_by_backward(make_batch: MakeBatch) -> None:
-    """Backward may run after the features were changed in place, as an optimiser might."""
-    features, labels = make_batch()
-    hidden = features * 1
-    loss = varcon_loss(hidden, labels, impl="eager")
-    expected = torch.autograd.grad(varcon_loss(features, labels, impl="eager"), features)[0]
-    with torch.no_grad():
-        hidden.zero_()
-    (got,) = torch.autograd.grad(loss, features)
-    torch.testing.assert_close(got, expected)
 
 
 def test_descends(impl: str) -> None:
@@ -254,12 +241,13 @@ def test_upstream_gradients(reduction: str, impl: str, make_batch: MakeBatch) ->
     features, labels = make_batch()
     loss = varcon_loss(features, labels, reduction=reduction, impl=impl)
     upstream = torch.randn_like(loss)
-    (got,) = torch.autograd.grad(loss, features, upstream)
-    terms = varcon_terms(features, labels, impl=impl)
+    terms = varcon_terms(features, labels, reduction=reduction, impl=impl)
+    assert not any(part.requires_grad for part in terms[1:6])
     each = upstream if reduction == "none" else upstream.expand(len(labels))
     each = each / len(labels) if reduction == "mean" else each
-    (expected,) = torch.autograd.grad(terms.loss, features, each)
-    torch.testing.assert_close(got, expected)
+    expected = gradient_of(terms.loss * each, features)
+    for value in (loss, terms.reduced):
+        torch.testing.assert_close(gradient_of(value * upstream, features), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"feature_dim": 16, "centroid_momentum": 0.9}])
@@ -290,10 +278,9 @@ def test_second_derivatives_are_exact_under_autocast() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"leave_one_out": True}, {"weight": torch.tensor([1.0, 2.0, 0.5]).double()}],
+    "options", [{}, {"leave_one_out": True}, {"weight": torch.tensor([1.0, 2.0, 0.5]).double()}],
     ids=lambda o: "-".join(o) or "defaults",
-)
+)  # fmt: skip
 @pytest.mark.parametrize("kind", ["integers", "probabilities", "reference set"])
 def test_forward_mode_by_the_equations(kind: str, options: dict) -> None:
     """Centroids are constants of it too, though `torch.no_grad` stops no tangent."""

@@ -1,6 +1,5 @@
 """`python -m benchmarks quality`: methods, read-outs, statistics, and going on after a stop."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -14,8 +13,8 @@ from typer.testing import CliRunner
 pytest.importorskip("sklearn")
 from benchmarks import quality
 from benchmarks.__main__ import app
-from benchmarks.common import cells, data, paired, training
-from benchmarks.common.methods import METHODS, VARIANTS, Step, make_objective
+from benchmarks.common import cells, data, paired
+from benchmarks.common.methods import METHODS, Step, make_objective
 from benchmarks.common.readouts import class_mean_predictions
 from benchmarks.common.supcon import sincere_loss
 from benchmarks.common.training import Recipe, train
@@ -27,8 +26,7 @@ def test_every_method_learns_digits_in_a_few_epochs(method: str) -> None:
     run = train(digits, method, Recipe(epochs=3, batch_size=128, learning_rate=0.2), seed=0)
     scores = cells.read_out(run, digits, digits.validation, digits.train.labels, "cpu")
     assert not run.collapsed
-    assert scores["linear"] is not None
-    assert scores["linear"] > 0.8
+    assert (scores["linear"] or 0.0) > 0.8
 
 
 def _loop(x: torch.Tensor, y: torch.Tensor, temperature: float) -> list[list[float]]:
@@ -54,52 +52,19 @@ def test_sincere_has_the_values_of_its_equation() -> None:
     assert float(sincere_loss(x, y, 0.3)) == pytest.approx(want, rel=1e-12)
 
 
-def test_sincere_without_other_classes_has_a_gradient_of_zero() -> None:
-    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    sincere_loss(x, torch.zeros(6, dtype=torch.int64)).backward()
-    torch.testing.assert_close(x.grad, torch.zeros_like(x))
-
-
-def test_normface_has_the_values_of_its_equation() -> None:
-    objective = make_objective("NormFace", 5, 4, dim=5, head="linear", temperature=0.3).double()
-    features, labels = torch.randn(9, 5, dtype=torch.float64), torch.arange(9) % 4
-    z = objective.head(features).detach()
-    together = torch.cat([z, objective.criterion.W.detach().T])
-    scores = [row[9:] for row in _loop(together, labels, 0.3)[:9]]
-    want = sum(
-        math.log(sum(map(math.exp, row))) - row[label]
-        for row, label in zip(scores, labels.tolist(), strict=True)
-    )
-    assert float(objective(features, labels).loss.detach()) == pytest.approx(want / 9, rel=1e-12)
-
-
 def test_nearest_class_mean_by_hand() -> None:
     train = torch.tensor([[1.0, 0.0], [9.0, 1.0], [0.0, 2.0]])  # lengths do not count
     test = torch.tensor([[5.0, 1.0], [1.0, 3.0]])
     assert class_mean_predictions(train, torch.tensor([0, 0, 1]), test).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("method", VARIANTS)
-def test_variants_differ_from_what_they_vary(method: str) -> None:
-    base = METHODS[method.split()[0]]
-    losses = []
-    for make in (base, VARIANTS[method]):
-        torch.manual_seed(0)
-        objective = make(8, 5, dim=4, head="mlp-bn", temperature=0.1)
-        losses.append(float(objective(torch.randn(40, 8), torch.arange(40) % 5).loss.detach()))
-    assert losses[0] != losses[1]
-
-
 def test_collapse_is_noticed() -> None:
-    """Losses on embeddings that all coincide."""
     for method in ("SupCon", "VarCon", "SINCERE"):
         objective = make_objective(method, 8, 5, dim=4, head="linear")
-        step = objective(torch.ones(40, 8), torch.arange(40) % 5)
-        assert step.collapsed
+        assert objective(torch.ones(40, 8), torch.arange(40) % 5).collapsed
         assert not objective(torch.randn(40, 8), torch.arange(40) % 5).collapsed
 
-
-def test_samples_that_take_no_part_hide_no_collapse() -> None:
+    # Samples that take no part hide none.
     objective = make_objective("VarCon leave-one-out", 8, 20, dim=4, head="linear")
     labels = torch.tensor([0, 0, 1, 1, *range(2, 18)])  # sixteen of twenty are alone
     step = objective(torch.ones(20, 8), labels)
@@ -110,53 +75,18 @@ def test_samples_that_take_no_part_hide_no_collapse() -> None:
     assert step == Step(step.loss, {"loss": 0.0}, collapsed=False)
 
 
-class TestMixup:
-    def test_images_and_labels_are_mixed_alike(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """An encoder that passes images on, whose pixels say what classes are in them."""
-        digits = data.load("digits")
-        size = digits.train.images[0].numel()
-        images = torch.zeros(64, 1, 8, 8)
-        labels = torch.arange(64) % digits.num_classes
-        images.view(64, size)[torch.arange(64), labels] = 1.0
-        seen = []
-
-        class Recorder(torch.nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.scale = torch.nn.Parameter(torch.ones(()))
-
-            def forward(self, features, labels):
-                seen.append((features.detach(), labels))
-                return Step(self.scale * features.sum(), {"loss": 0.0}, collapsed=False)
-
-        class PassOn(torch.nn.Flatten):
-            out_dim = size
-
-        monkeypatch.setattr(training, "SmallCNN", lambda channels: PassOn())
-        monkeypatch.setattr(training, "make_objective", lambda *a, **k: Recorder())
-        monkeypatch.setattr(training, "make_augmentation", lambda **k: torch.nn.Identity())
-        split = data.Split(images, labels)
-        recipe = Recipe(epochs=3, batch_size=32, mixup=1.0)
-        train(dataclasses.replace(digits, train=split), "VarCon", recipe, seed=0)
-        soft = torch.cat([labels for _, labels in seen])
-        torch.testing.assert_close(torch.cat([x for x, _ in seen])[:, :10], soft)
-        torch.testing.assert_close(soft.sum(1), torch.ones(len(soft)))
-        assert soft.count_nonzero(1).max() == 2
-        views = seen[0][1].split(32)
-        assert not torch.equal(*views)  # each is mixed on its own
-
-    def test_what_cannot_be_mixed_is_run_without(self, tmp_path: Path) -> None:
-        arguments = ["quality", "--data", "digits", "--methods", "SupCon,VarCon", "--mixup", "0.2",
-                     "--learning-rates", "0.2", "--batch-sizes", "256", "--epochs", "1", "--seeds",
-                     "1", "--workers", "1", "--out", str(tmp_path)]  # fmt: skip
-        outcome = CliRunner().invoke(app, arguments)
-        assert outcome.exit_code == 0, outcome.output
-        assert "VarCon, mixup 0.2" in outcome.output
-        rows = [json.loads(line) for line in (tmp_path / "digits.jsonl").read_text().splitlines()]
-        assert {row["method"]: row["mixup"] for row in rows} == {"SupCon": None, "VarCon": 0.2}
-        assert (tmp_path / "quality-digits.png").exists()
-        with pytest.raises(ValueError, match=r"mixup needs one of .*, got 'SupCon'"):
-            train(data.load("digits"), "SupCon", Recipe(epochs=1, mixup=0.2), seed=0)
+def test_what_cannot_be_mixed_is_run_without(tmp_path: Path) -> None:
+    arguments = ["quality", "--data", "digits", "--methods", "SupCon,VarCon", "--mixup", "0.2",
+                 "--learning-rates", "0.2", "--batch-sizes", "256", "--epochs", "1", "--seeds",
+                 "1", "--workers", "1", "--out", str(tmp_path)]  # fmt: skip
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    assert "VarCon, mixup 0.2" in outcome.output
+    rows = [json.loads(line) for line in (tmp_path / "digits.jsonl").read_text().splitlines()]
+    assert {row["method"]: row["mixup"] for row in rows} == {"SupCon": None, "VarCon": 0.2}
+    assert (tmp_path / "quality-digits.png").exists()
+    with pytest.raises(ValueError, match=r"mixup needs one of .*, got 'SupCon'"):
+        train(data.load("digits"), "SupCon", Recipe(epochs=1, mixup=0.2), seed=0)
 
 
 class TestQuality:
@@ -180,9 +110,8 @@ class TestQuality:
         quality.show(again, console)
         for value in ("linear", "knn"):
             mean = saved.loc[(value, "VarCon"), "mean"]
-            assert mean == pytest.approx(
-                sum(r[value] for r in again if r["method"] == "VarCon") / 2
-            )
+            ours = [r[value] for r in again if r["method"] == "VarCon"]
+            assert mean == pytest.approx(sum(ours) / 2)
             assert f"{100 * mean:.1f} ±" in console.export_text(clear=False)
         table = paired.summary(again, "linear").set_index("method")
         assert math.isnan(table.loc["SupCon", "gain"])
@@ -202,21 +131,6 @@ class TestQuality:
         assert table.loc["SupCon", "collapsed"] == 1
         assert table.loc["SupCon", "mean"] == pytest.approx(0.85)
         assert table.loc["VarCon", "gain"] == pytest.approx(0.1)
-
-    def test_a_wider_grid_overtakes_what_was_reported_before(self) -> None:
-        base = {"data": "d", "noise": 0.0, "batch_size": 8, "collapsed": False, "seed": 0}
-        rows = [
-            base | {"method": m, "split": split, "learning_rate": rate, "linear": v, "knn": v}
-            for m, split, rate, v in [
-                ("SupCon", "validation", 0.1, 0.8), ("SupCon", "test", 0.1, 0.7),
-                ("VarCon", "validation", 0.1, 0.6), ("VarCon", "test", 0.1, 0.5),
-                ("VarCon", "validation", 0.4, 0.7), ("VarCon", "test", 0.4, 0.8),
-                ("VarCon tau1=0.5", "validation", 0.4, 0.9),
-            ]
-        ]  # fmt: skip
-        table = paired.summary(rows, "linear").set_index("method")
-        assert table.loc["VarCon", ["learning_rate", "mean"]].tolist() == [0.4, 0.8]
-        assert paired.best_by_validation(rows, ["SupCon", "VarCon"]) == "SupCon"
 
     def test_interval(self) -> None:
         mean, half = paired.interval([1.0, 2.0, 3.0])

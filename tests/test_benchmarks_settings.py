@@ -15,7 +15,6 @@ pytest.importorskip("sklearn")
 from benchmarks import report
 from benchmarks.__main__ import app
 from benchmarks.common import data, probes
-from benchmarks.common.cells import Cell, run_cell
 from benchmarks.common.data import ImageData, Split
 from tests import shown
 
@@ -61,37 +60,6 @@ def test_accuracy_over_a_setting(tmp_path: Path) -> None:
     assert "| method | temperature 0.1 | temperature 0.3 |" in page
 
 
-def test_an_unknown_setting_is_named() -> None:
-    outcome = ask("settings", "temprature")
-    assert outcome.exit_code == 2
-    assert "got 'temprature'" in " ".join(re.sub("[│]", " ", outcome.output).split())
-
-
-def test_augmentation_has_a_strength() -> None:
-    cells = [Cell("digits", "VarCon", 256, 0.2, 0, "test", 1, augmentation=strength)
-             for strength in (None, "default", "weak", "strong")]  # fmt: skip
-    losses = [run_cell(cell)["history"][0]["loss"] for cell in cells]
-    assert losses[0] == losses[1]
-    assert losses[2] < losses[1] < losses[3]
-    with pytest.raises(ValueError, match="augmentation must be one of weak, default, strong"):
-        run_cell(Cell("digits", "VarCon", 256, 0.2, 0, "test", 1, augmentation="stronk"))
-
-
-def test_a_budget_stops_a_sweep_and_keeps_what_is_done(tmp_path: Path) -> None:
-    outcome = ask("quality", "--batch-sizes", "256", "--seeds", "2", "--budget", "0.0001",
-                  "--out", str(tmp_path), *SMALL)  # fmt: skip
-    assert outcome.exit_code == 1
-    lines = (tmp_path / "digits.jsonl").read_text().splitlines()
-    assert 1 <= len(lines) < 4
-
-
-def test_one_learning_rate_leaves_nothing_to_choose(tmp_path: Path) -> None:
-    outcome = ask("quality", "--batch-sizes", "256", "--seeds", "1", "--out", str(tmp_path), *SMALL)
-    assert outcome.exit_code == 0, outcome.output
-    rows = [json.loads(line) for line in (tmp_path / "digits.jsonl").read_text().splitlines()]
-    assert [(row["split"], row["learning_rate"]) for row in rows] == [("test", 0.2)] * 2
-
-
 class TestCorruption:
     digits = data.load("digits")
 
@@ -111,25 +79,6 @@ class TestCorruption:
         assert changes == sorted(changes)
         assert changes[0] > 0
 
-    def test_the_command(self, tmp_path: Path) -> None:
-        outcome = ask("robustness", "corruption", "--batch-size", "256", "--seeds", "1", "--out",
-                      str(tmp_path), *SMALL)  # fmt: skip
-        assert outcome.exit_code == 0, outcome.output
-        assert "occlusion, mean" in outcome.output
-        assert "nan" not in outcome.output
-        assert (tmp_path / "corruption-digits.png").exists()
-        page = reported([tmp_path / "corruption-digits.jsonl"], tmp_path)
-        assert "## Do features survive corrupted images? digits" in page
-        assert re.search(r"\| noise, 5 \| \d+\.\d \| \d+\.\d \(", page)
-
-
-def test_transfer_reads_out_on_the_other_sets() -> None:
-    row = run_cell(Cell("digits", "VarCon", 256, 0.2, 0, "test", 2, extra="transfer"))
-    scores = row["further"]
-    assert {"linear on mnist5k", "kNN on mnist5k"} <= set(scores)
-    assert not any("digits" in name for name in scores)
-    assert scores["linear on mnist5k"] > 0.5
-
 
 class TestFewShot:
     def test_what_few_images_tell(self) -> None:
@@ -147,15 +96,6 @@ class TestFewShot:
             assert low - 1e-9 <= scores["linear on 1 a class"] <= high + 1e-9
             assert low - 1e-9 <= scores["class mean on 1 a class"] <= high + 1e-9
 
-    def test_the_command(self, tmp_path: Path) -> None:
-        outcome = ask("robustness", "few-shot", "--batch-size", "256", "--seeds", "1", "--out",
-                      str(tmp_path), *SMALL)  # fmt: skip
-        assert outcome.exit_code == 0, outcome.output
-        page = reported([tmp_path / "few-shot-digits.jsonl"], tmp_path)
-        assert "## Do features serve few labels? digits" in page
-        assert "means over 20 draws" in page
-        assert re.search(r"\| class mean on 5 a class \| \d+\.\d \| \d+\.\d \(", page)
-
 
 class TestHierarchy:
     def test_known_groups_are_found(self) -> None:
@@ -171,16 +111,31 @@ class TestHierarchy:
         assert scores["cophenetic"] > 0.99
         assert np.array(scores["tree"]).shape == (99, 4)
 
-    def test_the_command(self, tmp_path: Path) -> None:
-        outcome = ask("hierarchy", "--batch-size", "256", "--seeds", "1", "--out", str(tmp_path),
-                      *SMALL)  # fmt: skip
-        assert outcome.exit_code == 0, outcome.output
-        assert "cophenetic correlation" in outcome.output
-        assert (tmp_path / "hierarchy-digits.png").stat().st_size > 10_000
-        page = reported([tmp_path / "hierarchy-digits.jsonl"], tmp_path)
-        assert "## Do similar classes lie near one another? digits" in page
-        assert "Batch 256, 1 epochs, 1 seeds. Learning rates, not searched: SupCon 0.2" in page
-        assert re.search(r"\| VarCon \| \d+\.\d \(", page)
+
+@pytest.mark.parametrize(
+    ("command", "output", "title", "row"),
+    [
+        ("robustness corruption", "occlusion, mean", "Do features survive corrupted images?",
+         r"\| noise, 5 \| \d+\.\d \| \d+\.\d \("),
+        ("robustness few-shot", "5 a class", "Do features serve few labels?",
+         r"\| class mean on 5 a class \| \d+\.\d \| \d+\.\d \("),
+        ("hierarchy", "cophenetic correlation", "Do similar classes lie near one another?",
+         r"\| VarCon \| \d+\.\d \("),
+    ],
+)  # fmt: skip
+def test_a_question_is_answered_and_reported(
+    command: str, output: str, title: str, row: str, tmp_path: Path
+) -> None:
+    given = ("--batch-size", "256", "--seeds", "1", "--out", str(tmp_path), *SMALL)
+    outcome = ask(*command.split(), *given)
+    assert outcome.exit_code == 0, outcome.output
+    assert output in outcome.output
+    assert "nan" not in outcome.output
+    name = f"{command.split()[-1]}-digits"
+    assert command.endswith("few-shot") or (tmp_path / f"{name}.png").stat().st_size > 10_000
+    page = reported([tmp_path / f"{name}.jsonl"], tmp_path)
+    assert f"## {title} digits" in page
+    assert re.search(row, page)
 
 
 def test_momentum_stops_by_its_budget_and_goes_on(tmp_path: Path) -> None:

@@ -74,16 +74,3 @@ def test_the_command(tmp_path: Path) -> None:
     assert all(row["linear"] > 0.92 for row in rows)  # told apart from saying no to all
     assert CliRunner().invoke(app, command).exit_code == 0
     assert len(path.read_text().splitlines()) == 2  # nothing was run again
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--methods", "SupCon"], "methods must be among binary cross-entropy, VarCon"),
-        (["--data", "digits"], "several labels need images in pairs, got 'digits'"),
-    ],
-)
-def test_a_slip_is_answered(arguments: list[str], message: str, tmp_path: Path) -> None:
-    outcome = CliRunner().invoke(app, ["several-labels", *arguments, "--out", str(tmp_path)])
-    assert outcome.exit_code == 2
-    assert message in " ".join(outcome.output.replace("│", " ").split())

@@ -40,13 +40,11 @@ def waiting_is_an_error() -> Iterator[Callable[[], None]]:
 
 
 OPTIONS = {
-    "plain": {},
-    "many classes": {"num_classes": 100},
-    "leave-one-out": {"leave_one_out": True},
+    "plain": {}, "many classes": {"num_classes": 100}, "leave-one-out": {"leave_one_out": True},
     "weights": {"weight": torch.linspace(0.5, 2, 10)},
     "as they are": {"normalize": False, "reduction": "sum"},
     "memory": {"feature_dim": 32, "centroid_momentum": 0.9},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -129,9 +127,8 @@ def test_many_classes() -> None:
     features, labels = batch(65_536, 100_000, 64)
     for got, expected in zip(
         step(features, labels, num_classes=100_000, impl="triton"),
-        step(features, labels, num_classes=100_000, impl="eager"),
-        strict=True,
-    ):
+        step(features, labels, num_classes=100_000, impl="eager"), strict=True,
+    ):  # fmt: skip
         size = float(expected.abs().max())
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * size)
 

@@ -4,15 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import IMPLEMENTATIONS, MakeBatch
+from tests.conftest import IMPLEMENTATIONS, MakeBatch, gradient_of
 from varcon_loss import varcon_loss, varcon_terms
 
 HALVES = (torch.float16, torch.bfloat16)
 by_dtype = pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
-
-
-def gradient_of(loss: Tensor, x: Tensor) -> Tensor:
-    return torch.autograd.grad(loss.sum(), x, retain_graph=True)[0]
 
 
 @by_dtype

@@ -24,14 +24,11 @@ def test_agrees_with_the_authors(case: dict, known_classes: bool, impl: str) -> 
         }
     features = golden["features"].requires_grad_()
     terms = varcon_terms(
-        features,
-        golden["labels"],
-        case["temperature"],
-        epsilon=case["epsilon"],
+        features, golden["labels"], case["temperature"], epsilon=case["epsilon"],
         normalize=False,  # the authors' gradient does not go through a normalisation
         num_classes=int(golden["labels"].max()) + 1 if known_classes else None,
         impl=impl,
-    )
+    )  # fmt: skip
     terms.reduced.backward()
 
     close = {"rtol": 1e-12, "atol": 1e-14}

@@ -22,12 +22,9 @@ SAVED = json.loads(TABLE.read_text())
 def run(program: str) -> Any:
     """What ``program`` prints last, as JSON."""
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program], check=True, capture_output=True, timeout=600,
         env=os.environ | {"TRITON_INTERPRET": "0"},
-        check=True,
-        capture_output=True,
-        timeout=600,
-    )
+    )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -19,17 +19,12 @@ EXACT = {"rtol": 1e-9, "atol": 1e-12}
 WEIGHT = torch.tensor([1.0, 0.0, 2.0, 0.5, 3.0, 1.0], dtype=torch.float64)
 MEMORY = {"num_classes": NUM_CLASSES, "feature_dim": DIM, "centroid_momentum": 0.7}
 OPTIONS = {
-    "plain": {},
-    "known classes": {"num_classes": NUM_CLASSES},
-    "class weights": {"weight": WEIGHT},
-    "sum": {"reduction": "sum"},
-    "leave-one-out": {"leave_one_out": True},
+    "plain": {}, "known classes": {"num_classes": NUM_CLASSES}, "class weights": {"weight": WEIGHT},
+    "sum": {"reduction": "sum"}, "leave-one-out": {"leave_one_out": True},
     "leave-one-out, weighted": {"leave_one_out": True, "weight": WEIGHT},
-    "not normalised": {"normalize": False},
-    "memory": MEMORY,
-    "memory, weighted": MEMORY | {"weight": WEIGHT},
-    "equations": {"impl": "reference"},
-}
+    "not normalised": {"normalize": False}, "memory": MEMORY,
+    "memory, weighted": MEMORY | {"weight": WEIGHT}, "equations": {"impl": "reference"},
+}  # fmt: skip
 
 
 class Encoder(nn.Module):
@@ -74,11 +69,9 @@ def gradient_of(model: nn.Module) -> Tensor:
 @given(
     name=st.sampled_from(list(OPTIONS)),
     kind=st.sampled_from(["all", "ignored", "a class a chunk", "mixed", "smoothed"]),
-    num_rows=st.integers(1, 40),
-    chunk_size=st.integers(1, 50),
-    views=st.sampled_from([0, 1, 3]),
+    num_rows=st.integers(1, 40), chunk_size=st.integers(1, 50), views=st.sampled_from([0, 1, 3]),
     seed=st.integers(0, 2**31),
-)
+)  # fmt: skip
 def test_equals_one_batch(name, kind, num_rows, chunk_size, views, seed) -> None:
     options = OPTIONS[name]
     if kind in ("mixed", "smoothed") and "leave_one_out" in options:
@@ -105,9 +98,10 @@ def test_the_terms_are_those_of_the_batch() -> None:
     features, labels = torch.randn(20, DIM).double(), torch.arange(20) % 4
     expected = VarConLoss().terms(features, labels)
     big = LargeBatch(VarConLoss())
-    for x, y in zip(features.split(7), labels.split(7), strict=True):
+    chunks = list(zip(features.split(7), labels.split(7), strict=True))
+    for x, y in chunks:
         big.add(x, y)
-    parts = [big.terms(x, y) for x, y in zip(features.split(7), labels.split(7), strict=True)]
+    parts = [big.terms(x, y) for x, y in chunks]
     for name in ("loss", "kl", "nll", "confidence", "tau2", "valid"):
         got = torch.cat([getattr(part, name) for part in parts])
         torch.testing.assert_close(got, getattr(expected, name), **EXACT)
@@ -192,23 +186,10 @@ def added(criterion: VarConLoss | None = None) -> LargeBatch:
     return big
 
 
-def add_after_a_part() -> None:
+def in_turn(*calls) -> None:
     big = added()
-    big(X[:2], Y[:2])
-    big.add(X, Y)
-
-
-def more_rows() -> None:
-    big = added()
-    big(X, Y)
-    big(X[:1], Y[:1])
-
-
-def eval_mode_later() -> None:
-    criterion = VarConLoss()
-    big = added(criterion)
-    criterion.eval()
-    big(X, Y)
+    for call in calls:
+        call(big)
 
 
 @pytest.mark.parametrize(
@@ -218,10 +199,10 @@ def eval_mode_later() -> None:
         (lambda: LargeBatch(VarConLoss()).terms(X, Y), "no chunk was added"),
         (lambda: LargeBatch(VarConLoss(reduction="none")), "use 'mean' or 'sum'"),
         (lambda: added(VarConLoss().eval()), "eval mode"),
-        (eval_mode_later, "eval mode"),
+        (lambda: in_turn(lambda b: b._criterion.eval(), lambda b: b(X, Y)), "eval mode"),
         (lambda: added()(X, Y + 1), "chunks that were added lack label 3"),
-        (add_after_a_part, "one LargeBatch is one batch"),
-        (more_rows, "7 rows were evaluated but 6 added"),
+        (lambda: in_turn(lambda b: b(X, Y), lambda b: b.add(X, Y)), "is one batch"),
+        (lambda: in_turn(lambda b: b(X, Y), lambda b: b(X[:1], Y[:1])), "7 rows"),
         (lambda: backward_in_chunks(nn.Identity(), VarConLoss(), X, Y, 0), "chunk_size must be"),
         (lambda: backward_in_chunks(nn.Identity(), VarConLoss(), X, Y[:4], 2), "one length"),
     ],
@@ -231,46 +212,46 @@ def test_misuse_is_an_error(misuse, message: str) -> None:
         misuse()
 
 
-def step_on_rank(rank: int, world_size: int, case: str) -> tuple:
-    options = {"plain": {}, "known": {"num_classes": NUM_CLASSES}, "memory": MEMORY}[case]
-    num_rows = (13, 6, 0)[rank]
-    generator = torch.Generator().manual_seed(rank)
+CASES = {"plain": {}, "known": {"num_classes": NUM_CLASSES}, "memory": MEMORY}
+
+
+def rows_of_rank(rank: int) -> tuple[Tensor, Tensor]:
+    num_rows, generator = (13, 6, 0)[rank], torch.Generator().manual_seed(rank)
     inputs = torch.randn(num_rows, WIDTH, generator=generator, dtype=torch.float64)
-    labels = labels_of("all", num_rows, generator)
-    model = DistributedDataParallel(Encoder(), broadcast_buffers=False)
-    criterion = VarConLoss(process_group="world", **options)
-    backward_in_chunks(model, criterion, inputs, labels, 4)  # ranks agree on their options
-    model.zero_grad()
-    criterion.reset_parameters()
-    with Operators() as operators:
-        loss = backward_in_chunks(model, criterion, inputs, labels, 4)
-    # DDP tells all ranks of its buckets by broadcasts, after its first step.
-    collectives = [name for name in operators.collectives() if name != "broadcast_"]
-    return loss, gradient_of(model), collectives, criterion.centroid_memory
+    return inputs, labels_of("all", num_rows, generator)
 
 
-@pytest.mark.parametrize("case", ["plain", "known", "memory"])
-def test_ranks_exchange_once(case: str, tmp_path: Path) -> None:
-    ranks = run_ranks(step_on_rank, 3, tmp_path, case)
-    parts = []
-    for rank, num_rows in enumerate((13, 6, 0)):
-        generator = torch.Generator().manual_seed(rank)
-        inputs = torch.randn(num_rows, WIDTH, generator=generator, dtype=torch.float64)
-        parts.append((inputs, labels_of("all", num_rows, generator)))
-    inputs, labels = (torch.cat(column) for column in zip(*parts, strict=True))
-    whole = Encoder()
-    options = MEMORY if case == "memory" else {}
-    criterion = VarConLoss(**options)
-    expected = criterion(whole(inputs), labels)
-    expected.backward()
-    losses = torch.stack([rank[0].double() for rank in ranks])
-    torch.testing.assert_close(losses.mean(), expected.detach(), **EXACT)
-    exchanges = ["allreduce_", "_allgather_base_"] if case == "plain" else ["allreduce_"]
-    for _, gradient, collectives, memory in ranks:
-        torch.testing.assert_close(gradient, gradient_of(whole), **EXACT)
-        of_gradients = collectives[len(exchanges) :]  # DDP's, in a few buckets
-        assert collectives[: len(exchanges)] == exchanges
-        assert set(of_gradients) <= {"allreduce_"}
-        assert len(of_gradients) <= 2
-        if memory is not None:
-            torch.testing.assert_close(memory, criterion.centroid_memory)
+def steps_on_rank(rank: int, world_size: int) -> dict[str, tuple]:
+    found, (inputs, labels) = {}, rows_of_rank(rank)
+    for case, options in CASES.items():
+        model = DistributedDataParallel(Encoder(), broadcast_buffers=False)
+        criterion = VarConLoss(process_group="world", **options)
+        backward_in_chunks(model, criterion, inputs, labels, 4)  # ranks agree on their options
+        model.zero_grad()
+        criterion.reset_parameters()
+        with Operators() as operators:
+            loss = backward_in_chunks(model, criterion, inputs, labels, 4)
+        # DDP tells all ranks of its buckets by broadcasts, after its first step.
+        collectives = [name for name in operators.collectives() if name != "broadcast_"]
+        found[case] = loss, gradient_of(model), collectives, criterion.centroid_memory
+    return found
+
+
+def test_ranks_exchange_once(tmp_path: Path) -> None:
+    ranks = run_ranks(steps_on_rank, 3, tmp_path)
+    inputs, labels = (torch.cat(c) for c in zip(*map(rows_of_rank, range(3)), strict=True))
+    for case, options in CASES.items():
+        whole, criterion = Encoder(), VarConLoss(**options)
+        expected = criterion(whole(inputs), labels)
+        expected.backward()
+        losses = torch.stack([rank[case][0].double() for rank in ranks])
+        torch.testing.assert_close(losses.mean(), expected.detach(), **EXACT)
+        exchanges = ["allreduce_", "_allgather_base_"] if case == "plain" else ["allreduce_"]
+        for _, gradient, collectives, memory in (rank[case] for rank in ranks):
+            torch.testing.assert_close(gradient, gradient_of(whole), **EXACT)
+            of_gradients = collectives[len(exchanges) :]  # DDP's, in a few buckets
+            assert collectives[: len(exchanges)] == exchanges
+            assert set(of_gradients) <= {"allreduce_"}
+            assert len(of_gradients) <= 2
+            if memory is not None:
+                torch.testing.assert_close(memory, criterion.centroid_memory)

@@ -20,18 +20,14 @@ from pytorch_metric_learning.utils import distributed as pml_distributed
 import varcon_loss as core_package
 from benchmarks.common.ranks import run_ranks
 from tests import oracle
-from tests.conftest import IMPLEMENTATIONS, MakeBatch
+from tests.conftest import IMPLEMENTATIONS, MakeBatch, gradient_of, same_step
 from varcon_loss import varcon_loss
 from varcon_loss.integrations import metric_learning
 from varcon_loss.integrations.metric_learning import (
     CrossBatchMemory,
     SelfSupervisedLoss,
     VarConLoss,
-)
-
-
-def grad(loss: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return torch.autograd.grad(loss, x)[0]
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -40,8 +36,7 @@ def test_values_and_gradients(impl: str, leave_one_out: bool, make_batch: MakeBa
     x, y = make_batch()
     loss = VarConLoss(0.2, epsilon=0.05, leave_one_out=leave_one_out, impl=impl)(x, y)
     core = varcon_loss(x, y, 0.2, epsilon=0.05, leave_one_out=leave_one_out)
-    torch.testing.assert_close(loss, core)
-    torch.testing.assert_close(grad(loss, x), grad(core, x))
+    same_step(loss, core, x)
     rows = oracle.row_terms(x.tolist(), y.tolist(), 0.2, 0.05, leave_one_out=leave_one_out)
     assert loss.item() == pytest.approx(sum(r["loss"] for r in rows if r) / len(rows), rel=1e-10)
 
@@ -55,16 +50,13 @@ def test_the_minus_hundredth_class_is_a_class(make_batch: MakeBatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes(dtype: torch.dtype, make_batch: MakeBatch) -> None:
     x, y = make_batch(dtype=dtype)
-    _, anchors, positives, negatives = (None, *torch.randint(24, (3, 300)))
-    for options in (
-        {},
-        {"indices_tuple": (anchors, positives, negatives)},
-        {"ref_emb": x.detach(), "ref_labels": y},
-    ):
+    triplets = tuple(torch.randint(24, (3, 300)))
+    reference = {"ref_emb": x.detach(), "ref_labels": y}
+    for options in ({}, {"indices_tuple": triplets}, reference):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float64):
             loss = VarConLoss()(x, y, **options)
         assert loss.dtype == torch.promote_types(dtype, torch.float32)
-        gradient = grad(loss, x)
+        gradient = gradient_of(loss, x)
         assert gradient.dtype == dtype
         assert gradient.isfinite().all()
 
@@ -77,15 +69,13 @@ def test_reference_set(make_batch: MakeBatch) -> None:
     known = y < 4  # the reference lacks classes 4 and 5: their anchors are dropped
     expected = varcon_loss(x[known], y[known], ref_features=ref_emb, ref_labels=ref_labels)
     torch.testing.assert_close(loss, expected)
-    assert (grad(loss, x)[~known] == 0).all()
-    torch.testing.assert_close(
-        VarConLoss()(x, y, ref_emb=x.detach().clone(), ref_labels=y), VarConLoss()(x, y)
-    )
+    assert (gradient_of(loss, x)[~known] == 0).all()
+    copied = x.detach().clone()
+    loss = VarConLoss()(x, y, ref_emb=copied, ref_labels=y)
+    torch.testing.assert_close(loss, VarConLoss()(x, y))
     # Other labels of the same embeddings are a reference set, too.
-    other = {"ref_labels": y.roll(1)}
-    torch.testing.assert_close(
-        VarConLoss()(x, y, ref_emb=x, **other), VarConLoss()(x, y, ref_emb=x.detach() + 0, **other)
-    )
+    found = [VarConLoss()(x, y, ref_emb=ref, ref_labels=y.roll(1)) for ref in (x, copied)]
+    torch.testing.assert_close(*found)
     with pytest.raises(ValueError, match="leave_one_out has no meaning with ref_emb"):
         VarConLoss(leave_one_out=True)(x, y, ref_emb=ref_emb, ref_labels=ref_labels)
 
@@ -152,39 +142,33 @@ def test_shapes_and_dtypes_are_refused_in_the_terms_of_pml(make_batch: MakeBatch
 
 def test_degenerate_batches() -> None:
     x = torch.randn(5, 4, requires_grad=True)
-    cases = {
-        "one class": (x, torch.zeros(5, dtype=torch.int64), {}),
-        "empty": (x[:0], torch.empty(0, dtype=torch.int64), {}),
-        "no reference": (x, torch.arange(5), {"ref_emb": x[:0], "ref_labels": torch.arange(0)}),
-        "foreign reference": (
-            x,
-            torch.arange(5),
-            {"ref_emb": x.detach(), "ref_labels": torch.arange(5) + 9},
-        ),
-    }
-    for name, (features, labels, options) in cases.items():
+    each, nothing = torch.arange(5), torch.arange(0)
+    for name, features, labels, options in (
+        ("one class", x, 0 * each, {}), ("empty", x[:0], nothing, {}),
+        ("no reference", x, each, {"ref_emb": x[:0], "ref_labels": nothing}),
+        ("foreign reference", x, each, {"ref_emb": x.detach(), "ref_labels": each + 9}),
+    ):  # fmt: skip
         loss = VarConLoss()(features, labels, **options)
         assert loss.item() == 0, name
-        assert (grad(loss, x) == 0).all(), name
-    assert VarConLoss()(x, torch.arange(5)).isfinite()
-    assert VarConLoss(leave_one_out=True)(x, torch.arange(5)).item() == 0
+        assert (gradient_of(loss, x) == 0).all(), name
+    assert VarConLoss()(x, each).isfinite()
+    assert VarConLoss(leave_one_out=True)(x, each).item() == 0
     with pytest.raises(ValueError, match="VarConLoss needs labels"):
         VarConLoss()(x)
+
+
+CLASS_WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 0.0, 1.0])
 
 
 @pytest.mark.parametrize(
     "reducer",
     [
-        reducers.MeanReducer(),
-        reducers.AvgNonZeroReducer(),
-        reducers.SumReducer(),
-        reducers.ThresholdReducer(low=0.1),
-        reducers.ClassWeightedReducer(torch.tensor([0.5, 1.0, 2.0, 0.0, 1.0])),
-        reducers.PerAnchorReducer(),
-        reducers.DoNothingReducer(),
+        reducers.MeanReducer(), reducers.AvgNonZeroReducer(), reducers.SumReducer(),
+        reducers.ThresholdReducer(low=0.1), reducers.ClassWeightedReducer(CLASS_WEIGHTS),
+        reducers.PerAnchorReducer(), reducers.DoNothingReducer(),
     ],
     ids=lambda r: type(r).__name__,
-)
+)  # fmt: skip
 def test_reducers(reducer: torch.nn.Module, make_batch: MakeBatch) -> None:
     x, y = make_batch(dtype=torch.float32)
     each = varcon_loss(x, y, reduction="none")
@@ -195,12 +179,11 @@ def test_reducers(reducer: torch.nn.Module, make_batch: MakeBatch) -> None:
         assert torch.equal(result["loss"]["indices"], torch.arange(24))
         return
     expected = {
-        "SumReducer": each.sum(),
-        "ThresholdReducer": each[each > 0.1].mean(),
-        "ClassWeightedReducer": (each * torch.tensor([0.5, 1.0, 2.0, 0.0, 1.0])[y]).mean(),
-    }.get(name, each.mean())
+        "SumReducer": each.sum(), "ThresholdReducer": each[each > 0.1].mean(),
+        "ClassWeightedReducer": (each * CLASS_WEIGHTS[y]).mean(),
+    }.get(name, each.mean())  # fmt: skip
     torch.testing.assert_close(result, expected)
-    assert grad(result, x).isfinite().all()
+    assert gradient_of(result, x).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -236,14 +219,12 @@ def test_a_miner_that_chose_nobody(columns: int, make_batch: MakeBatch) -> None:
     nobody = tuple(torch.empty(0, dtype=torch.int64) for _ in range(columns))
     reference = {"ref_emb": x.detach().clone(), "ref_labels": y}
     for loss_func, options in (
-        (VarConLoss(), {}),
-        (VarConLoss(), reference),
-        (VarConLoss(leave_one_out=True), {}),
+        (VarConLoss(), {}), (VarConLoss(), reference), (VarConLoss(leave_one_out=True), {}),
         (losses.SupConLoss(), {}),
-    ):
+    ):  # fmt: skip
         value = loss_func(x, y, nobody, **options)
         assert value.item() == 0
-        assert (grad(value, x) == 0).all()
+        assert (gradient_of(value, x) == 0).all()
     one = torch.tensor([3])
     some = (one, *nobody[1:]) if columns == 4 else (one, one, one)
     each = varcon_loss(x, y, reduction="none")
@@ -253,9 +234,8 @@ def test_a_miner_that_chose_nobody(columns: int, make_batch: MakeBatch) -> None:
 def test_regularisers_and_multiple_losses(make_batch: MakeBatch) -> None:
     x, y = make_batch(dtype=torch.float32)
     plain = VarConLoss()(x, y)
-    regularised = VarConLoss(
-        embedding_regularizer=regularizers.LpRegularizer(), embedding_reg_weight=0.1
-    )
+    options = {"embedding_regularizer": regularizers.LpRegularizer(), "embedding_reg_weight": 0.1}
+    regularised = VarConLoss(**options)
     torch.testing.assert_close(regularised(x, y), plain + 0.1 * x.norm(dim=1).mean())
     both = losses.MultipleLosses([VarConLoss(), losses.SupConLoss()], weights=[1.0, 0.5])
     torch.testing.assert_close(both(x, y), plain + 0.5 * losses.SupConLoss()(x, y))
@@ -267,12 +247,8 @@ def test_distances(make_batch: MakeBatch) -> None:
     torch.testing.assert_close(VarConLoss(distance=raw)(x, y), varcon_loss(x, y, normalize=False))
     for distance in (distances.CosineSimilarity(), distances.DotProductSimilarity()):
         torch.testing.assert_close(VarConLoss(distance=distance)(x, y), varcon_loss(x, y))
-    for distance in (
-        distances.LpDistance(),
-        distances.SNRDistance(),
-        distances.CosineSimilarity(power=2),
-        distances.DotProductSimilarity(p=1),
-    ):
+    wrong = [distances.LpDistance(), distances.SNRDistance(), distances.CosineSimilarity(power=2)]
+    for distance in (*wrong, distances.DotProductSimilarity(p=1)):
         with pytest.raises(ValueError, match="by cosine or dot product: distance must be"):
             VarConLoss(distance=distance)
         loss_func = VarConLoss()
@@ -299,18 +275,15 @@ def test_statistics_pickles_and_copies(make_batch: MakeBatch) -> None:
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("reference", [False, True])
-def test_statistics_of_the_distance(
-    normalize: bool, reference: bool, make_batch: MakeBatch
-) -> None:
+def test_statistics_of_the_distance(normalize: bool, reference: bool, make_batch) -> None:
     """Those of a built-in loss, and only where they were asked for."""
     x, y = make_batch()
     ref_emb, ref_labels = make_batch(20, 5, seed=1)
     options = {"ref_emb": ref_emb.detach(), "ref_labels": ref_labels} if reference else {}
     found = []
     for make in (losses.SupConLoss, VarConLoss):
-        distance = distances.DotProductSimilarity(
-            normalize_embeddings=normalize, collect_stats=True
-        )
+        kept = {"normalize_embeddings": normalize, "collect_stats": True}
+        distance = distances.DotProductSimilarity(**kept)
         make(distance=distance)(x, y, **options)
         found.append({n: v for n, v in vars(distance).items() if n.endswith("_norm")})
     assert len(found[0]) == 4
@@ -345,14 +318,9 @@ def test_wrappers_that_compare_names(name: str, make_batch: MakeBatch) -> None:
     with pytest.raises(TypeError, match=rf"{name} got varcon_loss.VarConLoss: from .* import"):
         ours(core_package.VarConLoss(), **options)
 
-    class Mine(VarConLoss):
-        pass
-
-    class MineToo(Mine):
-        pass
-
+    mine = type("Mine", (VarConLoss,), {})
     x, y = make_batch()
-    for kind in (VarConLoss, Mine, MineToo):
+    for kind in (VarConLoss, mine, type("MineToo", (mine,), {})):
         wrapper = ours(kind(), **options)
         assert isinstance(wrapper, stock)
         assert wrapper(x, x if name == "SelfSupervisedLoss" else y).isfinite()
@@ -364,9 +332,8 @@ def test_self_supervised(make_batch: MakeBatch) -> None:
     torch.testing.assert_close(SelfSupervisedLoss(VarConLoss())(a, b), expected)
     one_way = SelfSupervisedLoss(VarConLoss(), symmetric=False)(a, b.detach())
     each = torch.arange(10)
-    torch.testing.assert_close(
-        one_way, varcon_loss(a, each, ref_features=b.detach(), ref_labels=each)
-    )
+    expected = varcon_loss(a, each, ref_features=b.detach(), ref_labels=each)
+    torch.testing.assert_close(one_way, expected)
     assert SelfSupervisedLoss(losses.NTXentLoss())(a, b).isfinite()
 
 
@@ -380,8 +347,7 @@ class TestMemory:
             pool = [torch.cat(part)[-40:] for part in zip(*queue, strict=True)]
             loss = memory(x, y)
             expected = varcon_loss(x, y, ref_features=pool[0], ref_labels=pool[1])
-            torch.testing.assert_close(loss, expected)
-            torch.testing.assert_close(grad(loss, x), grad(expected, x))
+            same_step(loss, expected, x)
 
     def test_the_shortcut_changes_no_value(self, make_batch: MakeBatch) -> None:
         """Against PML's own memory, which lists all pairs; only its check of names is silenced."""
@@ -403,9 +369,8 @@ class TestMemory:
     def test_other_losses_are_untouched(self, name: str, make_batch: MakeBatch) -> None:
         options = {"num_classes": 5} if name == "MarginLoss" else {}
         make = getattr(losses, name)
-        both = [
-            kind(make(**options), 16, 40) for kind in (CrossBatchMemory, losses.CrossBatchMemory)
-        ]
+        kinds = (CrossBatchMemory, losses.CrossBatchMemory)
+        both = [kind(make(**options), 16, 40) for kind in kinds]
         both[0].load_state_dict(both[1].state_dict())
         for seed in range(4):
             x, y = make_batch(16, 5, dtype=torch.float32, seed=seed)
@@ -510,9 +475,8 @@ attempt()
 sys.modules["pytorch_metric_learning"].__version__ = "3.5"
 attempt()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         "varcon_loss.integrations.metric_learning supports pytorch-metric-learning >=2.2,<3, "
         f"found {version}: pip install 'pytorch-metric-learning>=2.2,<3'"

@@ -9,16 +9,11 @@ from varcon_loss import VarConLoss, fused
 N, V, D, C = 16, 2, 8, 5
 
 OPTIONS = {
-    "plain": {},
-    "ignore_index": {"ignore_index": 3},
-    "all labels count": {"ignore_index": None},
-    "weight": {"weight": torch.rand(C)},
-    "leave_one_out": {"leave_one_out": True},
-    "not normalised": {"normalize": False},
-    "sum": {"reduction": "sum"},
-    "none": {"reduction": "none"},
-    "memory": {"feature_dim": D, "centroid_momentum": 0.9},
-}
+    "plain": {}, "ignore_index": {"ignore_index": 3}, "all labels count": {"ignore_index": None},
+    "weight": {"weight": torch.rand(C)}, "leave_one_out": {"leave_one_out": True},
+    "not normalised": {"normalize": False}, "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"}, "memory": {"feature_dim": D, "centroid_momentum": 0.9},
+}  # fmt: skip
 
 
 @pytest.fixture(params=["reference", "eager", "triton"])

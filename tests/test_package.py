@@ -56,12 +56,9 @@ def test_the_wheel_holds_every_source_file_and_no_more(built: tuple[Path, Path])
     names = zipfile.ZipFile(built[1]).namelist()
     packaged = {name for name in names if ".dist-info/" not in name}
     assert packaged == files_under("varcon_loss")
-    for name in (  # one of each folder, should a walk go wrong
-        "varcon_loss/module.py",
-        "varcon_loss/py.typed",
-        "varcon_loss/integrations/metric_learning.py",
-    ):
-        assert name in packaged
+    # One of each folder, should a walk go wrong.
+    for name in ("module.py", "py.typed", "integrations/metric_learning.py"):
+        assert f"varcon_loss/{name}" in packaged
     for folder in {str(Path(name).parent) for name in packaged}:
         assert f"{folder}/__init__.py" in packaged
 
@@ -75,12 +72,8 @@ def test_the_sdist_holds_what_its_tests_need(unpacked: Path) -> None:
 
 def test_the_tests_run_from_the_unpacked_sdist(unpacked: Path) -> None:
     """With data, the harness, an adapter and doctests; and nothing is taken from this checkout."""
-    chosen = [
-        "tests/test_golden.py",
-        "tests/test_benchmarks_speed.py::test_results_come_back",
-        "varcon_loss/heads.py",
-        "varcon_loss/integrations/metric_learning.py",
-    ]
+    chosen = ["tests/test_golden.py", "tests/test_benchmarks_speed.py::test_results_come_back"]
+    chosen += ["varcon_loss/heads.py", "varcon_loss/integrations/metric_learning.py"]
     script = f"""
 import sys, pytest
 code = pytest.main(["-q", "-x", *{chosen!r}])
@@ -91,10 +84,8 @@ for name, module in list(sys.modules.items()):
 sys.exit(code)
 """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=unpacked, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=unpacked, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
@@ -102,10 +93,8 @@ sys.exit(code)
 
 def test_an_index_would_take_both(built: tuple[Path, Path]) -> None:
     pytest.importorskip("twine")
-    done = subprocess.run(
-        [sys.executable, "-m", "twine", "check", "--strict", *map(str, built)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, built)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("PASSED") == 2
 
@@ -178,19 +167,3 @@ varcon_loss.ProjectionHead(4)(x)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_test_says_how_long_it_takes_and_what_is_skipped() -> None:
-    done = subprocess.run(
-        ["make", "--no-print-directory", "--dry-run", "test"],  # also where make runs the tests
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    *_, length, skipped, command = done.stdout.splitlines()
-    assert "minutes on two" in length
-    assert "NVIDIA GPU" in skipped
-    assert "TIMM_TRAIN_PY" in skipped
-    assert command.endswith("pytest -n 2 -rs")

@@ -82,17 +82,12 @@ def same(got: object, want: object, rtol: float = 1e-9, atol: float = 1e-10) -> 
 
 @settings(max_examples=80, deadline=None)
 @given(
-    kind=st.sampled_from(KINDS),
-    num_rows=st.integers(1, 14),
-    num_classes=st.sampled_from([1, 2, 3, 7, 8, 9, 36]),
-    views=st.sampled_from([1, 2]),
-    seed=st.integers(0, 2**31),
-    temperature=st.floats(0.02, 5.0),
-    share=st.floats(0.0, 0.99),
-    normalize=st.booleans(),
-    weighted=st.booleans(),
+    kind=st.sampled_from(KINDS), num_rows=st.integers(1, 14),
+    num_classes=st.sampled_from([1, 2, 3, 7, 8, 9, 36]), views=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**31), temperature=st.floats(0.02, 5.0), share=st.floats(0.0, 0.99),
+    normalize=st.booleans(), weighted=st.booleans(),
     reduction=st.sampled_from(["mean", "sum", "none"]),
-)
+)  # fmt: skip
 def test_against_scalar_loops_and_integers(
     kind, num_rows, num_classes, views, seed, temperature, share, normalize, weighted, reduction
 ) -> None:
@@ -130,15 +125,10 @@ def test_against_scalar_loops_and_integers(
 
 @settings(max_examples=100, deadline=None)
 @given(
-    most=st.sampled_from([1, 2, 3, 8, None]),
-    num_rows=st.integers(1, 30),
-    num_classes=st.integers(1, 20),
-    seed=st.integers(0, 2**31),
-    temperature=st.floats(0.01, 2.0),
-    share=st.floats(0.0, 0.95),
-    unit=st.booleans(),
-    some_empty=st.booleans(),
-)
+    most=st.sampled_from([1, 2, 3, 8, None]), num_rows=st.integers(1, 30),
+    num_classes=st.integers(1, 20), seed=st.integers(0, 2**31), temperature=st.floats(0.01, 2.0),
+    share=st.floats(0.0, 0.95), unit=st.booleans(), some_empty=st.booleans(),
+)  # fmt: skip
 def test_equations(most, num_rows, num_classes, seed, temperature, share, unit, some_empty) -> None:
     """Shares of classes that are absent are 0, and all lie in one empty row."""
     g = torch.Generator().manual_seed(seed)
@@ -177,10 +167,9 @@ def test_confident_gradients_keep_their_digits(kind: str, full: bool, unit: bool
     table = {
         "smoothed": 0.999 * one + 0.001 / 50,
         "uneven": 0.999 * one + 0.001 * torch.rand(one.shape, generator=g),
-        "mixed": 0.6 * one + 0.4 * other,
-        "between": 0.6 * one + 0.4 * other,
+        "mixed": 0.6 * one + 0.4 * other, "between": 0.6 * one + 0.4 * other,
         "barely mixed": 0.9999 * one + 0.0001 * other,
-    }.get(kind, one)
+    }.get(kind, one)  # fmt: skip
     z = (0.72 * one + 0.7 * other) @ w if kind == "between" else w[first]
     z = F.normalize(z + 0.02 * torch.randn(z.shape, generator=g))
     shares, slots = table, None
@@ -209,10 +198,8 @@ def test_finite_differences(kind: str, weighted: bool, normalize: bool, impl: st
         options = {"weight": weights_of(num_classes) if weighted else None, "normalize": normalize}
         reference, rows = batch(num_classes, 4, 1).detach(), rows_of(kind, 4, num_classes)
         options |= {
-            "ref_features": reference,
-            "ref_labels": torch.arange(num_classes),
-            "impl": impl,
-        }
+            "ref_features": reference, "ref_labels": torch.arange(num_classes), "impl": impl,
+        }  # fmt: skip
         x = (batch(4, 4).detach() / 2).requires_grad_()
         for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
             assert check(lambda x, y=rows, o=options: loss_of(x, y, 0.5, epsilon=0.2, **o), (x,))
@@ -581,13 +568,12 @@ def test_two_sets_that_disagree() -> None:
     for labels, ref_labels, message in (
         (rows, torch.ones(8, 5), r"ref_labels \[8, 5\] have 5 classes but num_classes=7"),
         (
-            numbers,
-            3 * torch.ones(8, 8),
+            numbers, 3 * torch.ones(8, 8),
             "ref_labels .*from 0 to 1, got 3.0 for sample 0 and class 0",
         ),
         (numbers, rows, r"labels must lie in \[0, 7\).* got 7: give ref_labels a column"),
         (rows, numbers, r"ref_labels must lie in \[0, 7\).* got 7: give labels a column"),
-    ):
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{message}"):
             loss_of(x, labels, ref_features=x.detach(), ref_labels=ref_labels)
 

@@ -39,9 +39,7 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
     return make
 
 
-def test_auto_is_eager_but_where_the_kernels_are_proven(
-    on_device: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_is_eager_but_where_the_kernels_are_proven(on_device, monkeypatch) -> None:
     features = on_device(H100, 128, torch.bfloat16)
     assert not fused.runs_by_default(features, torch.float32)
     proof = proven.Proof((9, 0), torch.bfloat16, (64, 256), proven.TRITON, "gpu-proof-h100")
@@ -68,13 +66,9 @@ def test_each_default_rests_on_results_that_passed() -> None:
 @pytest.mark.parametrize("device", [A100, L4, H100, B200, RTX5090], ids=lambda d: f"{d[0]}.{d[1]}")
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_wide_float32_where_a_device_has_room(
-    precision: str,
-    device: Device,
-    dim: int,
-    dtype: torch.dtype,
-    on_device: Callable[..., Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    precision: str, device: Device, dim: int, dtype: torch.dtype,
+    on_device: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(fused, "float32_precision", lambda: precision)
     obstacle = fused.why_not(on_device(device, dim, dtype), torch.float32)
     needed, room = 0, device.shared_memory_per_block_optin // 1024
@@ -86,9 +80,7 @@ def test_wide_float32_where_a_device_has_room(
         assert f"has {room} KiB" in obstacle
 
 
-def test_every_obstacle_is_told(
-    on_device: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_obstacle_is_told(on_device, monkeypatch) -> None:
     assert fused.why_not(on_device(H100, 8, torch.bfloat16), torch.float32) is None
     turing = on_device(Device(7, 5, 64 * 1024), 8, torch.float16)
     assert "7.5" in str(fused.why_not(turing, torch.float32))
@@ -103,9 +95,7 @@ def test_every_obstacle_is_told(
         varcon_loss(features, labels, impl="triton")
 
 
-def test_what_a_device_lacks_is_no_break_in_a_compiled_graph(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_a_device_lacks_is_no_break_in_a_compiled_graph(monkeypatch) -> None:
     """The precision of products, and the limits of a device, are asked for while tracing."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: H100)
     torch._dynamo.reset()

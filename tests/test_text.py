@@ -71,10 +71,8 @@ def sentences(count: int, seed: int = 0) -> tuple[list[str], list[int]]:
     generator = torch.Generator().manual_seed(seed)
     labels = [i % 3 for i in range(count)]
     picks = torch.randint(3, (count, 4), generator=generator).tolist()
-    texts = [
-        " ".join(TOPICS[label][i] for i in row) for label, row in zip(labels, picks, strict=True)
-    ]
-    return texts, labels
+    pairs = zip(labels, picks, strict=True)
+    return [" ".join(TOPICS[label][i] for i in row) for label, row in pairs], labels
 
 
 @pytest.fixture
@@ -94,11 +92,8 @@ def body(tmp_path: Path) -> torch.nn.Module:
 
 
 def train(body: torch.nn.Module, folder: Path, resume: bool = False, **options: object) -> object:
+    import sentence_transformers as st
     from datasets import Dataset
-    from sentence_transformers import (
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
 
     texts, labels = sentences(48)
     settings = {
@@ -107,20 +102,15 @@ def train(body: torch.nn.Module, folder: Path, resume: bool = False, **options: 
         "disable_tqdm": True, "batch_sampler": "group_by_label", **options,
     }  # fmt: skip
     dataset = Dataset.from_dict({"sentence": texts, "label": labels})
-    trainer = SentenceTransformerTrainer(
-        model=body,
-        args=SentenceTransformerTrainingArguments(str(folder), **settings),
-        train_dataset=dataset,
-        eval_dataset=dataset,
-        loss=VarConLoss(body, temperature=0.1),
-    )
+    trainer = st.SentenceTransformerTrainer(
+        model=body, args=st.SentenceTransformerTrainingArguments(str(folder), **settings),
+        train_dataset=dataset, eval_dataset=dataset, loss=VarConLoss(body, temperature=0.1),
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-8") if resume else None)
     return trainer
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}])
 def test_the_real_trainer(options: dict, body: torch.nn.Module, tmp_path: Path) -> None:
     trainer = train(body, tmp_path / "run", **options)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -132,9 +122,7 @@ def test_the_real_trainer(options: dict, body: torch.nn.Module, tmp_path: Path) 
     assert (classes[similar.argmax(1)] == classes).float().mean() > 0.9
 
 
-def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
-    body: torch.nn.Module, tmp_path: Path
-) -> None:
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(body, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
     train(body, tmp_path / "run")

@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tests import blind
+from tests.conftest import same_step
 from varcon_loss import VarConLoss, fused, varcon_loss, varcon_terms
 from varcon_loss.equations import sweep_by_equations
 
@@ -71,17 +72,10 @@ def slots_of(num_rows: int, size: int) -> Tensor:
 
 
 def check_sweep(
-    num_rows: int,
-    size: int,
-    dim: int,
-    operands: torch.dtype = torch.float32,
-    temperature: float = 0.1,
-    epsilon: float = 0.02,
-    *,
-    length: float | None = None,
-    gaps: bool = False,
-    with_own: bool = False,
-) -> None:
+    num_rows: int, size: int, dim: int, operands: torch.dtype = torch.float32,
+    temperature: float = 0.1, epsilon: float = 0.02, *, length: float | None = None,
+    gaps: bool = False, with_own: bool = False,
+) -> None:  # fmt: skip
     """Loss, terms and gradient against the equations in float64.
 
     The operands hold ``z`` and ``w`` exactly. Half ones round the weights of the second product,
@@ -140,17 +134,12 @@ def test_odd_shapes(num_rows: int, size: int, dim: int) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        {},
-        {"gaps": True},
-        {"with_own": True},
-        {"gaps": True, "with_own": True, "length": 0.25},
-        {"length": 8.0},
-        {"temperature": 0.05},
-        {"temperature": 0.01, "epsilon": 0.005},
+        {}, {"gaps": True}, {"with_own": True}, {"gaps": True, "with_own": True, "length": 0.25},
+        {"length": 8.0}, {"temperature": 0.05}, {"temperature": 0.01, "epsilon": 0.005},
         {"temperature": 1.5, "epsilon": 0.0},
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_every_dtype_and_option(operands: torch.dtype, case: dict) -> None:
     check_sweep(37, 140, 24, operands, **case)
 
@@ -160,10 +149,9 @@ def test_the_own_class_is_not_rounded(operands: torch.dtype) -> None:
     """Rows that the operands cannot express: others' logits move by two roundings, at most."""
     z, w, slots = rows(40, 24, 0), rows(30, 24, 1), slots_of(40, 30)
     z = F.normalize(z + 3 * w[slots.flatten()], dim=1)
-    loss, terms, _ = fused.sweep(
-        z, w, None, slots, None, None, 0.1, 0.02, True, False, True, operands
-    )
-    expected, expected_terms = sweep_by_equations(z, w, None, slots, None, None, 0.1, 0.02)
+    given = (z, w, None, slots, None, None, 0.1, 0.02)
+    loss, terms, _ = fused.sweep(*given, True, False, True, operands)
+    expected, expected_terms = sweep_by_equations(*given)
     roundoff = torch.finfo(operands).eps / 2
     # -log p = log(1 + sum of the others): relative to their share of the probability.
     moved = 2 * roundoff / 0.1 * (1 - expected_terms[2]) + 40 * EPS
@@ -206,10 +194,8 @@ def test_forward_alone_and_tensors_of_any_layout() -> None:
     loss, terms, gradient = fused.sweep(*tensors, *rest[1:], False, False, torch.float32)
     assert torch.equal(loss, expected[0])
     assert (terms.shape, gradient.shape) == ((4, 0), (0,))
-    sums = [
-        fused.class_sums(x, y, 6) for x, y in ((z, slots[:, 0]), (tensors[0], tensors[3][:, 0]))
-    ]
-    assert torch.equal(*sums)
+    sums = fused.class_sums(z, slots[:, 0], 6)
+    assert torch.equal(fused.class_sums(tensors[0], tensors[3][:, 0], 6), sums)
 
 
 @pytest.mark.parametrize("long_run", [8, 512])
@@ -258,16 +244,14 @@ def compare(features: Tensor, labels: Tensor, **options: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_classes": 40},
-        {"ignore_index": 3, "weight": torch.linspace(0, 2, 12)},
-        {"leave_one_out": True},
-        {"leave_one_out": True, "num_classes": 15},
+        {"num_classes": 40}, {"ignore_index": 3, "weight": torch.linspace(0, 2, 12)},
+        {"leave_one_out": True}, {"leave_one_out": True, "num_classes": 15},
         {"normalize": False, "reduction": "sum"},
         {"reduction": "none", "temperature": 0.02, "epsilon": 0.01},
         {"num_classes": 14, "feature_dim": 20, "centroid_momentum": 0.9},
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_options(options: dict) -> None:
     features, labels = batch(50, 12, 20)
     if not options.get("normalize", True):
@@ -321,11 +305,7 @@ def test_compiles_as_one_graph(num_classes: int | None, dtype: torch.dtype) -> N
     compiled = torch.compile(criterion, fullgraph=num_classes is not None, backend="aot_eager")
     features, labels = batch(24, 5, 16, dtype)
     features.requires_grad_()
-    expected, got = criterion(features, labels), compiled(features, labels)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(got, features), torch.autograd.grad(expected, features)
-    )
+    same_step(compiled(features, labels), criterion(features, labels), features)
 
 
 def test_float64_is_an_error_and_wide_rows_too() -> None:

@@ -10,76 +10,45 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from tests import oracle
-from tests.conftest import IMPLEMENTATIONS, MakeBatch
+from tests.conftest import IMPLEMENTATIONS, MakeBatch, gradient_of
 from tests.counting import LargestWritten
-from varcon_loss import VarConLoss, varcon_loss, varcon_terms
+from varcon_loss import varcon_loss, varcon_terms
 
 TERMS = ("loss", "kl", "nll", "confidence", "tau2")
 
 
 def assert_terms_match(terms, expected: list, rtol: float = 1e-11) -> None:
     assert terms.valid.flatten().tolist() == [row is not None for row in expected]
-    for name in TERMS:
-        want = [0.0 if row is None else row[name] for row in expected]
-        got = getattr(terms, name).flatten()
-        torch.testing.assert_close(
-            got,
-            torch.tensor(want, dtype=got.dtype),
-            rtol=rtol,
-            atol=1e-13,
-            msg=lambda m, name=name: f"{name}: {m}",
-        )
+    got = {name: getattr(terms, name).flatten().double() for name in TERMS}
+    want = {name: [0.0 if row is None else row[name] for row in expected] for name in TERMS}
+    want = {name: torch.tensor(column, dtype=torch.float64) for name, column in want.items()}
+    torch.testing.assert_close(got, want, rtol=rtol, atol=1e-13)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    impl=st.sampled_from(IMPLEMENTATIONS),
-    num_rows=st.integers(1, 40),
-    num_classes=st.integers(1, 12),
-    dim=st.integers(1, 20),
-    seed=st.integers(0, 2**31),
-    temperature=st.floats(0.02, 5.0),
-    share=st.floats(0.0, 0.99),
-    normalize=st.booleans(),
-    leave_one_out=st.booleans(),
-    known=st.booleans(),
-    ignored=st.floats(0.0, 1.0),
-)
+    impl=st.sampled_from(IMPLEMENTATIONS), num_rows=st.integers(1, 40),
+    num_classes=st.integers(1, 12), dim=st.integers(1, 20), seed=st.integers(0, 2**31),
+    temperature=st.floats(0.02, 5.0), share=st.floats(0.0, 0.99), normalize=st.booleans(),
+    leave_one_out=st.booleans(), known=st.booleans(), ignored=st.floats(0.0, 1.0),
+)  # fmt: skip
 def test_every_option_against_scalar_loops(
-    impl,
-    num_rows,
-    num_classes,
-    dim,
-    seed,
-    temperature,
-    share,
-    normalize,
-    leave_one_out,
-    known,
+    impl, num_rows, num_classes, dim, seed, temperature, share, normalize, leave_one_out, known,
     ignored,
-) -> None:
+) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(num_rows, dim, generator=generator, dtype=torch.float64)
     labels = torch.randint(num_classes, (num_rows,), generator=generator)
     labels[torch.rand(num_rows, generator=generator) < ignored * 0.5] = -100
     options = {"normalize": normalize, "leave_one_out": leave_one_out}
-    terms = varcon_terms(
-        features,
-        labels,
-        temperature,
-        epsilon=share * temperature,
-        num_classes=num_classes + 3 if known else None,
-        impl=impl,
-        **options,
-    )
-    expected = oracle.row_terms(
-        features.tolist(), labels.tolist(), temperature, share * temperature, **options
-    )
+    temperatures = {"temperature": temperature, "epsilon": share * temperature}
+    given = options | temperatures | {"num_classes": num_classes + 3 if known else None}
+    terms = varcon_terms(features, labels, impl=impl, **given)
+    expected = oracle.row_terms(features.tolist(), labels.tolist(), **temperatures, **options)
     assert_terms_match(terms, expected, rtol=1e-9)
     losses = [row["loss"] for row in expected if row is not None]
-    assert float(terms.reduced) == pytest.approx(
-        math.fsum(losses) / max(1, len(losses)), rel=1e-9, abs=1e-12
-    )
+    mean = math.fsum(losses) / max(1, len(losses))
+    assert float(terms.reduced) == pytest.approx(mean, rel=1e-9, abs=1e-12)
     assert terms.num_classes == len(labels[labels != -100].unique())
 
 
@@ -101,10 +70,8 @@ def test_against_high_precision() -> None:
     for impl in IMPLEMENTATIONS:
         terms = varcon_terms(features, labels, temperature, epsilon=epsilon, impl=impl)
         # log_softmax, which the reference reads from the paper, rounds nll to a multiple of 1e-16.
-        exact = impl != "reference"
-        assert float(terms.nll[0]) == pytest.approx(
-            float(nll), rel=1e-12, abs=0 if exact else 1e-15
-        )
+        close = {"rel": 1e-12, "abs": 1e-15 if impl == "reference" else 0}
+        assert float(terms.nll[0]) == pytest.approx(float(nll), **close)
         assert float(terms.kl[0]) == pytest.approx(float(kl), rel=1e-9, abs=1e-16)
 
 
@@ -114,51 +81,21 @@ def test_reference_set_against_scalar_loops(impl: str, make_batch: MakeBatch) ->
     ref_labels = ref_labels.clone()
     ref_labels[3] = -100
     for options in ({}, {"num_classes": 9}, {"normalize": False}):
-        terms = varcon_terms(
-            features, labels, ref_features=ref_features, ref_labels=ref_labels, impl=impl, **options
-        )
-        expected = oracle.row_terms(
-            features.tolist(),
-            labels.tolist(),
-            normalize=options.get("normalize", True),
-            ref_features=ref_features.tolist(),
-            ref_labels=ref_labels.tolist(),
-        )
+        reference = {"ref_features": ref_features, "ref_labels": ref_labels}
+        terms = varcon_terms(features, labels, impl=impl, **options, **reference)
+        reference = {name: part.tolist() for name, part in reference.items()}
+        reference["normalize"] = options.get("normalize", True)
+        expected = oracle.row_terms(features.tolist(), labels.tolist(), **reference)
         assert_terms_match(terms, expected)
         assert terms.num_classes == 6
 
 
-def test_gradient_matches_finite_differences(impl: str, make_batch: MakeBatch) -> None:
-    """The centroids are detached, so gradcheck holds them still by passing a reference set."""
-    features, labels = make_batch(7, 3, 5)
-    ref_features, ref_labels = make_batch(12, 4, 5, seed=1)
-    for normalize in (True, False):
-        for temperature, epsilon in ((0.1, 0.02), (0.7, 0.6), (0.5, 0.0)):
-            criterion = VarConLoss(
-                temperature, epsilon=epsilon, normalize=normalize, reduction="none", impl=impl
-            )
-
-            def losses(x: Tensor, criterion: VarConLoss = criterion) -> Tensor:
-                return criterion(
-                    x, labels, ref_features=ref_features.detach(), ref_labels=ref_labels
-                )
-
-            scaled = (features.detach() * 0.4).requires_grad_()
-            assert torch.autograd.gradcheck(losses, scaled, eps=1e-6, atol=1e-6, rtol=1e-5)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
-    num_rows=st.integers(1, 50),
-    num_classes=st.integers(1, 20),
-    dim=st.integers(1, 33),
-    seed=st.integers(0, 2**31),
-    temperature=st.floats(0.01, 2.0),
-    share=st.floats(0.0, 0.95),
-    normalize=st.booleans(),
-    leave_one_out=st.booleans(),
-    reference=st.booleans(),
-)
+    num_rows=st.integers(1, 50), num_classes=st.integers(1, 20), dim=st.integers(1, 33),
+    seed=st.integers(0, 2**31), temperature=st.floats(0.01, 2.0), share=st.floats(0.0, 0.95),
+    normalize=st.booleans(), leave_one_out=st.booleans(), reference=st.booleans(),
+)  # fmt: skip
 def test_closed_form_gradient_equals_autograd_of_the_equations(
     num_rows, num_classes, dim, seed, temperature, share, normalize, leave_one_out, reference
 ) -> None:
@@ -174,24 +111,13 @@ def test_closed_form_gradient_equals_autograd_of_the_equations(
         options["leave_one_out"] = False
         options["ref_features"] = draw(num_classes + 5)
         options["ref_labels"] = torch.arange(num_classes + 5) % num_classes
-    gradients = []
-    for impl in IMPLEMENTATIONS:
-        x = features.clone().requires_grad_()
-        losses = varcon_loss(
-            x,
-            labels,
-            temperature,
-            epsilon=share * temperature,
-            reduction="none",
-            impl=impl,
-            **options,
-        )
-        losses.backward(upstream)
-        assert x.grad is not None
-        gradients.append(x.grad)
-    torch.testing.assert_close(
-        gradients[1], gradients[0], rtol=1e-8, atol=1e-10 * float(gradients[0].abs().max() + 1)
+    options |= {"temperature": temperature, "epsilon": share * temperature, "reduction": "none"}
+    x = features.requires_grad_()
+    want, got = (
+        gradient_of(upstream * varcon_loss(x, labels, impl=impl, **options), x)
+        for impl in IMPLEMENTATIONS
     )
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10 * float(want.abs().max() + 1))
 
 
 @settings(max_examples=30, deadline=None)
@@ -201,32 +127,18 @@ def test_invariances(seed: int, impl: str) -> None:
     features = torch.randn(18, 7, generator=generator, dtype=torch.float64)
     labels = torch.randint(6, (18,), generator=generator)
     base = varcon_terms(features, labels, impl=impl)
-    close = {"rtol": 1e-10, "atol": 1e-12}
+
+    def same(features: Tensor, labels: Tensor, want: Tensor = base.loss) -> None:
+        got = varcon_terms(features, labels, impl=impl).loss
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
     order = torch.randperm(18, generator=generator)
-    permuted = varcon_terms(features[order], labels[order], impl=impl)
-    torch.testing.assert_close(permuted.loss, base.loss[order], **close)
-
-    names = torch.randint(-(2**62), 2**62, (6,), generator=generator)
-    torch.testing.assert_close(
-        varcon_terms(features, names[labels], impl=impl).loss, base.loss, **close
-    )
-
-    doubled = varcon_loss(features.repeat(2, 1), labels.repeat(2), impl=impl)
-    torch.testing.assert_close(doubled, base.reduced, **close)
-
-    lengths = torch.rand(18, 1, generator=generator, dtype=torch.float64) * 100 + 0.01
-    torch.testing.assert_close(
-        varcon_terms(features * lengths, labels, impl=impl).loss, base.loss, **close
-    )
-
-    rotation = torch.linalg.qr(torch.randn(7, 7, generator=generator, dtype=torch.float64))[0]
-    torch.testing.assert_close(
-        varcon_terms(features @ rotation, labels, impl=impl).loss, base.loss, **close
-    )
-
-    wide = torch.cat([features, torch.zeros(18, 3, dtype=torch.float64)], dim=1)
-    torch.testing.assert_close(varcon_terms(wide, labels, impl=impl).loss, base.loss, **close)
+    same(features[order], labels[order], base.loss[order])
+    same(features, torch.randint(-(2**62), 2**62, (6,), generator=generator)[labels])
+    same(features.repeat(2, 1), labels.repeat(2), base.loss.repeat(2))
+    same(features * (torch.rand(18, 1, generator=generator).double() * 100 + 0.01), labels)
+    same(features @ torch.linalg.qr(torch.randn(7, 7, generator=generator).double())[0], labels)
+    same(torch.cat([features, torch.zeros(18, 3, dtype=torch.float64)], dim=1), labels)
 
 
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, make_batch: MakeBatch) -> None:
@@ -234,11 +146,9 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, make_batch: MakeBat
     results = []
     for budget in (1, 2**30):
         monkeypatch.setattr("varcon_loss.sweep.CHUNK_CPU", budget)
-        features.grad = None
         terms = varcon_terms(features, labels, impl="eager")
-        terms.reduced.backward()
-        assert features.grad is not None
-        results.append((terms.loss.detach(), terms.tau2, features.grad.clone()))
+        gradient = gradient_of(terms.reduced, features)
+        results.append((terms.loss.detach(), terms.tau2, gradient))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-15)
 
 
@@ -257,20 +167,16 @@ def test_large_logits_without_normalisation(impl: str) -> None:
     features[0] = -features[0]
     features.requires_grad_()
     terms = varcon_terms(features, torch.arange(6) % 3, normalize=False, impl=impl)
-    terms.reduced.backward()
-    assert features.grad is not None
     assert terms.loss.isfinite().all()
-    assert features.grad.isfinite().all()
+    assert gradient_of(terms.reduced, features).isfinite().all()
 
 
 def test_tiny_temperature(impl: str, make_batch: MakeBatch) -> None:
     """exp(1 / tau2) would overflow float32 by far."""
     features, labels = make_batch(30, 5, dtype=torch.float32)
     terms = varcon_terms(features, labels, 1e-3, epsilon=5e-4, impl=impl)
-    terms.reduced.backward()
-    assert features.grad is not None
     assert terms.loss.isfinite().all()
-    assert features.grad.isfinite().all()
+    assert gradient_of(terms.reduced, features).isfinite().all()
     expected = oracle.row_terms(features.tolist(), labels.tolist(), 1e-3, 5e-4)
     want = torch.tensor([row["loss"] for row in expected if row is not None])
     torch.testing.assert_close(terms.loss.detach(), want, rtol=1e-4, atol=1e-3)

@@ -24,46 +24,26 @@ config_parser = argparse.ArgumentParser(add_help=False)
 config_parser.add_argument("-c", "--config", default="")
 parser = argparse.ArgumentParser()
 parser.add_argument("data")
-parser.add_argument("--model", default="resnet10t")
-parser.add_argument("--opt", default="sgd")
-parser.add_argument("--lr", type=float, default=0.05)
-parser.add_argument("--weight-decay", type=float, default=2e-5)
-parser.add_argument("--momentum", type=float, default=0.9)
-parser.add_argument("--layer-decay", type=float)
+for name, default in (
+    ("model", "resnet10t"), ("opt", "sgd"), ("lr", 0.05), ("weight-decay", 2e-5), ("momentum", 0.9),
+    ("img-size", 32), ("interpolation", ""), ("train-split", "train"), ("val-split", "validation"),
+    ("batch-size", 8), ("grad-accum-steps", 1), ("log-interval", 50), ("aug-splits", 0),
+    ("epochs", 1), ("output", "out"), ("resume", ""), ("mixup", 0.0), ("cutmix", 0.0),
+    ("mixup-prob", 1.0), ("mixup-switch-prob", 0.5), ("mixup-mode", "batch"),
+    ("mixup-off-epoch", 0), ("smoothing", 0.1), ("dataset", ""),
+):  # fmt: skip
+    parser.add_argument(f"--{name}", type=type(default), default=default)
+for name in ("layer-decay", "crop-pct"):
+    parser.add_argument(f"--{name}", type=float)
+for name in ("mean", "std", "cutmix-minmax"):
+    parser.add_argument(f"--{name}", type=float, nargs="+")
+for name in ("model-ema", "no-aug", "no-prefetcher", "jsd-loss", "bce-loss", "naflex-loader",
+             "torchscript"):  # fmt: skip
+    parser.add_argument(f"--{name}", action="store_true")
 parser.add_argument("--num-classes", type=int)
-parser.add_argument("--img-size", type=int, default=32)
-parser.add_argument("--mean", type=float, nargs="+")
-parser.add_argument("--std", type=float, nargs="+")
-parser.add_argument("--crop-pct", type=float)
-parser.add_argument("--interpolation", default="")
-parser.add_argument("--gp")
-parser.add_argument("--train-split", default="train")
-parser.add_argument("--val-split", default="validation")
-parser.add_argument("--batch-size", type=int, default=8)
-parser.add_argument("--grad-accum-steps", type=int, default=1)
-parser.add_argument("--log-interval", type=int, default=50)
-parser.add_argument("--aug-splits", type=int, default=0)
-parser.add_argument("--epochs", type=int, default=1)
-parser.add_argument("--output", default="out")
-parser.add_argument("--resume", default="")
-parser.add_argument("--model-ema", action="store_true")
-parser.add_argument("--no-aug", action="store_true")
-parser.add_argument("--no-prefetcher", action="store_true")
-parser.add_argument("--mixup", type=float, default=0.0)
-parser.add_argument("--cutmix", type=float, default=0.0)
-parser.add_argument("--cutmix-minmax", type=float, nargs="+")
-parser.add_argument("--mixup-prob", type=float, default=1.0)
-parser.add_argument("--mixup-switch-prob", type=float, default=0.5)
-parser.add_argument("--mixup-mode", default="batch")
-parser.add_argument("--mixup-off-epoch", type=int, default=0)
-parser.add_argument("--smoothing", type=float, default=0.1)
-parser.add_argument("--jsd-loss", action="store_true")
-parser.add_argument("--bce-loss", action="store_true")
-parser.add_argument("--kd-model-name", default=None)
-parser.add_argument("--naflex-loader", action="store_true")
-parser.add_argument("--torchscript", action="store_true")
-parser.add_argument("--dataset", default="")
 parser.add_argument("--train-img-sizes", nargs="+", type=int)
+parser.add_argument("--kd-model-name")
+parser.add_argument("--gp")
 
 
 def main():
