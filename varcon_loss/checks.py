@@ -193,15 +193,9 @@ def refuse_unknown(
         TypeError: it says what the keyword becomes here, or what it looks like.
     """
     for name, value in unknown.items():
-        if (
-            (name == "contrast_mode" and isinstance(value, str) and value == "all")
-            or (
-                name == "base_temperature"
-                and isinstance(value, (int, float))
-                and value == temperature
-            )
-            or (name == "mask" and value is None)
-        ):
+        no_op = {"contrast_mode": isinstance(value, str) and value == "all", "mask": value is None}
+        no_op["base_temperature"] = isinstance(value, (int, float)) and value == temperature
+        if no_op.get(name, False):
             continue
         alike = difflib.get_close_matches(name, known, n=1)
         advice = f"did you mean {alike[0]}?" if alike else f"it takes {', '.join(known)}"

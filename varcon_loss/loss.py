@@ -359,10 +359,9 @@ def score(
         alike = weighted is loss
         loss = loss.masked_fill(labels.broken, torch.nan)
         weighted = loss if alike else weighted.masked_fill(labels.broken, torch.nan)
-    if total is None and row_weights is not None:
-        total = row_weights.sum()
-    elif total is None and labels.valid is not None:
-        total = labels.valid.sum()
+    counted_by = labels.valid if row_weights is None else row_weights
+    if total is None and counted_by is not None:
+        total = counted_by.sum()
     reduced = reduce(weighted, total, options.reduction, num_ranks, counted=weight is None)
     return reduced, loss, terms, labels.valid, table, impl
 
@@ -396,8 +395,7 @@ def reduce(
 
 def loss_of(features: Tensor, scored: Scored) -> Tensor:
     """What a call returns: ``"none"`` has the shape of the samples, which may have views."""
-    reduced = scored[0]
-    return reduced if reduced.ndim == 0 else reduced.view(_shape(features))
+    return scored[0] if scored[0].ndim == 0 else scored[0].view(_shape(features))
 
 
 def terms_of(features: Tensor, scored: Scored) -> VarConTerms:
