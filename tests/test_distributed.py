@@ -29,6 +29,7 @@ from tests.counting import Operators
 from varcon_loss import VarConLoss, VarConTerms, fused, varcon_loss, varcon_terms
 
 NUM_CLASSES, DIM, WIDTH = 7, 6, 9
+HAS_FSDP = torch.__version__ >= "2.7"  # FSDP2 wants a GPU in torch 2.6
 MANY = 500  # more classes than all ranks have samples: rows are gathered, not a table summed
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -297,7 +298,7 @@ def check_a_label_that_cannot_be_read_spoils_the_loss_on_all(rank: int, world_si
 
 def check_fsdp_and_accumulation_take_the_true_step(rank: int, world_size: int) -> None:
     """Two micro-batches, under no_sync and by a compiled criterion, are two plain calls."""
-    for cases in (["unequal"], ["equal", "unequal"]):
+    for cases in (["equal", "unequal"], ["unequal"])[: 2 if HAS_FSDP else 1]:
         batches = [parts_of(case, world_size)[rank] for case in cases]
         criterion = over_ranks(num_classes=NUM_CLASSES)
         if len(cases) == 1:
@@ -355,7 +356,7 @@ def check_a_memory_inside_the_wrapped_model(rank: int, world_size: int) -> None:
         single(*whole(case, world_size))
     for wrap in (
         lambda m: DistributedDataParallel(m, broadcast_buffers=True),
-        lambda m: DistributedDataParallel(m, broadcast_buffers=False), fully_shard,
+        lambda m: DistributedDataParallel(m, broadcast_buffers=False), *[fully_shard] * HAS_FSDP,
     ):  # fmt: skip
         inner = Model(over_ranks(**memory))
         model = wrap(inner)
