@@ -32,9 +32,7 @@ VIEWS = X[:, None].repeat(1, 3, 1)
         (X.to_sparse(), Y, TypeError, r"dense, got torch.sparse_coo: give features.to_dense\(\)"),
         (X.to_mkldnn(), Y, TypeError, "dense, got torch._mkldnn"),
         (torch.nested.as_nested_tensor([X, X]), Y[:2], TypeError, "dense, got nested"),
-        (
-            VIEWS, Y[:, None].repeat(1, 3), TypeError, r"\[6, 3\] .* each view .*flatten\(\)",
-        ),
+        (VIEWS, Y[:, None].repeat(1, 3), TypeError, r"\[6, 3\] .* each view .*flatten\(\)"),
     ],
 )  # fmt: skip
 def test_samples(features, labels, error, message, impl) -> None:
@@ -45,12 +43,8 @@ def test_samples(features, labels, error, message, impl) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (
-            {"temperature": torch.nan}, ValueError, "temperature must be positive.* got nan",
-        ),
-        (
-            {"temperature": torch.inf}, ValueError, "temperature must be positive.* got inf",
-        ),
+        ({"temperature": torch.nan}, ValueError, "temperature must be positive.* got nan"),
+        ({"temperature": torch.inf}, ValueError, "temperature must be positive.* got inf"),
         ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
         ({"temperature": -0.1}, ValueError, "temperature must be positive"),
         ({"temperature": "0.1"}, TypeError, "temperature must be a number, got str"),
@@ -100,9 +94,7 @@ LACKING = torch.full((6,), -100)
         (X[:, :3], Y, {}, ValueError, "ref_features have width 3 but features have 4"),
         (X, Y[:2], {}, ValueError, r"ref_labels must have shape \[6\]"),
         (X, Y.float(), {}, TypeError, "ref_labels must be integers"),
-        (
-            X.to("meta"), Y.to("meta"), {}, ValueError, "ref_features are on meta but features",
-        ),
+        (X.to("meta"), Y.to("meta"), {}, ValueError, "ref_features are on meta but features"),
         (X, Y.tolist(), {}, TypeError, "ref_labels must be a tensor"),
         (X, Y.numpy(), {}, TypeError, "ref_labels must be a tensor"),
         (X, Y, {"leave_one_out": True}, ValueError, "leave_one_out has no meaning with ref_featur"),
@@ -138,12 +130,8 @@ def test_a_text_is_no_switch(name: str) -> None:
     [
         (X, Y.tolist(), r"give torch.as_tensor\(labels\)"), (X, Y.float(), r"give labels.long\(\)"),
         (X, torch.eye(3).long()[Y], r"give a table \[N, C\].*float.*argmax\(1\)"),
-        (
-            torch.randn(2, 4, 5), PIXELS[:, 0], r"features.transpose\(1, 2\).*\(0, 1\) and labels",
-        ),
-        (
-            torch.randn(2, 4, 3, 5), PIXELS, r"features.movedim\(1, -1\).*\(0, 2\) and labels",
-        ),
+        (torch.randn(2, 4, 5), PIXELS[:, 0], r"features.transpose\(1, 2\).*\(0, 1\) and labels"),
+        (torch.randn(2, 4, 3, 5), PIXELS, r"features.movedim\(1, -1\).*\(0, 2\) and labels"),
         (X, torch.tensor([[3.0, 5.0]] * 6), r"from 0 to 1, got .*\.long\(\)"),
         (X, 2 * torch.eye(3)[Y], r"class probabilities, from 0 to 1, got .*\.long\(\)"),
         (X, torch.tensor([[0.5, 1.5]] * 6), r"from 0 to 1, got .*\.long\(\)"),

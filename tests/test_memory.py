@@ -320,8 +320,11 @@ def test_predict(make_batch: MakeBatch) -> None:
     assert torch.equal(label, p.argmax(1))
     own = criterion.terms(features, labels).confidence
     torch.testing.assert_close(own[label == labels], confidence[label == labels])
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # exact under it, too
-        views = criterion.predict(features.view(20, 3, 16))
+    exact = criterion.predict(features.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = criterion.predict(features.float())
+    assert torch.equal(found.confidence, exact.confidence)
+    views = criterion.predict(features.view(20, 3, 16))
     assert torch.equal(views.label, label.view(20, 3))
     assert torch.equal(views.confidence, confidence.view(20, 3))
     odd = features.detach().clone()
