@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart check test lint docs clean
+.PHONY: quickstart check check-tests test lint docs clean
 
 quickstart: .venv/bench  ## train on real images, with VarCon, SupCon and cross-entropy
 	$(BIN)/python -m benchmarks quickstart
@@ -10,7 +10,10 @@ quickstart: .venv/bench  ## train on real images, with VarCon, SupCon and cross-
 CHECK := $(addprefix tests/test_,golden.py values.py edges.py autograd.py dtypes.py probabilities.py memory.py \
 	large_batch.py module.py bad_input.py no_sync.py accelerator.py triton.py)
 
-check: .venv/all lint  ## style, types, and the tests that catch most
+check: .venv/all  ## style, types, and the tests that catch most
+	@$(MAKE) --no-print-directory -j 2 lint check-tests
+
+check-tests: .venv/all
 	$(BIN)/python -m pytest -n 2 -q $(CHECK) -k "not ranks and not compile and not export"
 
 test: .venv/all  ## the whole test suite
