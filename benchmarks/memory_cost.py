@@ -80,8 +80,7 @@ def _full(name: str, num_classes: int, dim: int, generator: torch.Generator) -> 
     remembered = F.normalize(torch.randn(num_classes, dim, generator=generator), dim=1)
     if name == "VarCon memory":
         loss = VarConLoss(num_classes=num_classes, feature_dim=dim, centroid_momentum=0.99)
-        state = {"centroid_memory": remembered, "centroid_seen": torch.ones(num_classes)}
-        loss.load_state_dict(state)
+        loss.centroids = remembered
         return loss
     queue = CrossBatchMemory(SupConLoss(), dim, memory_size=num_classes)
     queue.embedding_memory.copy_(remembered)  # type: ignore[operator]
