@@ -235,8 +235,9 @@ class VarConLoss(nn.Module):
         memory = self._memory()
         return unit(memory, memory.dtype)[0]
 
+    @centroids.setter
     @torch.no_grad()
-    def _set_centroids(self, means: Any) -> None:
+    def centroids(self, means: Tensor) -> None:
         if self.centroid_momentum is None:
             raise AttributeError(_NO_MEMORY)
         memory, got = self._memory(), getattr(means, "shape", type(means).__name__)
@@ -351,7 +352,7 @@ class VarConLoss(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "centroids":  # before Module takes a Parameter for one of its own
-            return self._set_centroids(value)
+            return object.__setattr__(self, name, value)
         if name in flow.Options._fields or name in OF_MEMORY:
             value = self._checked(name, value)
         super().__setattr__(name, value)
