@@ -115,6 +115,7 @@ def invalid_labels_on_rank(rank: int, world_size: int) -> dict[str, list[float]]
     found = {}
     for title, options in {
         "batch": {}, "gathered": {"num_classes": 500},
+        "memory, gathered": {"num_classes": 500, "feature_dim": DIM, "centroid_momentum": 0.9},
         "memory": {"feature_dim": DIM, "centroid_momentum": 0.9}, "reference": {},
         "probabilities": {},
     }.items():  # fmt: skip

@@ -81,6 +81,8 @@ def test_equals_one_batch(name, kind, num_rows, chunk_size, views, seed) -> None
     labels = labels_of(kind, num_rows, generator)
     whole, chunked = Encoder(views=views), Encoder(views=views)
     criterion = VarConLoss(**options)
+    # A memory is float32, and may round a sum of chunks to its other neighbour.
+    close = {"rtol": 1e-6, "atol": 1e-7} if "feature_dim" in options else EXACT
     other = copy.deepcopy(criterion)
     for _ in range(2 if "feature_dim" in options else 1):
         whole.zero_grad()
@@ -88,8 +90,8 @@ def test_equals_one_batch(name, kind, num_rows, chunk_size, views, seed) -> None
         expected = criterion(whole(inputs), labels)
         expected.backward()
         loss = backward_in_chunks(chunked, other, inputs, labels, chunk_size)
-        torch.testing.assert_close(loss, expected.detach(), **EXACT)
-        torch.testing.assert_close(gradient_of(chunked), gradient_of(whole), **EXACT)
+        torch.testing.assert_close(loss, expected.detach(), **close)
+        torch.testing.assert_close(gradient_of(chunked), gradient_of(whole), **close)
     if "feature_dim" in options:
         torch.testing.assert_close(other.centroid_memory, criterion.centroid_memory)
 

@@ -25,6 +25,15 @@ class Classes(NamedTuple):
     counts: Tensor  # [S] samples (any dtype), or shares of them; 0: the row is empty
     names: Tensor | None  # [S] class of each row, ascending; None: row k is class k
 
+    def of_all(self, num_classes: int) -> "Classes":
+        """The same with a row for each class, in order."""
+        if self.names is None:
+            return self
+        # An empty row may have a name beyond the last class.
+        sums = self.sums.new_zeros(num_classes + 1, self.sums.shape[1])
+        counts = self.counts.new_zeros(num_classes + 1).index_copy_(0, self.names, self.counts)
+        return Classes(sums.index_copy_(0, self.names, self.sums)[:-1], counts[:-1], None)
+
     def total(self, kept: Tensor, weight: Tensor | None) -> Tensor:
         """What the samples of the classes ``kept`` ``[S]`` count in a mean, 0-d."""
         counts = self.counts.to(self.sums.dtype) * kept
@@ -85,6 +94,8 @@ class Table(NamedTuple):
         """Which rows of ``classes`` are not empty, and have a row here, ``[S]`` bool."""
         filled, names = classes.counts > 0, classes.names
         names = torch.arange(len(filled), device=filled.device) if names is None else names
+        if self.names is None:  # empty rows have names beyond the last class
+            names = names.clamp_max(self.w.shape[0] - 1)
         return filled & self.found(Labels(names, None))
 
     def place(
@@ -154,7 +165,7 @@ def own_without_self(z: Tensor, slots: Tensor, classes: Classes) -> Tensor:
 
 
 def sum_classes(
-    z: Tensor, labels: Labels, num_classes: int | None, *, every: bool, impl: str
+    z: Tensor, labels: Labels, num_classes: int | None, *, impl: str
 ) -> tuple[Classes, Tensor | None]:
     """Add up ``z`` ``[N, D]`` by class. Rows that take no part must be zero vectors.
 
@@ -162,7 +173,6 @@ def sum_classes(
         z: unit embeddings.
         labels: of them.
         num_classes: ``C``, if it is known.
-        every: a row for each of the ``C`` classes, whatever is present.
         impl: who adds.
 
     Returns:
@@ -175,12 +185,8 @@ def sum_classes(
         size, ones = table.shape[1], z.new_ones(z.shape[0], 1)
         counts = add_rows(ones, table, size).squeeze(1)
         return Classes(add_rows(z, table, size), counts, None), None
-    names = slots = counts = None
-    if not every:
-        valid = labels.valid
-        if labels.shares is not None:
-            valid = labels.shares > 0
-        names, slots, counts = name_rows(labels.classes, valid, num_classes)
+    valid = labels.valid if labels.shares is None else labels.shares > 0
+    names, slots, counts = name_rows(labels.classes, valid, num_classes)
     slots = Table(z, None, names).find(labels.classes) if slots is None else slots
     size: Any = num_classes if names is None else names.shape[0]
     if counts is None:

@@ -73,7 +73,7 @@ class LargeBatch:
             raise RuntimeError(f"{late}: one LargeBatch is one batch. {do}")
         chunk, options, impl = self._read(features, labels)
         with without_autocast(features.device.type):
-            classes, _ = flow.add_up(chunk, options, self._criterion.centroid_memory, impl)
+            classes, _ = flow.add_up(chunk, options, impl)
             total, wide = flow.count(chunk, options.weight, chunk), widest(features.device)
             classes = Classes(classes.sums.to(wide), classes.counts.to(wide), classes.names)
             if self._classes is not None:

@@ -183,7 +183,7 @@ def evaluate(
             members = read(ref_features, ref_labels, options, dtype, labels, of="ref_")
         classes = total = slots = None
         if memory is None or options.centroid_momentum is not None:
-            classes, slots = add_up(members, options, memory, impl)
+            classes, slots = add_up(members, options, impl)
         if group is not None and classes is not None:
             total = count(anchors, options.weight, members)
             same = alike(options, memory, members[1], reference=ref_features is not None)
@@ -235,13 +235,10 @@ def read(
 
 
 @torch.no_grad()
-def add_up(
-    members: Embedded, options: Options, memory: Tensor | None, impl: str
-) -> tuple[Classes, Tensor | None]:
+def add_up(members: Embedded, options: Options, impl: str) -> tuple[Classes, Tensor | None]:
     """The classes of the ``members``, and their rows: see `sum_classes`."""
     _, z, _, labels = members
-    every = memory is not None and not values_may_be_read(z)
-    return sum_classes(z, labels, options.num_classes, every=every, impl=impl)
+    return sum_classes(z, labels, options.num_classes, impl=impl)
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ def update(memory: Tensor, classes: Classes, momentum: float) -> None:
     A class that has less than one sample in all moves by so much less: smoothing gives each class a
     little of every sample, which says little about it.
     """
+    if not values_may_be_read(memory):
+        classes = classes.of_all(memory.shape[0])
     names = classes.names
     if names is None and torch.compiler.is_compiling():
         # Inductor's C++ for CPUs fails on a plain copy into the memory.

@@ -107,17 +107,15 @@ def over_ranks(
     Raises:
         ValueError: this rank has more classes than the first step made room for.
     """
+    if room == 0 and num_classes is not None:
+        classes = classes.of_all(num_classes)
     counts, names = classes.counts.to(classes.sums.dtype), classes.names
     rows = torch.cat((classes.sums, counts.unsqueeze(1)), dim=1)
     width, everyone = rows.shape[1], dist.get_world_size(group)
     if room == 0:
-        assert num_classes is not None
-        if names is not None:  # an empty row may have a name beyond the last class
-            table = rows.new_zeros(num_classes + 1, width)
-            rows = table.index_copy_(0, names, rows)[:-1]
         flat = torch.cat((rows.flatten(), total.view(1)))
         dist.all_reduce(flat, group=group)
-        rows, total = flat[:-1].view(num_classes, width), flat[-1]
+        rows, total = flat[:-1].view_as(rows), flat[-1]
         return _poisoned(Classes(rows[:, :-1].contiguous(), rows[:, -1].contiguous(), None), total)
     if names is None:
         names = torch.arange(rows.shape[0], device=rows.device)
