@@ -5,6 +5,7 @@ three fifths of the families of sets are trained on. Drawings of the same names 
 *unseen styles*; drawings of the other names are *unseen classes*.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,9 +116,7 @@ def _icons(icons: Icons, cache: Path, regime: str) -> Task:
         augmented, clean = _one_view, lambda features: features[:, 0].float()
     else:
         inputs = icons.images
-        encoder = lambda: nn.Sequential(  # noqa: E731
-            EfficientNet(), ProjectionHead(IMAGENET_WIDTH, DIM, hidden_dim=512)
-        )
+        encoder = _whole_encoder
         augmented, clean = shifted_icons, lambda images: images
     everything = Samples(inputs, _renumbered(icons.labels, place))
     return Task(
@@ -129,6 +128,11 @@ def _icons(icons: Icons, cache: Path, regime: str) -> Task:
         augmented,
         clean,
     )
+
+
+def _whole_encoder() -> nn.Module:
+    head = ProjectionHead(IMAGENET_WIDTH, DIM, hidden_dim=512)
+    return nn.Sequential(OrderedDict(pretrained=EfficientNet(), head=head))
 
 
 def _renumbered(labels: Tensor, place: Tensor) -> Tensor:
