@@ -12,6 +12,7 @@ import torch
 import typer
 
 from benchmarks.common import options, results
+from benchmarks.common.data import DATASETS
 from benchmarks.common.methods import METHODS, check_methods, has_temperature
 from benchmarks.common.paired import chosen, summary, text
 from benchmarks.common.scores import (
@@ -57,24 +58,20 @@ class Cell:
 
 
 def command(
-    data: Annotated[
-        str, typer.Option(help="icons, digits, mnist-pairs, fashion-pairs, folder")
-    ] = "icons",
+    data: Annotated[str, typer.Option(help=f"icons, {', '.join(DATASETS)}")] = "icons",
     question: Annotated[str, typer.Option(help=", ".join(QUESTIONS))] = "styles,classes,confidence",
     methods: Annotated[str, typer.Option(help="comma-separated")] = ",".join(METHODS),
     regime: Annotated[
         str, typer.Option(help="frozen: a head on features; whole: the encoder too")
     ] = "frozen",
-    batch_sizes: Annotated[
-        str, typer.Option(help="images a step (each seen in two views)")
-    ] = "256",
+    batch_sizes: Annotated[str, typer.Option(help="images a step, each in two views")] = "256",
     epochs: options.Epochs = 15,
     imbalance: Annotated[str, typer.Option(help="of question tail")] = "10,100",
-    learning_rates: Annotated[
-        str, typer.Option(help="grid, the same for all")
-    ] = "3e-4,1e-3,3e-3,1e-2",
-    temperatures: Annotated[str, typer.Option(help="grid, the same for all")] = "0.05,0.1,0.2,0.5",
-    weights: Annotated[str, typer.Option(help="grid, beside cross-entropy")] = "0.3,1,3",
+    learning_rates: Annotated[str, typer.Option(help="grid")] = "1e-3,3e-3,1e-2",
+    temperatures: Annotated[str, typer.Option(help="grid")] = "0.05,0.1,0.2,0.5",
+    weights: Annotated[
+        str, typer.Option(help="grid, beside cross-entropy")
+    ] = "0.3,1,3",
     settings_of_batch: Annotated[
         int, typer.Option(help="take what frozen runs of this batch size chose; 0: choose")
     ] = 0,
@@ -120,13 +117,12 @@ def command(
     with progress_bar() as bar:
         picked = []
         for base in bases:
-            wanted = base
+            wanted = asdict(base)
             if settings_of_batch:
-                wanted = replace(
-                    base, regime="frozen", batch_size=settings_of_batch, chunk_size=None
-                )
-            cells = [] if settings_of_batch else list(grid.cells(base))
-            _run(cells, task, store, bar, device)
+                wanted |= {"regime": "frozen", "batch_size": settings_of_batch, "chunk_size": None}
+                del wanted["epochs"]
+            else:
+                _run(list(grid.cells(base)), task, store, bar, device)
             picked.append(replace(base, **chosen(store.rows, wanted)))
         # Seed by seed, so that what the machine does at a time falls on all methods.
         _run([replace(c, seed=s) for s in range(seeds) for c in picked], task, store, bar, device)

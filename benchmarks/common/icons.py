@@ -1,10 +1,11 @@
-"""Icons of some 200 sets as a data set: a class is a name, its samples are many designers' drawings.
+"""Icons of 191 sets as data: a class is a name, its samples are drawings by many designers.
 
 The drawings come with the npm package ``@iconify/json``. They are rendered once and kept in a cache
 folder; nothing of them is committed. Two things make the data honest: only sets under a licence
 that allows it are read, and sets that copy one another count as one *family*.
 """
 
+import io
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor
 
@@ -33,63 +35,14 @@ NO_PICTURES = ("Logos", "Flags / Maps")  # the same drawing in every set
 SIZE = 64  # pixels
 FEWEST = 30  # drawings that a class must have
 # Parts of a name that say how an icon is drawn, not what it shows.
-STYLE = frozenset(
-    [
-        "outline",
-        "outlined",
-        "fill",
-        "filled",
-        "solid",
-        "line",
-        "linear",
-        "bold",
-        "light",
-        "thin",
-        "regular",
-        "duotone",
-        "round",
-        "rounded",
-        "sharp",
-        "twotone",
-        "broken",
-        "bulk",
-        "flat",
-        "color",
-        "colored",
-        "stroke",
-        "baseline",
-        "two",
-        "tone",
-        "alt",
-        "variant",
-        "icon",
-        "o",
-        "s",
-        "l",
-        "1",
-        "2",
-        "3",
-        "01",
-        "02",
-        "03",
-        "10",
-        "11",
-        "12",
-        "14",
-        "15",
-        "16",
-        "18",
-        "20",
-        "24",
-        "28",
-        "32",
-        "48",
-        "64",
-    ]
-)
-STYLE_IN_FRONT = frozenset(
-    ["outline", "baseline", "round", "sharp", "twotone", "ios", "md", "icon"]
-)
+STYLE = (
+    "outline", "outlined", "fill", "filled", "solid", "line", "linear", "bold", "light", "thin",
+    "regular", "duotone", "round", "rounded", "sharp", "twotone", "broken", "bulk", "flat", "color",
+    "colored", "stroke", "baseline", "two", "tone", "alt", "variant", "icon", "o", "s", "l",
+    "1", "2", "3", "01", "02", "03", "10", "11", "12", "14", "15", "16", "18", "20", "24", "28",
+    "32", "48", "64",
+)  # fmt: skip
+STYLE_IN_FRONT = ("outline", "baseline", "round", "sharp", "twotone", "ios", "md", "icon")
 SAME = 0.97  # correlation of two drawings above which one is called a copy of the other
 COPIES = 0.2  # share of copies among common classes that makes two sets one family
 
@@ -123,17 +76,14 @@ def load_icons(package: Path | None, cache: Path, *, fetch: bool = False) -> Ico
 
 def _find(package: Path | None, cache: Path, fetch: bool) -> Path:
     if package is not None and not package.is_file():
-        raise ValueError(
-            f"no file {package}: {PACKAGE} as a .tgz is what `npm pack {PACKAGE}` gets"
-        )
-    here = (
-        [package] if package else sorted([*Path().glob("iconify-json-*.tgz"), *cache.glob("*.tgz")])
-    )
+        raise ValueError(f"no file {package}: `npm pack {PACKAGE}` gets it")
+    found = [*Path().glob("iconify-json-*.tgz"), *cache.glob("iconify-json-*.tgz")]
+    here = [package] if package else sorted(found)
     if not here and fetch:
         if shutil.which("npm") is None:
             raise ValueError(f"--fetch needs npm: install it, or bring the .tgz of {PACKAGE}")
         subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=cache, check=True)
-        here = sorted(cache.glob("*.tgz"))
+        here = sorted(cache.glob("iconify-json-*.tgz"))
     if not here:
         raise ValueError(
             f"the icons are not here: run `npm pack {PACKAGE}` and give --icons FILE, "
@@ -205,7 +155,6 @@ def _render(package: Path) -> Icons:
 def _picture(content: dict[str, Any], name: str) -> np.ndarray:
     """``[3, SIZE, SIZE]``, black on white where the icon has no colours of its own."""
     import resvg_py
-    from torchvision.io import ImageReadMode, decode_png
 
     icon = content["icons"][name]
 
@@ -220,9 +169,7 @@ def _picture(content: dict[str, Any], name: str) -> np.ndarray:
         f'viewBox="{box}" width="{SIZE}" height="{SIZE}" color="#000">{icon["body"]}</svg>'
     )
     png = bytes(resvg_py.svg_to_bytes(svg_string=drawing, background="#fff"))
-    return decode_png(
-        torch.frombuffer(bytearray(png), dtype=torch.uint8), ImageReadMode.RGB
-    ).numpy()
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).transpose(2, 0, 1)
 
 
 def _families(images: Tensor, labels: Tensor, by: Tensor, authors: list[str]) -> Tensor:

@@ -12,22 +12,27 @@ BASE = ("data", "regime", "method", "batch_size", "epochs", "imbalance", "chunk_
 CHOSEN_BY = ("top1_mean", "recall_at_1", "top1")  # as far as a protocol has them
 
 
-def chosen(rows: Iterable[dict[str, Any]], base: Any) -> dict[str, Any]:
+def chosen(rows: Iterable[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, Any]:
     """The settings with the best validation score: the mean over protocols of `CHOSEN_BY`.
+
+    Args:
+        rows: of all runs.
+        wanted: values of those of `BASE` by which the runs to choose among are known.
 
     Raises:
         ValueError: no validation run of this kind is stored.
     """
     found: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
-        same = all(row.get(k) == getattr(base, k) for k in BASE if k != "epochs")
+        same = all(row.get(key) == wanted[key] for key in BASE if key in wanted)
         if same and row["split"] == "validation":
             setting = tuple(row[k] for k in SETTINGS)
             found.setdefault(setting, []).extend(row[k] for k in CHOSEN_BY if k in row)
     if not found:
         raise ValueError(
-            f"no validation run of {base.method} at batch size {base.batch_size} ({base.regime}) "
-            "is stored: run evaluate without --settings-of-batch for it first"
+            "no validation run is stored of "
+            + ", ".join(f"{key} {wanted[key]}" for key in BASE if wanted.get(key))
+            + ": run evaluate without --settings-of-batch for it first"
         )
     best = max(found, key=lambda setting: float(np.mean(found[setting])))
     return dict(zip(SETTINGS, best, strict=True))

@@ -39,7 +39,7 @@ def nearest_mean(means: Tensor, embeddings: Tensor) -> Tensor:
 def few_labels(
     train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, num_classes: int
 ) -> dict[str, float]:
-    """Nearest mean of five and of one labelled sample a class: means over the same draws for all."""
+    """Nearest mean of five and of one labelled sample a class, over draws that all share."""
     generator = torch.Generator().manual_seed(0)
     scores = dict.fromkeys(SHOTS, 0.0)
     for _ in range(DRAWS):

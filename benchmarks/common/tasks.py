@@ -1,8 +1,8 @@
 """What is trained on and what is measured on: one training set, and held-out parts by protocol.
 
 `icons` has two kinds of held-out drawings, and one training serves both. Half of the names and
-three fifths of the families of sets are trained on. Drawings of the same names by other families are
-*unseen styles*; drawings of the other names are *unseen classes*.
+three fifths of the families of sets are trained on. Drawings of these names by other families are
+*unseen styles*; drawings of other names are *unseen classes*.
 """
 
 from collections import OrderedDict
@@ -44,9 +44,7 @@ class Samples:
 class Task:
     name: str
     train: Samples
-    held_out: dict[
-        tuple[str, str], Samples
-    ]  # by protocol and split; "unknown": classes not trained
+    held_out: dict[tuple[str, str], Samples]  # by protocol and split
     num_classes: int
     make_encoder: Callable[[], nn.Module]  # inputs as `clean` gives them -> embeddings [N, DIM]
     augmented: Callable[[Tensor], Tensor]  # one random view of each input
@@ -147,7 +145,7 @@ def _one_view(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _features(images: Tensor, stored: Path) -> Tensor:
-    """``[N, 1 + AUGMENTED, F]`` in half precision: of each drawing, and of augmented views of it."""
+    """``[N, 1 + AUGMENTED, F]`` in half precision, of each drawing and augmented views of it."""
     if not stored.exists():
         encoder = EfficientNet().eval()
         views = []
@@ -163,7 +161,7 @@ def _features(images: Tensor, stored: Path) -> Tensor:
 
 
 def long_tailed(task: Task, imbalance: float) -> Task:
-    """The task with class sizes that fall exponentially: the first has ``imbalance`` times the last.
+    """The task with class sizes that fall exponentially, from first to last by ``imbalance``.
 
     Measured as *tail*: on the styles never seen, where all classes are as frequent as before.
     """

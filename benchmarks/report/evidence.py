@@ -1,0 +1,213 @@
+"""What `evaluate` found: tables whose best is bold, and two pictures."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.common import style
+from benchmarks.common.methods import METHODS
+from benchmarks.common.paired import SETTINGS, interval, text
+from benchmarks.report.markdown import embedded, grid, origin
+
+BASELINE = "SupCon"
+Gains = list[tuple[str, dict[str, tuple[float, float]]]]  # by task and method: mean, half-width
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table: which runs, which score."""
+
+    task: str
+    title: str
+    protocol: str
+    score: str
+    regime: str = "frozen"
+    imbalance: float = 0.0
+    batch_size: int = 256
+    epochs: int = 15
+    lower: bool = False  # is lower better?
+
+
+LINES = (
+    Line("Unseen styles", "linear probe", "styles", "top1_probe"),
+    Line("Unseen styles", "nearest mean", "styles", "top1_mean"),
+    Line("Unseen styles", "5 labels a class", "styles", "top1_5_shot"),
+    Line("Unseen styles", "1 label a class", "styles", "top1_1_shot"),
+    Line("Unseen classes", "Recall@1", "classes", "recall_at_1"),
+    Line("Unseen classes", "MAP@R", "classes", "map_at_r"),
+    Line("Imbalance 10", "all classes", "tail", "top1", imbalance=10.0),
+    Line("Imbalance 10", "rarest third", "tail", "tail", imbalance=10.0),
+    Line("Imbalance 100", "all classes", "tail", "top1", imbalance=100.0),
+    Line("Imbalance 100", "rarest third", "tail", "tail", imbalance=100.0),
+    Line("Confidence", "ECE ↓", "confidence", "ece", lower=True),
+    Line("Confidence", "ECE, fitted ↓", "confidence", "ece_fitted", lower=True),
+    Line("Unknown classes", "AUROC", "confidence", "auroc"),
+    Line("Unknown classes", "FPR@95 ↓", "confidence", "fpr_at_95", lower=True),
+    Line("Whole encoder, styles", "linear probe", "styles", "top1_probe", "whole", epochs=3),
+    Line("Whole encoder, styles", "nearest mean", "styles", "top1_mean", "whole", epochs=3),
+    Line("Whole encoder, classes", "Recall@1", "classes", "recall_at_1", "whole", epochs=3),
+    Line("Whole encoder, classes", "MAP@R", "classes", "map_at_r", "whole", epochs=3),
+)
+
+
+def evidence_section(folder: Path) -> Iterator[str]:
+    path = folder / "icons.jsonl"
+    if not path.exists():
+        return
+    rows = pd.DataFrame(json.loads(line) for line in path.read_text().splitlines())
+    rows["weight"] = rows["weight"].astype(float)
+    methods = [method for method in METHODS if (rows["method"] == method).any()]
+    yield "## Embeddings of icons\n"
+    yield _how(rows)
+    yield (
+        "In percent: mean ± 95 % interval over seeds. Bold: the best, and whatever is not told "
+        "apart from it, seed by seed. Calibration error and FPR@95: lower is better.\n"
+    )
+    yield from grid(["", *methods], table(rows, methods))
+    _draw_gains(_gains(rows), folder / "icons.png")
+    yield embedded(folder / "icons.png", "Points from SupCon by task and method")
+    yield from _batches(rows, folder)
+    yield "\n### Settings that validation chose\n"
+    yield from grid(["task", "batch", "method", *SETTINGS], _settings(rows))
+
+
+def values(rows: pd.DataFrame, line: Line, method: str) -> pd.Series:
+    """The score of each seed."""
+    kept = rows[
+        (rows["split"] == "test")
+        & (rows["protocol"] == line.protocol)
+        & (rows["regime"] == line.regime)
+        & (rows["imbalance"] == line.imbalance)
+        & (rows["batch_size"] == line.batch_size)
+        & (rows["epochs"] == line.epochs)
+        & (rows["method"] == method)
+    ]
+    return kept.set_index("seed")[line.score]
+
+
+def level(one: pd.Series, other: pd.Series) -> bool:
+    """Does the interval of the paired difference include 0?"""
+    mean, half = interval((one - other).dropna())
+    return bool(np.isnan(half) or abs(mean) <= half)
+
+
+def table(rows: pd.DataFrame, methods: Sequence[str]) -> Iterator[list[str]]:
+    for line in LINES:
+        if line.score not in rows:
+            continue
+        found = {method: values(rows, line, method) for method in methods}
+        means = {method: seeds.mean() for method, seeds in found.items() if len(seeds)}
+        if not means:
+            continue
+        best = (min if line.lower else max)(means, key=lambda method: means[method])
+        cells = []
+        for method in methods:
+            if method not in means:
+                cells.append("–")
+                continue
+            cell = text(*interval(found[method]))
+            cells.append(f"**{cell}**" if level(found[method], found[best]) else cell)
+        yield [f"{line.task}: {line.title}", *cells]
+
+
+def _gains(rows: pd.DataFrame) -> Gains:
+    """By task: each method's paired difference from SupCon, in points, positive if better."""
+    gains = []
+    for line in LINES:
+        base = values(rows, line, BASELINE)
+        of = {}
+        for method in METHODS:
+            difference = (values(rows, line, method) - base).dropna()
+            if method != BASELINE and len(difference):
+                mean, half = interval(difference)
+                of[method] = (100 * mean * (-1 if line.lower else 1), 100 * half)
+        if of:
+            gains.append((f"{line.task}: {line.title}", of))
+    return gains
+
+
+def _batches(rows: pd.DataFrame, folder: Path) -> Iterator[str]:
+    """Quality and training time by batch size, at one number of epochs."""
+    runs = rows[(rows["split"] == "test") & (rows["regime"] == "frozen") & (rows["imbalance"] == 0)]
+    several = runs.groupby("epochs")["batch_size"].nunique()
+    if several.max() < 2:
+        return
+    epochs = int(several.idxmax())
+    runs = runs[runs["epochs"] == epochs]
+    lines, points = [], []
+    for (size, method), mine in runs.groupby(["batch_size", "method"]):
+        of: dict[str, Any] = {}
+        for score, protocol in (("top1_mean", "styles"), ("map_at_r", "classes")):
+            of[score] = interval(mine[mine["protocol"] == protocol].set_index("seed")[score])
+        seconds = mine[mine["protocol"] == "styles"]["cpu_seconds"]
+        lines.append(
+            [f"{size:,}", method, *(text(*cell) for cell in of.values()), f"{seconds.mean():.0f}"]
+            + [len(seconds)]
+        )
+        points.append((int(size), str(method), float(seconds.mean()), *of["map_at_r"]))
+    yield f"\n### Batch size, at {epochs} epochs\n"
+    yield "Time of a whole training on frozen features, one thread, in seconds of CPU time.\n"
+    columns = ["batch", "method", "unseen styles", "unseen classes, MAP@R", "CPU seconds", "seeds"]
+    yield from grid(columns, lines)
+    _draw_times(points, folder / "training-time.png")
+    yield embedded(folder / "training-time.png", "Training time over batch size, and quality")
+
+
+def _settings(rows: pd.DataFrame) -> Iterator[list[object]]:
+    keys = ["regime", "imbalance", "epochs", "batch_size", "method"]
+    for found, mine in rows[rows["split"] == "test"].groupby(keys, sort=False):
+        regime, imbalance, epochs, size, method = found
+        task = f"{regime}, {epochs} epochs" + (f", imbalance {imbalance:g}" if imbalance else "")
+        first = mine.iloc[0]
+        yield [task, size, method, *("" if pd.isna(v) else f"{v:g}" for v in first[list(SETTINGS)])]
+
+
+def _draw_gains(gains: Gains, path: Path) -> None:
+    """Points from SupCon, a row a task and score; to the right is better."""
+    shown = ("cross-entropy", "NormFace", "VarCon", "VarCon memory")
+    figure, axes = style.panels(1, 1, 0.7 + 0.27 * len(gains))
+    axis = axes[0, 0]
+    for row, (_, of) in enumerate(gains):
+        for i, method in enumerate(m for m in shown if m in of):
+            drawn = style.line(method)
+            mean, half = of[method]
+            axis.errorbar(
+                mean, row + 0.18 * (i - 1.5), xerr=half, fmt="o", color=drawn["color"], ms=4,
+                lw=1.4, label=drawn["label"], mfc="white" if method == "VarCon memory" else None,
+            )  # fmt: skip
+    axis.axvline(0, color=style.ORANGE, lw=1.3)
+    axis.set_yticks(range(len(gains)), [title for title, _ in gains])
+    axis.invert_yaxis()
+    axis.set_xlabel("points from SupCon, mean and 95 % interval: to the right is better")
+    style.legend(figure, [axis], 4)
+    style.save(figure, path)
+
+
+def _draw_times(points: Sequence[tuple[int, str, float, float, float]], path: Path) -> None:
+    """CPU seconds of a training, and MAP@R, over batch size."""
+    figure, axes = style.panels(1, 2, 3.0)
+    sizes = sorted({size for size, *_ in points})
+    for method in dict.fromkeys(method for _, method, *_ in points):
+        mine = sorted(point for point in points if point[1] == method)
+        x = [size for size, *_ in mine]
+        axes[0, 0].plot(x, [seconds for _, _, seconds, *_ in mine], **style.line(method))
+        axes[0, 1].errorbar(
+            x, [100 * mean for *_, mean, _ in mine], [100 * half for *_, half in mine],
+            **style.line(method),
+        )  # fmt: skip
+    style.log_ticks(axes[0, 0], x=sizes, y=True)
+    style.log_ticks(axes[0, 1], x=sizes)
+    axes[0, 0].set(title="A whole training", xlabel="images a batch", ylabel="CPU seconds")
+    axes[0, 1].set(title="Unseen classes", xlabel="images a batch", ylabel="MAP@R, %")
+    style.legend(figure, [axes[0, 0]], 4)
+    style.save(figure, path)
+
+
+def _how(rows: pd.DataFrame) -> str:
+    first = rows[rows["split"] == "test"].iloc[0]
+    return origin("evaluate", first["environment"]) + "\n"
