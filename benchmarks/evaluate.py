@@ -13,7 +13,7 @@ import typer
 
 from benchmarks.common import options, results
 from benchmarks.common.data import DATASETS
-from benchmarks.common.methods import METHODS, check_methods, has_temperature
+from benchmarks.common.methods import METHODS, MOMENTUM, check_methods, has_temperature
 from benchmarks.common.paired import chosen, summary, text
 from benchmarks.common.scores import (
     by_frequency,
@@ -55,6 +55,8 @@ class Cell:
     seed: int
     split: str  # "validation" for choosing the three above, "test" for what is reported
     chunk_size: int | None = None
+    momentum: float | None = None  # of a memory, where not the usual
+    epsilon: float | None = None  # of VarCon, where not in proportion to the temperature
 
 
 def command(
@@ -69,13 +71,13 @@ def command(
     imbalance: Annotated[str, typer.Option(help="of question tail")] = "10,100",
     learning_rates: Annotated[str, typer.Option(help="grid")] = "1e-3,3e-3,1e-2",
     temperatures: Annotated[str, typer.Option(help="grid")] = "0.05,0.1,0.2,0.5",
-    weights: Annotated[
-        str, typer.Option(help="grid, beside cross-entropy")
-    ] = "0.3,1,3",
+    weights: Annotated[str, typer.Option(help="grid, beside cross-entropy")] = "0.3,1,3",
     settings_of_batch: Annotated[
         int, typer.Option(help="take what frozen runs of this batch size chose; 0: choose")
     ] = 0,
     chunk_size: Annotated[int, typer.Option(help="images a chunk, for VarCon; 0: one batch")] = 0,
+    momentum: Annotated[float, typer.Option(help=f"of the memory; 0: {MOMENTUM}")] = 0.0,
+    epsilon: Annotated[float, typer.Option(help="of VarCon; -1: by the temperature")] = -1.0,
     seeds: options.Seeds = 5,
     threads: Annotated[int, typer.Option(min=1, help="of a run")] = 1,
     root: options.Root = None,
@@ -108,12 +110,16 @@ def command(
     imbalances = [0.0] * any(q != "tail" for q in asked)
     imbalances += options.floats(imbalance) if "tail" in asked else []
     bases = [
-        Cell(data, regime, method, size, epochs, uneven, 0.0, None, None, 0, "test", chunk or None)
+        Cell(
+            data, regime, method, size, epochs, uneven, 0.0, None, None, 0, "test",
+            chunk_size=(chunk_size or None) if method.startswith("VarCon") else None,
+            momentum=(momentum or None) if method == "VarCon memory" else None,
+            epsilon=epsilon if epsilon >= 0 and method.startswith("VarCon") else None,
+        )
         for uneven in imbalances
         for size in options.integers(batch_sizes)
         for method in names
-        for chunk in [chunk_size if method.startswith("VarCon") else 0]
-    ]
+    ]  # fmt: skip
     with progress_bar() as bar:
         picked = []
         for base in bases:
@@ -191,6 +197,8 @@ def run_cell(cell: Cell, task: Task, device: str = "cpu") -> list[dict[str, Any]
         learning_rate=cell.learning_rate,
         temperature=cell.temperature or 0.1,
         weight=cell.weight or 1.0,
+        momentum=cell.momentum,
+        epsilon=cell.epsilon,
         chunk_size=cell.chunk_size,
     )
     run = train(task, cell.method, recipe, cell.seed, device=device)

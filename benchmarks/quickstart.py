@@ -1,26 +1,26 @@
 """What does VarCon learn, in two minutes? One small encoder trained four ways on real images."""
 
-import time
 from pathlib import Path
 
+import numpy as np
+import torch
+from sklearn.manifold import TSNE
+from torch import Tensor, nn
+
 from benchmarks.common import options, plots
-from benchmarks.common.data import ImageData, Split, load
-from benchmarks.common.readouts import (
-    accuracy,
-    class_mean_predictions,
-    flat_map,
-    knn_predictions,
-    linear_predictions,
-)
+from benchmarks.common.methods import Method, VarCon
+from benchmarks.common.scores import class_means, linear_probe, nearest_mean
+from benchmarks.common.tasks import Samples, Task, make_task
 from benchmarks.common.terminal import console, print_table, progress_bar, written
-from benchmarks.common.training import Recipe, Run, encode, train
+from benchmarks.common.training import Recipe, Run, embed, train
 
 BATCH = 64
-# The learning rate of each method that `quality` chose on validation images at this batch size.
-METHODS = {"cross-entropy": 0.05, "SupCon": 0.05, "VarCon": 1.35, "VarCon memory": 0.15}
-READOUTS = {"linear": "linear probe, %", "knn": "kNN, %", "class mean": "nearest class mean, %"}
+# The learning rates that `evaluate` chose on validation images at this batch size.
+METHODS = {"cross-entropy": 3e-3, "SupCon": 3e-3, "VarCon": 3e-3, "VarCon memory": 3e-3}
+READOUTS = {"linear": "linear probe, %", "mean": "nearest class mean, %"}
 SHOWN_LEFT = 3  # the picture maps the ten classes 30 ... 39, which share their left digit
 LUCK = 0.02  # two runs of one method that differ in nothing but the seed are this far apart
+History = list[dict[str, float]]  # of each epoch
 
 
 def command(
@@ -32,60 +32,66 @@ def command(
 
     100 classes in batches of 64: the case in which the methods differ most.
     """
-    data = load("mnist-pairs")
+    task = make_task("mnist-pairs")
+    test = task.held_out["images", "test"]
     console.print(
-        f"Two MNIST digits side by side: {data.num_classes} classes, {len(data.train.labels)} "
-        f"training and {len(data.test.labels)} held-out images; batches of {BATCH}, two augmented "
+        f"Two MNIST digits side by side: {task.num_classes} classes, {len(task.train.labels)} "
+        f"training and {len(test.labels)} held-out images; batches of {BATCH}, two augmented "
         "views an image"
     )
-    runs, scores, seconds = compare(data, epochs=epochs, seed=seed)
+    runs, histories = {}, {}
+    for method, rate in METHODS.items():
+        recipe = Recipe(epochs=epochs, batch_size=BATCH, learning_rate=rate)
+        runs[method], histories[method] = _train(task, method, recipe, seed)
+    scores = {method: _score(run, task, test) for method, run in runs.items()}
     print_table(
         "Held-out accuracy",
         ("method", *READOUTS.values(), "training time"),
         [
             (
-                method + (" (collapsed)" if runs[method].collapsed else ""),
+                method,
                 *(f"{100 * score[key]:.1f}" for key in READOUTS),
-                f"{seconds[method]:.0f} s",
+                f"{runs[method].seconds:.0f} s",
             )
             for method, score in scores.items()
         ],
     )
     for line in meaning(scores):
         console.print(line, soft_wrap=True)
-    written(_draw(runs, scores, data, out / "quickstart.png"))
+    written(_draw(runs, histories, scores, task, test, out / "quickstart.png"))
 
 
-def compare(
-    data: ImageData, *, epochs: int, seed: int
-) -> tuple[dict[str, Run], dict[str, dict[str, float]], dict[str, float]]:
-    """By method: the run, its accuracies on held-out images, and the seconds it trained."""
-    runs: dict[str, Run] = {}
-    scores: dict[str, dict[str, float]] = {}
-    seconds: dict[str, float] = {}
+def _train(task: Task, method: str, recipe: Recipe, seed: int) -> tuple[Run, History]:
+    history: History = []
+    watched = task.train[torch.arange(0, len(task.train.labels), 3)]
     with progress_bar() as bar:
-        for method, rate in METHODS.items():
-            task = bar.add_task(f"{method:14}", total=epochs, note="")
+        line = bar.add_task(f"{method:14}", total=recipe.epochs, note="")
 
-            def show(_: int, log: dict[str, float], __: object, task=task) -> None:
-                names = {"loss": "loss", "confidence": "confidence", "tau2": "τ2"}
-                notes = [f"{names[key]} {log[key]:.3f}" for key in names if key in log]
-                bar.update(task, advance=1, note="  ".join(notes))
+        def watch(loss: float, encoder: nn.Module, objective: Method) -> None:
+            seen = {"loss": loss}
+            if isinstance(objective, VarCon):
+                seen |= _terms(objective.eval(), embed(encoder, task, watched), watched.labels)
+            history.append(seen)
+            names = {"loss": "loss", "confidence": "confidence", "tau2": "τ2"}
+            note = "  ".join(f"{names[key]} {value:.3f}" for key, value in seen.items())
+            bar.update(line, advance=1, note=note)
 
-            recipe = Recipe(epochs=epochs, batch_size=BATCH, learning_rate=rate)
-            start = time.perf_counter()
-            runs[method] = train(data, method, recipe, seed, on_epoch=show)
-            seconds[method] = time.perf_counter() - start
-            known, test = (encode(runs[method].encoder, part) for part in (data.train, data.test))
-            scores[method] = {
-                name: accuracy(predict(known, data.train.labels, test), data.test.labels)
-                for name, predict in (
-                    ("linear", linear_predictions),
-                    ("knn", knn_predictions),
-                    ("class mean", class_mean_predictions),
-                )
-            }
-    return runs, scores, seconds
+        return train(task, method, recipe, seed, on_epoch=watch), history
+
+
+def _terms(objective: VarCon, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    terms = objective.criterion.terms(embeddings, labels)
+    return {name: float(getattr(terms, name).mean()) for name in ("confidence", "tau2")}
+
+
+def _score(run: Run, task: Task, test: Samples) -> dict[str, float]:
+    known, found = embed(run.encoder, task, task.train), embed(run.encoder, task, test)
+    means = class_means(known, task.train.labels, task.num_classes)
+    probe = linear_probe(known, task.train.labels)
+    return {
+        "linear": float(probe.score(found.numpy(), test.labels.numpy())),
+        "mean": float((nearest_mean(means, found) == test.labels).float().mean()),
+    }
 
 
 def meaning(scores: dict[str, dict[str, float]]) -> list[str]:
@@ -111,25 +117,36 @@ def meaning(scores: dict[str, dict[str, float]]) -> list[str]:
         f"Best here: {best} ({100 * linear[best]:.1f} %)"
         + (f", with {' and '.join(level)} within {100 * LUCK:.0f} points" if level else "")
         + f"; VarCon memory against {', against '.join(others)} points. One seed: differences "
-        f"under {100 * LUCK:.0f} points are luck, `python -m benchmarks quality` has intervals.",
+        f"under {100 * LUCK:.0f} points are luck, `python -m benchmarks evaluate` has intervals.",
     ]
 
 
 def _draw(
-    runs: dict[str, Run], scores: dict[str, dict[str, float]], data: ImageData, path: Path
+    runs: dict[str, Run],
+    histories: dict[str, History],
+    scores: dict[str, dict[str, float]],
+    task: Task,
+    test: Samples,
+    path: Path,
 ) -> Path:
-    kept = data.test.labels // 10 == SHOWN_LEFT
-    shown = Split(data.test.images[kept], data.test.labels[kept])
+    shown = test[test.labels // 10 == SHOWN_LEFT]
     right = shown.labels.numpy() % 10
     return plots.draw_quickstart(
-        {method: flat_map(encode(run.encoder, shown)) for method, run in runs.items()},
+        {method: _flat_map(embed(run.encoder, task, shown)) for method, run in runs.items()},
         {
-            method: f"{method}\n{100 * of['linear']:.1f} % linear\n{100 * of['knn']:.1f} % kNN"
+            method: f"{method}\n{100 * of['linear']:.1f} % linear\n{100 * of['mean']:.1f} % mean"
             for method, of in scores.items()
         },
         right,
-        data.class_names[10 * SHOWN_LEFT : 10 * SHOWN_LEFT + 10],
-        [shown.images[right == digit][0, 0].numpy() for digit in range(10)],
-        {method: run.history for method, run in runs.items()},
+        [f"{SHOWN_LEFT}{digit}" for digit in range(10)],
+        [shown.inputs[right == digit][0, 0].numpy() for digit in range(10)],
+        histories,
         path,
     )
+
+
+def _flat_map(embeddings: Tensor) -> np.ndarray:
+    """``[N, 2]`` by t-SNE, whose axes mean nothing."""
+    few = min(30.0, (len(embeddings) - 1) / 3)
+    unit = nn.functional.normalize(embeddings, dim=1).numpy()
+    return TSNE(init="pca", random_state=0, perplexity=few).fit_transform(unit)

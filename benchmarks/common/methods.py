@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from varcon_loss import VarConLoss
 
-# epsilon / temperature in the paper.
-EPSILON_SHARE = 0.2
+EPSILON_SHARE = 0.2  # of the temperature, as in the paper
+MOMENTUM = 0.9
 
 
 class Method(nn.Module):
@@ -67,12 +67,17 @@ class SupCon(Method):
 
 class VarCon(Method):
     def __init__(
-        self, dim: int, num_classes: int, temperature: float, momentum: float | None = None
+        self,
+        dim: int,
+        num_classes: int,
+        temperature: float,
+        momentum: float | None = None,
+        epsilon: float | None = None,
     ) -> None:
         super().__init__(temperature)
         self.criterion = VarConLoss(
             temperature,
-            epsilon=EPSILON_SHARE * temperature,
+            epsilon=EPSILON_SHARE * temperature if epsilon is None else epsilon,
             num_classes=num_classes,
             feature_dim=dim,
             centroid_momentum=momentum,
@@ -120,7 +125,8 @@ def make_method(
     *,
     temperature: float = 0.1,
     weight: float = 1.0,
-    momentum: float = 0.9,
+    momentum: float | None = None,
+    epsilon: float | None = None,
 ) -> Method:
     """One of `METHODS`.
 
@@ -130,7 +136,8 @@ def make_method(
         num_classes: labels are 0 ... C-1.
         temperature: of what compares cosines.
         weight: of the contrastive part beside cross-entropy.
-        momentum: of the centroid memory.
+        momentum: of the centroid memory; `MOMENTUM` if None.
+        epsilon: of VarCon; `EPSILON_SHARE` of the temperature if None.
     """
     check_methods([name])
     if " + " in name:
@@ -139,7 +146,10 @@ def make_method(
         )
         return Joint(contrastive, CrossEntropy(dim, num_classes, temperature), weight)
     if name == "VarCon memory":
-        return VarCon(dim, num_classes, temperature, momentum)
+        momentum = MOMENTUM if momentum is None else momentum
+        return VarCon(dim, num_classes, temperature, momentum, epsilon)
+    if name == "VarCon":
+        return VarCon(dim, num_classes, temperature, epsilon=epsilon)
     kinds = {
         "cross-entropy": CrossEntropy,
         "NormFace": NormFace,

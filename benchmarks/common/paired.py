@@ -8,7 +8,17 @@ import pandas as pd
 from scipy import stats
 
 SETTINGS = ("learning_rate", "temperature", "weight")  # chosen on validation data
-BASE = ("data", "regime", "method", "batch_size", "epochs", "imbalance", "chunk_size")
+BASE = (
+    "data",
+    "regime",
+    "method",
+    "batch_size",
+    "epochs",
+    "imbalance",
+    "chunk_size",
+    "momentum",
+    "epsilon",
+)
 CHOSEN_BY = ("top1_mean", "recall_at_1", "top1")  # as far as a protocol has them
 
 
@@ -54,7 +64,8 @@ def summary(
     runs = frame[(frame["split"] == "test") & (frame["protocol"] == protocol)]
     for key in (*BASE, *SETTINGS):
         wanted = getattr(cell, key)
-        runs = runs[runs[key].isna() if wanted is None else runs[key] == wanted]
+        if key in runs:
+            runs = runs[runs[key].isna() if wanted is None else runs[key] == wanted]
     return {score: interval(runs[score]) for score in scores} if len(runs) else None
 
 

@@ -27,6 +27,8 @@ class Recipe:
     learning_rate: float = 1e-3
     temperature: float = 0.1
     weight: float = 1.0  # of a contrastive loss beside cross-entropy
+    momentum: float | None = None  # of a memory, where not `methods.MOMENTUM`
+    epsilon: float | None = None  # of VarCon, where not in proportion to the temperature
     chunk_size: int | None = None  # images a chunk, for VarCon in chunks
 
 
@@ -46,7 +48,7 @@ def train(
     seed: int,
     *,
     device: str = "cpu",
-    on_epoch: Callable[[int, float], None] | None = None,
+    on_epoch: Callable[[float, nn.Module, Method], None] | None = None,
 ) -> Run:
     """Train an encoder of the task by ``method``, with AdamW and a cosine schedule.
 
@@ -56,7 +58,7 @@ def train(
         recipe: hyper-parameters.
         seed: of the initial weights, the order of samples and their views.
         device: where to train.
-        on_epoch: called after each epoch with its number and mean loss.
+        on_epoch: called after each epoch with its mean loss, the encoder and the method.
 
     Raises:
         ValueError: chunks are asked of a method that has none.
@@ -64,7 +66,13 @@ def train(
     torch.manual_seed(seed)
     encoder = task.make_encoder().to(device)
     objective = make_method(
-        method, DIM, task.num_classes, temperature=recipe.temperature, weight=recipe.weight
+        method,
+        DIM,
+        task.num_classes,
+        temperature=recipe.temperature,
+        weight=recipe.weight,
+        momentum=recipe.momentum,
+        epsilon=recipe.epsilon,
     ).to(device)
     backward = _backward(objective, recipe)
     count = len(task.train.labels)
@@ -81,10 +89,10 @@ def train(
         ),
     )
     losses = []
-    encoder.train()
-    objective.train()
     start, cpu_start = time.perf_counter(), time.process_time()
-    for epoch in range(recipe.epochs):
+    for _ in range(recipe.epochs):
+        encoder.train()
+        objective.train()
         mean = 0.0
         for rows in torch.randperm(count)[: steps * batch_size].split(batch_size):
             samples = task.train[rows]
@@ -96,7 +104,7 @@ def train(
             scheduler.step()
         losses.append(mean)
         if on_epoch is not None:
-            on_epoch(epoch, mean)
+            on_epoch(mean, encoder, objective)
     return Run(
         encoder.eval(),
         objective.eval(),

@@ -85,9 +85,16 @@ def values(rows: pd.DataFrame, line: Line, method: str) -> pd.Series:
         & (rows["imbalance"] == line.imbalance)
         & (rows["batch_size"] == line.batch_size)
         & (rows["epochs"] == line.epochs)
+        & _as_usual(rows)
         & (rows["method"] == method)
     ]
     return kept.set_index("seed")[line.score]
+
+
+def _as_usual(rows: pd.DataFrame) -> pd.Series:
+    """But for runs with a setting of their own."""
+    own = rows.reindex(columns=["chunk_size", "momentum", "epsilon"])
+    return own.isna().all(axis=1)
 
 
 def level(one: pd.Series, other: pd.Series) -> bool:
