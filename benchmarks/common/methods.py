@@ -154,7 +154,6 @@ def make_method(
         "cross-entropy": CrossEntropy,
         "NormFace": NormFace,
         "SupCon": SupCon,
-        "VarCon": VarCon,
     }
     return kinds[name](dim, num_classes, temperature)
 

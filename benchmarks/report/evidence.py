@@ -115,7 +115,7 @@ def table(rows: pd.DataFrame, methods: Sequence[str]) -> Iterator[list[str]]:
         cells = []
         for method in methods:
             if method not in means:
-                cells.append("–")
+                cells.append("")
                 continue
             cell = text(*interval(found[method]))
             cells.append(f"**{cell}**" if level(found[method], found[best]) else cell)
@@ -152,10 +152,8 @@ def _batches(rows: pd.DataFrame, folder: Path) -> Iterator[str]:
         for score, protocol in (("top1_mean", "styles"), ("map_at_r", "classes")):
             of[score] = interval(mine[mine["protocol"] == protocol].set_index("seed")[score])
         seconds = mine[mine["protocol"] == "styles"]["cpu_seconds"]
-        lines.append(
-            [f"{size:,}", method, *(text(*cell) for cell in of.values()), f"{seconds.mean():.0f}"]
-            + [len(seconds)]
-        )
+        cells = [text(*cell) for cell in of.values()]
+        lines.append([f"{size:,}", method, *cells, f"{seconds.mean():.0f}", len(seconds)])
         points.append((int(size), str(method), float(seconds.mean()), *of["map_at_r"]))
     yield f"\n### Batch size, at {epochs} epochs\n"
     yield "Time of a whole training on frozen features, one thread, in seconds of CPU time.\n"
