@@ -11,7 +11,7 @@ import pandas as pd
 
 from benchmarks.common import style
 from benchmarks.common.methods import METHODS
-from benchmarks.common.paired import SETTINGS, interval, text
+from benchmarks.common.paired import CHOSEN_BY, SETTINGS, interval, text
 from benchmarks.report.markdown import embedded, grid, origin
 
 BASELINE = "SupCon"
@@ -72,6 +72,12 @@ def evidence_section(folder: Path) -> Iterator[str]:
     _draw_gains(_gains(rows), folder / "icons.png")
     yield embedded(folder / "icons.png", "Points from SupCon by task and method")
     yield from _batches(rows, folder)
+    yield "\n### Temperature\n"
+    yield (
+        "Validation runs at the best learning rate, one seed: mean of nearest mean on unseen "
+        "styles and Recall@1 on unseen classes, in percent.\n"
+    )
+    yield from _temperatures(rows)
     yield "\n### Settings that validation chose\n"
     yield from grid(["task", "batch", "method", *SETTINGS], _settings(rows))
 
@@ -161,6 +167,24 @@ def _batches(rows: pd.DataFrame, folder: Path) -> Iterator[str]:
     yield from grid(columns, lines)
     _draw_times(points, folder / "training-time.png")
     yield embedded(folder / "training-time.png", "Training time over batch size, and quality")
+
+
+def _temperatures(rows: pd.DataFrame) -> Iterator[str]:
+    tried = rows[
+        (rows["split"] == "validation")
+        & (rows["regime"] == "frozen")
+        & (rows["imbalance"] == 0)
+        & (rows["batch_size"] == LINES[0].batch_size)
+        & (rows["epochs"] == LINES[0].epochs)
+        & rows["weight"].isna()
+        & rows["temperature"].notna()
+        & _as_usual(rows)
+    ]
+    score = tried[[key for key in CHOSEN_BY if key in tried]].mean(axis=1)
+    by = score.groupby([tried["method"], tried["temperature"], tried["learning_rate"]]).mean()
+    best = by.groupby(level=[0, 1]).max().unstack()
+    columns = ["method", *(f"{temperature:g}" for temperature in best.columns)]
+    yield from grid(columns, ([m, *(f"{100 * v:.1f}" for v in row)] for m, row in best.iterrows()))
 
 
 def _settings(rows: pd.DataFrame) -> Iterator[list[object]]:
