@@ -31,8 +31,10 @@ class Line:
     batch_size: int = 256
     epochs: int = 15
     lower: bool = False  # is lower better?
+    data: str = "icons"
 
 
+DIGITS = ("whole", 0.0, 128, 20, False, "digits")
 LINES = (
     Line("Unseen styles", "linear probe", "styles", "top1_probe"),
     Line("Unseen styles", "nearest mean", "styles", "top1_mean"),
@@ -52,14 +54,18 @@ LINES = (
     Line("Whole encoder, styles", "nearest mean", "styles", "top1_mean", "whole", epochs=3),
     Line("Whole encoder, classes", "Recall@1", "classes", "recall_at_1", "whole", epochs=3),
     Line("Whole encoder, classes", "MAP@R", "classes", "map_at_r", "whole", epochs=3),
+    Line("Ten classes", "linear probe", "images", "top1_probe", *DIGITS),
+    Line("Ten classes", "nearest mean", "images", "top1_mean", *DIGITS),
+    Line("Ten classes", "1 label a class", "images", "top1_1_shot", *DIGITS),
 )
 
 
 def evidence_section(folder: Path) -> Iterator[str]:
-    path = folder / "icons.jsonl"
-    if not path.exists():
+    paths = [folder / f"{data}.jsonl" for data in ("icons", "digits")]
+    if not paths[0].exists():
         return
-    rows = pd.DataFrame(json.loads(line) for line in path.read_text().splitlines())
+    lines = [line for path in paths if path.exists() for line in path.read_text().splitlines()]
+    rows = pd.DataFrame(json.loads(line) for line in lines)
     rows["weight"] = rows["weight"].astype(float)
     methods = [method for method in METHODS if (rows["method"] == method).any()]
     yield "## Embeddings of icons\n"
@@ -86,6 +92,7 @@ def values(rows: pd.DataFrame, line: Line, method: str) -> pd.Series:
     """The score of each seed."""
     kept = rows[
         (rows["split"] == "test")
+        & (rows["data"] == line.data)
         & (rows["protocol"] == line.protocol)
         & (rows["regime"] == line.regime)
         & (rows["imbalance"] == line.imbalance)
@@ -172,6 +179,7 @@ def _batches(rows: pd.DataFrame, folder: Path) -> Iterator[str]:
 def _temperatures(rows: pd.DataFrame) -> Iterator[str]:
     tried = rows[
         (rows["split"] == "validation")
+        & (rows["data"] == LINES[0].data)
         & (rows["regime"] == "frozen")
         & (rows["imbalance"] == 0)
         & (rows["batch_size"] == LINES[0].batch_size)
@@ -188,10 +196,12 @@ def _temperatures(rows: pd.DataFrame) -> Iterator[str]:
 
 
 def _settings(rows: pd.DataFrame) -> Iterator[list[object]]:
-    keys = ["regime", "imbalance", "epochs", "batch_size", "method"]
+    keys = ["data", "regime", "imbalance", "epochs", "batch_size", "method"]
     for found, mine in rows[rows["split"] == "test"].groupby(keys, sort=False):
-        regime, imbalance, epochs, size, method = found
-        task = f"{regime}, {epochs} epochs" + (f", imbalance {imbalance:g}" if imbalance else "")
+        data, regime, imbalance, epochs, size, method = found
+        task = f"{data}, {regime}, {epochs} epochs" + (
+            f", imbalance {imbalance:g}" if imbalance else ""
+        )
         first = mine.iloc[0]
         yield [task, size, method, *("" if pd.isna(v) else f"{v:g}" for v in first[list(SETTINGS)])]
 
