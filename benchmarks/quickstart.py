@@ -16,7 +16,7 @@ from benchmarks.common.terminal import console, print_table, progress_bar, writt
 from benchmarks.common.training import Recipe, Run, encode, train
 
 BATCH = 64
-# The learning rate of each method that `quality` chose on validation images at this batch size.
+# The learning rate of each method that was best on validation images at this batch size.
 METHODS = {"cross-entropy": 0.05, "SupCon": 0.05, "VarCon": 1.35, "VarCon memory": 0.15}
 READOUTS = {"linear": "linear probe, %", "knn": "kNN, %", "class mean": "nearest class mean, %"}
 SHOWN_LEFT = 3  # the picture maps the ten classes 30 ... 39, which share their left digit
@@ -111,7 +111,7 @@ def meaning(scores: dict[str, dict[str, float]]) -> list[str]:
         f"Best here: {best} ({100 * linear[best]:.1f} %)"
         + (f", with {' and '.join(level)} within {100 * LUCK:.0f} points" if level else "")
         + f"; VarCon memory against {', against '.join(others)} points. One seed: differences "
-        f"under {100 * LUCK:.0f} points are luck, `python -m benchmarks quality` has intervals.",
+        f"under {100 * LUCK:.0f} points are luck.",
     ]
 
 

@@ -131,17 +131,18 @@ def test_the_command_ends_with_a_table_and_a_verdict(tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit, match="CUDA device"):
         gpu_proof.command(tmp_path)
     measured = functools.partial(gpu_proof.measured, device="cpu", names=(OURS, EAGER))
-    environment = content_of()["environment"]
-    for name, value in (
-        ("CHECKS", dict.fromkeys(gpu_proof.CHECKS, (sys.executable, "-c", ""))),
-        ("ROWS", (Row(64, 10, 16, "float32"),)), ("ROUNDS", 1), ("measured", measured),
-        ("environment", lambda: environment),
+    checks = dict.fromkeys(gpu_proof.CHECKS, (sys.executable, "-c", ""))
+    for thing, name, value in (
+        (gpu_proof, "CHECKS", checks), (gpu_proof, "ROWS", (Row(64, 10, 16, "float32"),)),
+        (gpu_proof, "ROUNDS", 1), (gpu_proof, "measured", measured),
+        (torch.cuda, "is_available", lambda: True), (torch.cuda, "get_device_name", lambda: "H100"),
+        (torch.cuda, "get_device_capability", lambda: (9, 0)),
     ):  # fmt: skip
-        monkeypatch.setattr(gpu_proof, name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(thing, name, value)
     gpu_proof.command(tmp_path)
     printed, saved = capsys.readouterr().out, json.loads((tmp_path / "gpu-proof.json").read_text())
     assert [row["status"] for row in saved["rows"]] == ["ok", "ok"]
+    assert saved["environment"]["capability"] == [9, 0]
     assert "tests: passed" in printed
     assert "64 x 10, D 16, float32" in printed
     assert f"Verdict: {saved['verdict']}" in printed
