@@ -52,17 +52,14 @@ def test_supcon_is_pytorch_metric_learnings() -> None:
     expected = losses.SupConLoss(temperature=0.1)(x, y)
     # Its AvgNonZeroReducer also leaves out anchors without positives.
     torch.testing.assert_close(supcon_loss(x, y), expected)
-    views = supcon_loss(x.view(20, 2, 8), y[:20])
-    torch.testing.assert_close(views, supcon_loss(x, y[:20].repeat_interleave(2)))
 
 
 PROBLEM = Problem(3000, 500, 8, "float32", "cpu")
 
 
 def weighed(name: str, problem: Problem = PROBLEM, memory: int | None = None) -> dict:
-    return measure.in_child(
-        measure.check_and_weigh, name, problem, timeout=100, memory_limit=memory
-    )
+    limits = {"timeout": 100, "memory_limit": memory}
+    return measure.in_child(measure.check_and_weigh, name, problem, **limits)
 
 
 def test_a_wrong_contender_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,12 @@ def supcon_loss(features: Tensor, labels: Tensor, temperature: float = 0.1) -> T
     """The loss as most training scripts carry it.
 
     Args:
-        features: ``[N, D]``, or ``[B, V, D]`` with ``V`` views of each sample.
-        labels: ``[N]`` or ``[B]``.
+        features: ``[N, D]``.
+        labels: ``[N]``.
         temperature: of the softmax over all other samples.
 
     Anchors without a positive are left out of the mean, as in pytorch-metric-learning.
     """
-    if features.ndim == 3:
-        labels = labels.repeat_interleave(features.shape[1])
-        features = features.flatten(0, 1)
     z = F.normalize(features, dim=1)
     logits = z @ z.T / temperature
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
