@@ -23,17 +23,8 @@ QUESTIONS = {
     "quickstart": "Train a small CNN by VarCon and its rivals, compare, draw. Two minutes.",
     "speed": "Time and memory beside the plain equations, SupCon and NT-Xent.",
     "evaluate": "Unseen styles and classes, long tails, confidence: icons, pretrained encoder.",
-    "quality": "Linear probe, kNN and few-shot accuracy over batch sizes, with intervals.",
-    "settings": "Accuracy over temperature, epsilon, epochs or augmentation.",
-    "robustness": "Corrupted images, other data than trained on, few labels.",
-    "hierarchy": "Do similar classes lie near one another? The tree of class means.",
-    "several-labels": "Two labels an image, against binary cross-entropy.",
     "large-batch": "A step in chunks beside one batch, and SupCon beside both.",
-    "momentum": "Which momentum of the centroid memory?",
-    "evolution": "Embeddings and temperatures while VarCon and SupCon train.",
     "distributed": "Bytes and time of centroids over ranks, against gathered embeddings.",
-    "memory-cost": "Time and memory of the centroid memory and of SupCon's queue.",
-    "metric-learning": "Retrieval among unseen classes, in pytorch-metric-learning.",
     "paper": "The paper's CIFAR-100 recipe. Wants a GPU.",
     "gpu-proof": "Are the kernels right on a GPU, and faster? Tests, memcheck, one table.",
     "kernel-code": "What the compiler makes of the kernels: registers, spills. Wants no GPU.",
@@ -46,7 +37,7 @@ python -m benchmarks quickstart
 
 python -m benchmarks speed --rows 256,8192 --classes 100,1000
 
-python -m benchmarks quality --data digits --batch-sizes 64 --seeds 3
+python -m benchmarks large-batch --sizes 256,1024
 
 python -m benchmarks COMMAND --help
 """

@@ -3,23 +3,29 @@
 Bytes are read from the network interfaces' own counters, so they are what was really sent.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import torch
 import torch.distributed as dist
 import typer
 from torch import Tensor
 
-from benchmarks.common import options, plots, results
+from benchmarks.common import options, plots
 from benchmarks.common.ranks import run_ranks
 from benchmarks.common.supcon import supcon_loss
-from benchmarks.common.terminal import print_table, progress_bar, written
+from benchmarks.common.sweep import Row, sweep
+from benchmarks.common.terminal import print_table, written
 from varcon_loss import VarConLoss, varcon_loss
 
 Step = Callable[[Tensor, Tensor], Tensor]
+
+COLUMNS = ("", "ranks", "classes C", "sent a rank, kB", "by the model, kB", "time, ms")
+GATHERED = "VarCon, embeddings gathered"
 
 
 def command(
@@ -31,44 +37,35 @@ def command(
     out: options.Out = Path("runs/distributed"),
 ) -> None:
     """Bytes and time of global centroids against gathered embeddings; then 8 to 1024 ranks."""
-    measured = []
-    sizes = [(w, c) for w in options.integers(ranks) for c in options.integers(classes)]
-    with progress_bar() as bar:
-        task = bar.add_task("distributed", total=len(sizes), note="")
-        for world_size, num_classes in sizes:
-            bar.update(task, note=f"{world_size} ranks, C = {num_classes}")
-            measured += measure(world_size, rows, num_classes, dim, steps, out.absolute() / "work")
-            bar.advance(task)
+    pairs = itertools.product(options.integers(ranks), options.integers(classes))
+    sizes = [{"ranks": w, "N_local": rows, "C": c, "D": dim} for w, c in pairs]
+
+    def measured(size: Row, *_: object) -> list[Row]:
+        return measure(*size.values(), steps, out.absolute() / "work")
+
+    frame = sweep(
+        "distributed", sizes, [GATHERED], measured, device="cpu", folder=out, resume=False
+    )
     print_table(
         f"A step of {rows} samples a rank, D = {dim}; gloo on one machine, so bytes say more than "
         "times",
-        ("", "ranks", "classes C", "sent a rank, kB", "by the model, kB", "time, ms"),
-        [
-            (
-                row["contender"], row["ranks"], f"{row['C']:,}",
-                f"{row['bytes_per_rank'] / 1e3:,.0f}", f"{row['bytes_by_model'] / 1e3:,.0f}",
-                f"{row['seconds'] * 1e3:.1f}",
-            )
-            for row in measured
-        ],
-    )  # fmt: skip
-    expected = extrapolate(rows, dim)
-    keys = ("MB sent", "MB held", "GFLOP")
-    print_table(
-        f"By the model, {rows} samples a rank, a step",
-        ("", "ranks", "classes C", "sent a rank, MB", "held a rank, MB", "arithmetic, GFLOP"),
-        [
-            (row["contender"], row["ranks"], f"{row['C']:,}", *(f"{row[k]:,.3g}" for k in keys))
-            for row in expected
-        ],
+        COLUMNS,
+        cells(frame),
     )
-    env = results.environment()
-    saved = [
-        results.save("distributed", measured, env, out),
-        results.save("distributed-model", expected, env, out),
-    ]
-    picture = plots.draw_bytes(expected, out / "distributed-model.png")
-    written(*saved, *(path.with_suffix(".csv") for path in saved), picture)
+    picture = plots.draw_bytes(extrapolate(rows, dim), out / "distributed-model.png")
+    written(out / "distributed.json", out / "distributed.csv", picture)
+
+
+def cells(frame: pd.DataFrame) -> list[list[str]]:
+    """What was measured, for people, under `COLUMNS`."""
+    return [
+        [
+            row["contender"], str(row["ranks"]), f"{row['C']:,}",
+            f"{row['bytes_per_rank'] / 1e3:,.0f}", f"{row['bytes_by_model'] / 1e3:,.0f}",
+            f"{row['seconds'] * 1e3:.1f}",
+        ]
+        for row in frame.to_dict("records")
+    ]  # fmt: skip
 
 
 def gather_everything(loss: Step) -> Step:
@@ -94,7 +91,7 @@ def contenders(num_classes: int, num_samples: int) -> dict[str, Step]:
     exchange = "all-reduce" if num_classes <= num_samples else "all-gather"
     return {
         f"varcon-loss, {exchange}": VarConLoss(num_classes=num_classes, process_group="world"),
-        "VarCon, embeddings gathered": gather_everything(varcon_loss),
+        GATHERED: gather_everything(varcon_loss),
         "SupCon, embeddings gathered": gather_everything(supcon_loss),
     }
 
@@ -117,40 +114,30 @@ def _on_rank(
     features = torch.randn(num_rows, dim, generator=generator, requires_grad=True)
     labels = torch.randint(num_classes, (num_rows,), generator=generator)
     rows, expected = [], None
-    for name, step in contenders(num_classes, world_size * num_rows).items():
-        gradient = _step(step, features, labels)
+    for name, loss in contenders(num_classes, world_size * num_rows).items():
+        (gradient,) = torch.autograd.grad(loss(features, labels), features)
         if "SupCon" not in name:
             # The gradient before DDP's averaging; the value is scaled in ways of their own.
-            expected = gradient.clone() if expected is None else expected
+            expected = gradient if expected is None else expected
             torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
         dist.barrier()
         before, start = _sent_bytes(), time.perf_counter()
         for _ in range(steps):
-            _step(step, features, labels)
+            torch.autograd.grad(loss(features, labels), features)
         dist.barrier()
         seconds = (time.perf_counter() - start) / steps
         sent = (_sent_bytes() - before) / steps / world_size
+        model = model_bytes(name, world_size, num_rows, num_classes, dim)
         rows.append(
             {
                 "contender": name,
-                "ranks": world_size,
-                "N_local": num_rows,
-                "C": num_classes,
-                "D": dim,
                 "bytes_per_rank": sent,
-                "bytes_by_model": model_bytes(name, world_size, num_rows, num_classes, dim),
+                "bytes_by_model": model,
                 "seconds": seconds,
             }
         )
         dist.barrier()
     return rows
-
-
-def _step(step: Step, features: Tensor, labels: Tensor) -> Tensor:
-    features.grad = None
-    step(features, labels).backward()
-    assert features.grad is not None
-    return features.grad
 
 
 def _sent_bytes() -> int:
@@ -168,35 +155,13 @@ def model_bytes(name: str, ranks: int, num_rows: int, num_classes: int, dim: int
     return (ranks - 1) * num_rows * (4 * dim + 8)
 
 
-def extrapolate(num_rows: int = 256, dim: int = 128) -> list[dict[str, Any]]:
-    """Bytes, memory and arithmetic a rank, by `model_bytes`, for 8 to 1024 ranks."""
-    rows = []
-    for ranks in (8, 64, 256, 1024):
-        for num_classes in (1_000, 10_000, 100_000, 1_000_000):
-            everyone = ranks * num_rows
-            present = min(num_classes, everyone)
-            ways = {
-                # bytes held beyond the local features, and floating-point operations of the rows
-                "varcon-loss, all-reduce": (
-                    4 * num_classes * (dim + 1),
-                    4 * num_rows * present * dim,
-                ),
-                "varcon-loss, all-gather": (
-                    ranks * min(num_rows, num_classes) * (8 + 4 * (dim + 1)),
-                    4 * num_rows * present * dim,
-                ),
-                "VarCon, embeddings gathered": (4 * everyone * dim, 4 * everyone * present * dim),
-                "SupCon, embeddings gathered": (4 * everyone**2, 4 * everyone**2 * dim),
-            }
-            for name, (memory, operations) in ways.items():
-                rows.append(
-                    {
-                        "contender": name,
-                        "ranks": ranks,
-                        "C": num_classes,
-                        "MB sent": model_bytes(name, ranks, num_rows, num_classes, dim) / 1e6,
-                        "MB held": memory / 1e6,
-                        "GFLOP": operations / 1e9,
-                    }
-                )
-    return rows
+def extrapolate(num_rows: int = 256, dim: int = 128) -> pd.DataFrame:
+    """MB that a rank sends in a step, by `model_bytes`, for 8 to 1024 ranks."""
+    ways = ("varcon-loss, all-reduce", "varcon-loss, all-gather", GATHERED)
+    rows = [
+        (way, ranks, c, model_bytes(way, ranks, num_rows, c, dim) / 1e6)
+        for ranks in (8, 64, 256, 1024)
+        for way in ways
+        for c in (1_000, 10_000, 100_000, 1_000_000)
+    ]
+    return pd.DataFrame(rows, columns=["contender", "ranks", "C", "MB sent"])

@@ -13,7 +13,7 @@ import typer
 
 from benchmarks.common import options, results
 from benchmarks.common.data import DATASETS
-from benchmarks.common.methods import METHODS, MOMENTUM, check_methods, has_temperature
+from benchmarks.common.methods import METHODS, MOMENTUM, has_temperature
 from benchmarks.common.paired import chosen, summary, text
 from benchmarks.common.scores import (
     by_frequency,
@@ -78,9 +78,9 @@ def command(
     chunk_size: Annotated[int, typer.Option(help="images a chunk, for VarCon; 0: one batch")] = 0,
     momentum: Annotated[float, typer.Option(help=f"of the memory; 0: {MOMENTUM}")] = 0.0,
     epsilon: Annotated[float, typer.Option(help="of VarCon; -1: by the temperature")] = -1.0,
-    seeds: options.Seeds = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each method")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="of a run")] = 1,
-    root: options.Root = None,
+    root: Annotated[Path | None, typer.Option(help="of --data folder")] = None,
     icons: Annotated[Path | None, typer.Option(help="the .tgz of npm's @iconify/json")] = None,
     fetch: Annotated[bool, typer.Option(help="get it by npm pack")] = False,
     device: options.Device = "cpu",
@@ -92,11 +92,9 @@ def command(
     """
     options.require(device)
     asked, names = options.names(question), options.names(methods)
-    for name in asked:
-        if name not in QUESTIONS:
-            raise typer.BadParameter(f"--question must be of {', '.join(QUESTIONS)}, got {name!r}")
+    options.check("--question", asked, QUESTIONS)
+    options.check("--methods", names, METHODS)
     try:
-        check_methods(names)
         task = make_task(
             data, regime=regime, root=root, icons=icons, cache=options.CACHE, fetch=fetch
         )

@@ -4,8 +4,6 @@ Needs torch, Triton and pytest alone: ``python -m benchmarks.gpu_proof`` on a ba
 """
 
 import functools
-import importlib.metadata
-import importlib.util
 import json
 import os
 import statistics
@@ -19,10 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.common import measure
-from benchmarks.common.checkout import git
-from benchmarks.common.contenders import CONTENDERS, Loss
-from benchmarks.common.measure import Problem
+from benchmarks.common import measure, results
+from benchmarks.common.contenders import CONTENDERS, Loss, Problem
 from varcon_loss import VarConLoss
 from varcon_loss.proven import Proof
 
@@ -77,7 +73,8 @@ def command(out: Path = Path("runs/gpu-proof")) -> None:
     """
     if not torch.cuda.is_available():
         raise SystemExit(measure.NO_DEVICE)
-    content: dict[str, Any] = {"environment": environment(), "checks": {}, "rows": []}
+    env = results.environment("cuda") | {"capability": torch.cuda.get_device_capability()}
+    content: dict[str, Any] = {"environment": env, "checks": {}, "rows": []}
     out.mkdir(parents=True, exist_ok=True)
     for name, arguments in CHECKS.items():
         content["checks"][name] = check(arguments, out / f"{name}.log")
@@ -90,25 +87,6 @@ def command(out: Path = Path("runs/gpu-proof")) -> None:
     for line in table(content["rows"]):
         print(" | ".join(f"{cell:>34}" for cell in line))
     print(f"Verdict: {content['verdict']}\n{out / 'gpu-proof.json'}")
-
-
-def environment() -> dict[str, Any]:
-    """As `results.environment`, with nothing but torch."""
-    versions = {
-        package: importlib.metadata.version(package)
-        for package in ("torch", "triton")
-        if importlib.util.find_spec(package)
-    }
-    on_gpu = torch.cuda.is_available()
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": git("rev-parse", "--short", "HEAD")
-        + ("+" if git("status", "-s", "-uno") else ""),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
-        "capability": torch.cuda.get_device_capability() if on_gpu else None,
-        "versions": {"python": sys.version.split()[0], **versions},
-    }
 
 
 def check(arguments: tuple[str, ...], log: Path) -> dict[str, Any]:
@@ -135,7 +113,8 @@ def check(arguments: tuple[str, ...], log: Path) -> dict[str, Any]:
 def measured(row: Row, device: str = "cuda", names: tuple[str, ...] = NAMES) -> list[dict]:
     """Time and peak memory of one forward and backward of each contender that is right."""
     torch.compiler.reset()  # else the last of many sizes would not be compiled
-    features, labels = Problem(*row[:4], device).inputs()
+    problem = Problem(*row[:4], device)
+    features, labels = problem.inputs()
     steps, peaks, status = {}, {}, {}
     for name in names:
         missing = None if name in IMPLS else CONTENDERS[name].missing(device)
@@ -143,16 +122,14 @@ def measured(row: Row, device: str = "cuda", names: tuple[str, ...] = NAMES) -> 
         if status[name] != "ok":
             continue
         try:
-            loss = _make(name, row.num_classes)
+            loss = _make(name, problem)
             measure.gate(name, loss, features, labels)
             step = functools.partial(_step, loss, features, labels)
             step()
-            before = measure.reset_peak(device)
-            step()
-            peaks[name] = max(0, measure.peak(device) - before)
+            peaks[name] = measure.weigh(step, device)["peak_bytes"]
             steps[name] = captured(step) if row.graph else step
         except Exception as error:  # a contender's failure is a result like any other
-            status[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            status[name] = measure.failure(error)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ROUNDS):
         for name, step in steps.items():
@@ -169,11 +146,11 @@ def measured(row: Row, device: str = "cuda", names: tuple[str, ...] = NAMES) -> 
     ]
 
 
-def _make(name: str, num_classes: int) -> Loss:
+def _make(name: str, problem: Problem) -> Loss:
     """A contender; ours are given the number of classes, as users are advised."""
     if name in IMPLS:
-        return VarConLoss(num_classes=num_classes, impl=IMPLS[name])
-    loss = CONTENDERS[name].make()
+        return VarConLoss(num_classes=problem.num_classes, impl=IMPLS[name])
+    loss = CONTENDERS[name].make(problem)
     if not name.startswith("equations"):
         return loss
     # As ours compute: in bfloat16 they are wrong by up to 40 % where classes are small.
@@ -206,14 +183,13 @@ def captured(step: Callable[[], object]) -> Callable[[], None]:
 
 def wall_seconds(function: Callable[[], object], device: str) -> float:
     """Time of a call where one follows the other, the host's part included."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def seconds(calls: int) -> float:
-        synchronize()
+        measure.synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):
             function()
-        synchronize()
+        measure.synchronize(device)
         return (time.perf_counter() - start) / calls
 
     return seconds(max(1, min(1000, round(0.1 / seconds(1)))))

@@ -1,33 +1,28 @@
 """What does a step in chunks cost, beside one batch and beside SupCon's gradient caching?"""
 
 import ctypes
-import gc
-import os
-import random
-import statistics
-import time
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from benchmarks.common import measure, options, plots, results
-from benchmarks.common.data import load
-from benchmarks.common.encoders import SmallCNN
+from benchmarks.common import measure, options, plots
+from benchmarks.common.measure import in_child
 from benchmarks.common.supcon import supcon_loss
-from benchmarks.common.terminal import console, print_table, progress_bar, written
+from benchmarks.common.sweep import Note, Row, sweep
+from benchmarks.common.terminal import print_table, written
 from varcon_loss import VarConLoss, backward_in_chunks
 
-NAME, DATA, SIDE = "large-batch", "mnist-pairs", 28
+NAME, SIDE, CLASSES = "large-batch", 28, 100
 COLUMNS = ("", "images", "time, s", "beside one batch", "by CPU time", "peak extra memory, MiB")
 EXACT = 1e-9  # relative error of gradients in float64
 PAIR_BYTES = 24  # the SupCon of this harness holds six [N, N] matrices
-MAX_REPEATS = 50
+SECONDS = 900  # of a size at most
 
 Step = Callable[[nn.Module, Tensor, Tensor, int], object]  # model, images, labels, chunk size
 
@@ -50,10 +45,9 @@ def supcon_in_chunks(model: nn.Module, images: Tensor, labels: Tensor, chunk_siz
     with torch.no_grad():
         features = torch.cat([model(chunk) for chunk in chunks])
     features.requires_grad_()
-    supcon_loss(features, labels).backward()
-    assert features.grad is not None
-    for chunk, gradient in zip(chunks, features.grad.split(chunk_size), strict=True):
-        model(chunk).backward(gradient)
+    (gradient,) = torch.autograd.grad(supcon_loss(features, labels), features)
+    for chunk, part in zip(chunks, gradient.split(chunk_size), strict=True):
+        model(chunk).backward(part)
 
 
 AT_ONCE, CHUNKED = "VarCon, one batch", "VarCon, in chunks"
@@ -70,70 +64,55 @@ def command(
     chunk_size: Annotated[int, typer.Option(min=1, help="images of a chunk")] = 256,
     device: options.Device = "cpu",
     budget: Annotated[float, typer.Option(help="seconds of timing at each size")] = 40.0,
-    timeout: Annotated[float, typer.Option(help="seconds of a size at most")] = 900.0,
-    memory_gib: Annotated[float, typer.Option(help="memory that a step may take")] = 12.0,
+    memory_gib: options.MemoryGib = 12.0,
     out: options.Out = Path("runs/speed"),
-    resume: Annotated[bool, typer.Option(help="keep sizes already measured")] = True,
+    resume: options.Resume = True,
 ) -> None:
     """Peak memory and time of a training step: forward, loss, backward.
 
     An interrupted run goes on where it stopped when the same command is given again.
     """
     options.require(device)
-    wanted = sorted(options.integers(sizes))
-    env = results.environment(device) | {"load": os.getloadavg()[0]}
-    rows: list[dict[str, Any]] = []
-    if resume and (out / f"{NAME}.json").exists():
-        frame, before = results.read(NAME, out)
-        same = (frame["chunk_size"] == chunk_size) & (frame["device"] == device)
-        rows = frame[same & frame["num_images"].isin(wanted)].to_dict("records")
-        if rows:
-            env["kept_from"] = before
-            kept = len({row["num_images"] for row in rows})
-            console.print(f"kept {kept} of {len(wanted)} sizes, measured on {before['date']}")
-    with progress_bar() as bar:
-        todo = [n for n in wanted if n not in {row["num_images"] for row in rows}]
-        task = bar.add_task(NAME, total=len(todo), note="")
-        for n in todo:
-            bar.update(task, note=f"{n:,} images")
-            rows += step_at(n, chunk_size, device, rows, budget, timeout, memory_gib)
-            rows.sort(key=lambda row: row["num_images"])
-            results.save(NAME, rows, env, out)
-            bar.advance(task)
-    frame = pd.DataFrame(rows)
-    print_table("A training step", COLUMNS, cells(frame))
-    if env["load"] > (os.cpu_count() or 1) / 2:
-        console.print(f"The machine was busy (load {env['load']:.1f}): run it again when idle.")
-    saved = results.save(NAME, rows, env, out)
-    written(saved, saved.with_suffix(".csv"), plots.draw_large_batch(frame, out / f"{NAME}.png"))
-
-
-def step_at(
-    num_images: int, chunk_size: int, device: str, smaller: Sequence[dict[str, Any]],
-    budget: float, timeout: float, memory_gib: float,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """A row a contender at one size, all measured in one process."""
+    same = {"chunk_size": chunk_size, "device": device}
+    wanted = [{"num_images": n, **same} for n in sorted(options.integers(sizes))]
     limit = int(memory_gib * 2**30)
-    size = {"num_images": num_images, "chunk_size": chunk_size, "device": device}
+
+    def measured(size: Row, smaller: list[Row], note: Note) -> list[Row]:
+        return step_at(size, smaller, budget, limit, note)
+
+    frame = sweep(NAME, wanted, CONTENDERS, measured, device=device, folder=out, resume=resume)
+    frame = frame[(frame["chunk_size"] == chunk_size) & (frame["device"] == device)]
+    print_table("A training step", COLUMNS, cells(frame))
+    saved = out / f"{NAME}.json"
+    picture = plots.draw_large_batch(frame, out / f"{NAME}.png")
+    written(saved, saved.with_suffix(".csv"), picture)
+
+
+def step_at(size: Row, smaller: Sequence[Row], budget: float, limit: int, note: Note) -> list[Row]:
+    """A row a contender; those that would not fit are not tried."""
+    cap = limit if size["device"] == "cpu" else None
     rows = []
     for name in CONTENDERS:
-        needed = estimate(name, smaller, num_images)
-        row = {**size, "contender": name, "status": "", "estimate": needed}
+        note(name)
+        needed = estimate(name, smaller, size["num_images"])
+        row = {"contender": name, "estimate": needed}
         if needed > limit:
             row["status"] = f"would take {needed / 2**30:.2g} GiB"
+        else:
+            row |= in_child(
+                check_and_weigh, name, *size.values(), timeout=SECONDS, memory_limit=cap
+            )
         rows.append(row)
-    able = [row["contender"] for row in rows if not row["status"]]
-    measured = measure.in_child(
-        side_by_side, able, *size.values(), budget,
-        timeout=timeout, memory_limit=limit if device == "cpu" else None,
-    )  # fmt: skip
+    note("times")
+    able = [row["contender"] for row in rows if row["status"] == "ok"]
+    timed = in_child(time_together, able, *size.values(), budget, timeout=SECONDS, memory_limit=cap)
     for row in rows:
-        if not row["status"]:
-            row |= measured.get(row["contender"], {"status": measured["status"]})
+        if row["status"] == "ok":
+            row |= timed.get(row["contender"], {"status": timed["status"]})
     return rows
 
 
-def estimate(name: str, smaller: Sequence[dict[str, Any]], num_images: int) -> float:
+def estimate(name: str, smaller: Sequence[Row], num_images: int) -> float:
     """Bytes of a step: those of the largest smaller one by image, and SupCon's for each pair."""
     n, peak = max(
         (
@@ -148,43 +127,35 @@ def estimate(name: str, smaller: Sequence[dict[str, Any]], num_images: int) -> f
 
 
 def problem(num_images: int, device: str) -> tuple[nn.Module, Tensor, Tensor]:
-    """A small CNN, and images of 100 classes, repeated where there are not enough.
+    """A small CNN, and images of 100 classes.
 
-    Its BatchNorm is replaced: it would normalise each chunk by itself, and so be another model.
+    GroupNorm and not BatchNorm, which would normalise each chunk by itself: another model.
     """
     torch.manual_seed(0)
-    model = SmallCNN()
-    for i, layer in enumerate(model.layers):
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            model.layers[i] = nn.GroupNorm(8, layer.num_features)
-    train = load(DATA).train
-    chosen = torch.randperm(len(train.labels)).repeat(num_images // len(train.labels) + 1)
-    chosen = chosen[:num_images]
-    images = F.interpolate(train.images[chosen], (SIDE, SIDE), mode="bilinear")
-    return model.to(device), images.to(device), train.labels[chosen].to(device)
+    layers: list[nn.Module] = []
+    for wide_in, wide_out, stride in ((1, 16, 1), (16, 32, 2), (32, 64, 2)):
+        layers += [
+            nn.Conv2d(wide_in, wide_out, 3, stride, padding=1, bias=False),
+            nn.GroupNorm(8, wide_out),
+            nn.ReLU(inplace=True),
+        ]
+    layers += [nn.AdaptiveAvgPool2d((2, 4)), nn.Flatten(), nn.Linear(512, 128, bias=False)]
+    model = nn.Sequential(*layers, nn.GroupNorm(8, 128), nn.ReLU(inplace=True))
+    images, labels = torch.randn(num_images, 1, SIDE, SIDE), torch.randint(CLASSES, (num_images,))
+    return model.to(device), images.to(device), labels.to(device)
 
 
-def side_by_side(
-    names: Sequence[str], num_images: int, chunk_size: int, device: str, budget: float
-) -> dict[str, Any]:
-    """Correctness, then peak memory one by one, then times interleaved."""
-    rows: dict[str, dict[str, Any]] = {}
-    map_from(2**16)  # so that freed memory goes back at once, and no peak hides in it
-    for name in names:
-        try:
-            error = error_of(name, min(num_images, 2 * chunk_size), device)
-            peak = peak_of(name, num_images, chunk_size, device)
-        except Exception as failed:
-            rows[name] = {"status": measure.failure(failed)}
-        else:
-            rows[name] = {"status": "ok", "error": error, "peak_bytes": peak}
-    map_from(2**25)  # where glibc ends up by itself
-    able = [name for name, row in rows.items() if row["status"] == "ok"]
-    for name, times in time_together(able, num_images, chunk_size, device, budget).items():
-        seconds, cpu = zip(*times, strict=True)
-        quartiles = zip(("q1", "median", "q3"), statistics.quantiles(seconds, n=4), strict=True)
-        rows[name] |= dict(quartiles, repeats=len(times), least_cpu=min(cpu))
-    return rows
+def check_and_weigh(name: str, num_images: int, chunk_size: int, device: str) -> dict[str, Any]:
+    """Error of the gradient on two chunks, and peak memory of a step beyond what it is given."""
+    # M_MMAP_THRESHOLD: freed memory goes back at once, and no peak hides in it.
+    ctypes.CDLL("libc.so.6").mallopt(-3, 2**16)
+    error = error_of(name, min(num_images, 2 * chunk_size), device)
+    model, images, labels = problem(num_images, device)
+    step, _ = CONTENDERS[name]
+    step(model, images[:chunk_size], labels[:chunk_size], chunk_size)  # libraries warm up
+    model.zero_grad()
+    weighed = measure.weigh(lambda: step(model, images, labels, chunk_size), device)
+    return {"error": error, "peak_bytes": weighed["peak_bytes"]}
 
 
 def error_of(name: str, num_images: int, device: str) -> float:
@@ -204,67 +175,28 @@ def error_of(name: str, num_images: int, device: str) -> float:
     return error
 
 
-def peak_of(name: str, num_images: int, chunk_size: int, device: str) -> int:
-    """Bytes that a step adds to what is held before it: weights, images and their labels."""
-    model, images, labels = problem(num_images, device)
-    step, _ = CONTENDERS[name]
-    step(model, images[:chunk_size], labels[:chunk_size], chunk_size)  # libraries warm up
-    model.zero_grad()
-    gc.collect()
-    before = measure.reset_peak(device)
-    step(model, images, labels, chunk_size)
-    synchronize(device)
-    return max(0, measure.peak(device) - before)
-
-
 def time_together(
     names: Sequence[str], num_images: int, chunk_size: int, device: str, budget: float
-) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of a step, and of the CPU in it, by contender, interleaved."""
+) -> dict[str, Any]:
     model, images, labels = problem(num_images, device)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    shuffle = random.Random(0).shuffle
-    for _ in range(MAX_REPEATS):
-        order = [
-            name
-            for name, spent in times.items()
-            if len(spent) < measure.FEWEST_REPEATS
-            or sum(seconds for seconds, _ in spent) < budget / len(names)
-        ]
-        shuffle(order)
-        for name in order:
-            model.zero_grad()
-            synchronize(device)
-            start, cpu_start = time.perf_counter(), time.process_time()
-            CONTENDERS[name][0](model, images, labels, chunk_size)
-            synchronize(device)
-            took = (time.perf_counter() - start, time.process_time() - cpu_start)
-            times[name].append(took)
-    return times
-
-
-def map_from(num_bytes: int) -> None:
-    """Allocations from this size on get pages of their own."""
-    ctypes.CDLL("libc.so.6").mallopt(-3, num_bytes)  # M_MMAP_THRESHOLD
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    calls = {
+        name: functools.partial(CONTENDERS[name][0], model, images, labels, chunk_size)
+        for name in names
+    }
+    return measure.interleaved(calls, device, budget, model.zero_grad)
 
 
 def cells(frame: pd.DataFrame) -> Iterator[tuple[str, ...]]:
     """A line a contender and size, for people, under `COLUMNS`."""
-    rows = frame.to_dict("records")
-    whole = {row["num_images"]: row for row in rows if row["contender"] == AT_ONCE}
-    for row in sorted(rows, key=lambda row: list(CONTENDERS).index(row["contender"])):
-        first = (row["contender"], f"{row['num_images']:,}")
-        if row["status"] != "ok":
-            yield *first, row["status"], "", "", ""
-            continue
-        yardstick = whole[row["num_images"]]
-        beside = (
-            f"{row[time] / yardstick[time]:.2f}x" if yardstick["status"] == "ok" else ""
-            for time in ("median", "least_cpu")
-        )
-        yield *first, f"{row['median']:.3g}", *beside, f"{row['peak_bytes'] / 2**20:,.0f}"
+    whole = frame[frame["contender"] == AT_ONCE].set_index("num_images")
+    for name in CONTENDERS:
+        for _, row in frame[frame["contender"] == name].iterrows():
+            first = (name, f"{row['num_images']:,}")
+            if row["status"] != "ok":
+                yield *first, row["status"], "", "", ""
+                continue
+            beside = [
+                row[key] / whole[key].get(row["num_images"]) for key in ("median", "least_cpu")
+            ]
+            ratios = ("" if pd.isna(ratio) else f"{ratio:.2f}x" for ratio in beside)
+            yield *first, f"{row['median']:.3g}", *ratios, f"{row['peak_bytes'] / 2**20:,.0f}"

@@ -9,7 +9,6 @@ paper` is theirs to the last setting.
 import json
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -210,7 +209,7 @@ def _trained(train: Images, recipe: PaperRecipe, *, seed: int, device: str, path
     )
     mixed = recipe.mixed_precision and device == "cuda"
     scaler = torch.amp.GradScaler(device, enabled=mixed)
-    augment = make_views(recipe).to(device)
+    augment = make_views(recipe, colours=True).to(device)
     images, labels = train[0].to(device), train[1].to(device)
     start = 0
     if path.exists():
@@ -274,15 +273,16 @@ def _generator(*seeds: int) -> torch.Generator:
     return torch.Generator().manual_seed(hash(seeds) % 2**31)
 
 
-def make_views(recipe: PaperRecipe) -> nn.Module:
+def make_views(recipe: PaperRecipe, *, colours: bool) -> nn.Module:
     """Images in 0 ... 1 to an augmented, standardised view, drawn for each image on its own."""
-    return nn.Sequential(
+    changes: list[nn.Module] = [
         augmentation.RandomResizedCrop((32, 32), scale=recipe.crop_scale),
         augmentation.RandomHorizontalFlip(p=0.5),
-        augmentation.ColorJitter(*recipe.jitter, p=recipe.jitter_probability),
-        augmentation.RandomGrayscale(p=recipe.greyscale_probability),
-        augmentation.Normalize(MEAN, DEVIATION),
-    )
+    ]
+    if colours:
+        changes.append(augmentation.ColorJitter(*recipe.jitter, p=recipe.jitter_probability))
+        changes.append(augmentation.RandomGrayscale(p=recipe.greyscale_probability))
+    return nn.Sequential(*changes, augmentation.Normalize(MEAN, DEVIATION))
 
 
 def probe(
@@ -290,11 +290,7 @@ def probe(
 ) -> list[float]:
     """Top-1 on ``test`` after each epoch of a linear classifier on the frozen encoder."""
     encoder.eval()
-    augment = nn.Sequential(
-        augmentation.RandomResizedCrop((32, 32), scale=recipe.crop_scale),
-        augmentation.RandomHorizontalFlip(p=0.5),
-        augmentation.Normalize(MEAN, DEVIATION),
-    ).to(device)
+    augment = make_views(recipe, colours=False).to(device)
     standardise = augmentation.Normalize(MEAN, DEVIATION).to(device)
     torch.manual_seed(seed)
     classifier = nn.Linear(encoder.out_dim, int(train[1].max()) + 1).to(device)  # type: ignore[arg-type]
@@ -307,7 +303,8 @@ def probe(
     images, labels = train[0].to(device), train[1].to(device)
     size = min(recipe.probe_batch_size, len(labels))
     with torch.no_grad():
-        held_out = torch.cat([encoder(standardise(x / 255)) for x in _parts(test[0], device)])
+        parts = test[0].split(512)
+        held_out = torch.cat([encoder(standardise(x.to(device) / 255)) for x in parts])
     scores = []
     with progress_bar() as bar:
         task = bar.add_task("probe", total=recipe.probe_epochs, note="")
@@ -327,8 +324,3 @@ def probe(
             scores.append(float(right.float().mean()))
             bar.update(task, advance=1, note=f"top-1 {scores[-1]:.2%}")
     return scores
-
-
-def _parts(images: Tensor, device: str) -> Iterator[Tensor]:
-    for part in images.split(512):
-        yield part.to(device)

@@ -75,17 +75,14 @@ def test_a_run_that_was_cut_off_ends_as_it_would_have(tmp_path, monkeypatch) -> 
     assert 0 <= row["top1"] <= row["best_top1"] <= 1
     assert CifarResNet50()(torch.zeros(2, 3, 32, 32)).shape == (2, 2048)
 
-    class CutOffError(Exception):
-        pass
-
     keep = paper._keep
 
     def stop_after_the_first(*arguments) -> None:
         keep(*arguments)
-        raise CutOffError
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(paper, "_keep", stop_after_the_first)
-    with pytest.raises(CutOffError):
+    with pytest.raises(KeyboardInterrupt):
         reproduce(train, test, TINY, seed=0, device="cpu", out=parted)
     monkeypatch.setattr(paper, "_keep", keep)
     reproduce(train, test, TINY, seed=0, device="cpu", out=parted)

@@ -213,8 +213,8 @@ def test_bold_is_the_best_and_what_is_not_told_apart_from_it():
     of = {"SupCon": (0.5, 0.6, 0.55), "VarCon": (0.7, 0.8, 0.75), "NormFace": (0.69, 0.81, 0.74)}
     rows = pd.DataFrame(
         {
-            "data": "icons", "split": "test", "protocol": "styles", "regime": "frozen", "imbalance": 0.0,
-            "batch_size": 256, "epochs": 15, "method": method, "seed": seed, "top1_mean": value,
+            "data": "icons", "split": "test", "protocol": "styles", "regime": "frozen",
+            "imbalance": 0.0, "batch_size": 256, "epochs": 15, "method": method, "seed": seed, "top1_mean": value,
         }
         for method, seeds in of.items()
         for seed, value in enumerate(seeds)

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.8")  # that made the committed table
 pytest.importorskip("typer")
-from benchmarks.kernel_code import DTYPES, TABLE, TARGETS, most_shared, read_loop
+from benchmarks.kernel_code import DTYPES, TABLE, TARGETS, most_shared
 
 SAVED = json.loads(TABLE.read_text())
 
@@ -63,24 +63,6 @@ def test_the_committed_table_holds_the_limits() -> None:
         assert row["shared_bytes"] <= most_shared(row) <= row["shared_limit"], row
         if DTYPES[row["dtype"]].itemsize == 2 and row["dim"] <= 128:
             assert row["blocks_per_sm"] >= 2, row
-
-
-def test_the_loop_is_found() -> None:
-    """A loop without exponentials, and a wait after the end that jumps back into the middle."""
-    code = """
-    .L_x_0:
-            /*0000*/ STL [R1], R2 ;
-            /*0010*/ BRA `(.L_x_0) ;
-    .L_x_1:
-            /*0020*/ MUFU.EX2 R1, R2 ;
-            /*0030*/ STL [R1], R2 ;
-            /*0040*/ @P0 BRA `(.L_x_1) ;
-    .L_x_2:
-            /*0050*/ MUFU.EX2 R1, R2 ;
-            /*0060*/ EXIT ;
-            /*0070*/ BRA `(.L_x_2) ;
-    """
-    assert read_loop(code.splitlines()) == (3, 1)
 
 
 LAUNCHED = """

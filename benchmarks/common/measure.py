@@ -1,68 +1,27 @@
-"""Measurements that each run in a process of their own, so that a failure is only a result."""
+"""Correctness, memory and time of what is compared, in processes of their own."""
 
 import ctypes
+import functools
 import gc
 import multiprocessing
 import random
 import resource
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common.contenders import CONTENDERS, INTEGERS, Loss
+from benchmarks.common.contenders import CONTENDERS, OURS, Loss, Problem
 
 NO_DEVICE = "this needs a CUDA device, and torch finds none here"
-LABELS = ("integer", "mixup", "smooth")
-SMOOTHING = 0.1
 GATE_ROWS = 256  # correctness is judged on the first rows: the oracle is quadratic
-FEWEST_REPEATS = 3
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+FEWEST_REPEATS, MOST_REPEATS = 3, 200
+TWO_PRODUCTS = "two bare matrix products"
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How long and how large a measurement may be."""
-
-    budget: float = 6.0  # seconds of timing at a size and mode, for all contenders together
-    max_repeats: int = 200
-    cell_timeout: float = 2.0  # seconds; a contender slower than this once is not timed
-    memory: int | None = None  # bytes of address space that a measuring process may add (CPU)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One size at which losses are compared."""
-
-    num_rows: int
-    num_classes: int
-    dim: int
-    dtype: str
-    device: str
-    labels: str = "integer"  # or class probabilities: "mixup", two a row; "smooth", all of a row
-
-    def inputs(self, contender: str = "") -> tuple[Tensor, Tensor]:
-        """Features and labels, for `INTEGERS` the classes that the others' labels come from."""
-        generator = torch.Generator().manual_seed(0)
-        dtype = getattr(torch, self.dtype)
-        features = torch.randn(self.num_rows, self.dim, generator=generator).to(dtype)
-        labels = torch.randint(self.num_classes, (self.num_rows,), generator=generator)
-        if self.labels != "integer" and contender != INTEGERS:
-            soft = F.one_hot(labels, self.num_classes).to(dtype)
-            if self.labels == "mixup":
-                share = torch.rand(self.num_rows, 1, generator=generator).to(dtype)
-                soft = share * soft + (1 - share) * soft.roll(1, 0)
-            else:
-                soft = (1 - SMOOTHING) * soft + SMOOTHING / self.num_classes
-            labels = soft
-        return features.to(self.device).requires_grad_(), labels.to(self.device)
 
 
 def in_child(
@@ -115,107 +74,93 @@ def failure(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def time_and_memory(row: dict[str, Any]) -> tuple[str, str]:
-    """Milliseconds and MiB of a measured row for people, or how it failed."""
-    if row["status"] != "ok":
-        return row["status"], ""
-    return f"{row['median'] * 1e3:.3g}", f"{row['peak_bytes'] / 2**20:.0f}"
-
-
 def check_and_weigh(name: str, problem: Problem) -> dict[str, Any]:
-    """Correctness gate, peak memory of one forward and backward, and a rough time."""
+    """Error, peak memory and a rough time of a step; raises where it is wrong."""
     torch.manual_seed(0)
-    loss = CONTENDERS[name].make()
+    loss = CONTENDERS[name].make(problem)
     features, labels = problem.inputs(name)
     error = gate(name, loss, features, labels)
     # The gate has also warmed up libraries, threads and autograd; compile for the real size.
     if "compiled" in name:
         step(loss, features, labels)
     features.grad = None
+    return {
+        "error": error,
+        **weigh(functools.partial(step, loss, features, labels), problem.device),
+    }
+
+
+def weigh(call: Callable[[], object], device: str) -> dict[str, Any]:
+    """Bytes that a call adds at its peak to what is held before it, and its seconds."""
     gc.collect()
-    before = reset_peak(problem.device)
+    before = _reset_peak(device)
     start = time.perf_counter()
-    step(loss, features, labels)
-    _synchronize(problem.device)
+    call()
+    synchronize(device)
     seconds = time.perf_counter() - start
-    extra = peak(problem.device) - before
-    return {"error": error, "peak_bytes": max(0, extra), "seconds": seconds}
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+    return {"peak_bytes": max(0, peak - before), "seconds": seconds}
 
 
 def time_together(
-    names: list[str], problem: Problem, mode: str, budget: float, max_repeats: int
+    names: Sequence[str], problem: Problem, mode: str, budget: float
 ) -> dict[str, Any]:
-    """Median, quartiles and least CPU time of several contenders, interleaved in one process.
+    """Times of contenders that passed `check_and_weigh` at this size; beside ours, `TWO_PRODUCTS`.
 
-    Args:
-        names: contenders that passed `check_and_weigh` at this size.
-        problem: the size.
-        mode: ``"forward"`` (evaluation, no gradient) or ``"forward+backward"``.
-        budget: seconds for all of them together. Each has an equal share, so the fast ones repeat
-            more often, in rounds of their own once the slow ones have had theirs.
-        max_repeats: rounds at most.
+    ``mode`` is "forward" (evaluation, no gradient) or "forward+backward".
     """
     features, _ = problem.inputs()
-    labels = {name: problem.inputs(name)[1] for name in names}
-    losses = {name: CONTENDERS[name].make() for name in names}
     run = step if mode == "forward+backward" else _evaluate
-    for name, loss in losses.items():
-        for _ in range(2):
-            run(loss, features, labels[name])
-    times: dict[str, list[float]] = {name: [] for name in names}
-    cpu: dict[str, list[float]] = {name: [] for name in names}
+    calls: dict[str, Callable[[], object]] = {
+        name: functools.partial(
+            run, CONTENDERS[name].make(problem), features, problem.inputs(name)[1]
+        )
+        for name in names
+    }
+    if OURS in names:
+        z = features.detach()
+        w = torch.randn(problem.num_classes, problem.dim, dtype=z.dtype, device=z.device)
+        calls[TWO_PRODUCTS] = lambda: (z @ w.T) @ w
+    for call in (*calls.values(), *calls.values()):
+        call()
+    clear = functools.partial(setattr, features, "grad", None)
+    return {"timings": interleaved(calls, problem.device, budget, clear)}
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    device: str,
+    budget: float,
+    clear: Callable[[], object],
+) -> dict[str, dict[str, float]]:
+    """Median, quartiles, repeats and least CPU time of each call, in rounds of changing order.
+
+    Each has an equal share of ``budget`` seconds, so the fast ones repeat more often, in rounds of
+    their own once the slow ones have had theirs. ``clear`` is called before each, untimed.
+    """
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     shuffle = random.Random(0).shuffle
-    for _ in range(max_repeats):
+    for _ in range(MOST_REPEATS):
         order = [
             name
             for name, spent in times.items()
-            if len(spent) < FEWEST_REPEATS or sum(spent) < budget / len(names)
+            if len(spent) < FEWEST_REPEATS or sum(wall for wall, _ in spent) < budget / len(calls)
         ]
         shuffle(order)  # nobody always follows the same neighbour, and finds the caches it left
         for name in order:
-            features.grad = None
-            _synchronize(problem.device)
-            begin, cpu_begin = time.perf_counter(), time.process_time()
-            run(losses[name], features, labels[name])
-            _synchronize(problem.device)
-            times[name].append(time.perf_counter() - begin)
-            cpu[name].append(time.process_time() - cpu_begin)
-    return {
-        "timings": {
-            name: dict(
-                zip(("q1", "median", "q3"), statistics.quantiles(values, n=4), strict=True),
-                repeats=len(values),
-                least_cpu=min(cpu[name]),
-            )
-            for name, values in times.items()
-        }
-    }
+            clear()
+            synchronize(device)
+            start, cpu_start = time.perf_counter(), time.process_time()
+            calls[name]()
+            synchronize(device)
+            took = (time.perf_counter() - start, time.process_time() - cpu_start)
+            times[name].append(took)
+    return {name: _summary(*zip(*spent, strict=True)) for name, spent in times.items()}
 
 
-def two_products(problem: Problem, budget: float, max_repeats: int) -> dict[str, Any]:
-    """The floor: ``(z w^T) w`` and nothing else, beside `varcon-loss`, interleaved."""
-    features, labels = problem.inputs()
-    z = features.detach()
-    w = torch.randn(problem.num_classes, problem.dim, dtype=z.dtype, device=z.device)
-    loss = CONTENDERS["varcon-loss"].make()
-    candidates: dict[str, Callable[[], object]] = {
-        "two products": lambda: (z @ w.T) @ w,
-        "varcon-loss": lambda: step(loss, features, labels),
-    }
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    start = time.perf_counter()
-    for repeat in range(max_repeats):
-        for name, candidate in candidates.items():
-            features.grad = None
-            _synchronize(problem.device)
-            begin = time.perf_counter()
-            candidate()
-            _synchronize(problem.device)
-            times[name].append(time.perf_counter() - begin)
-        if repeat >= 5 and time.perf_counter() - start > budget:
-            break
-    medians = {name: statistics.median(values[2:]) for name, values in times.items()}
-    return {"ratio": medians["varcon-loss"] / medians["two products"], **medians}
+def _summary(wall: Sequence[float], cpu: Sequence[float]) -> dict[str, float]:
+    quartiles = zip(("q1", "median", "q3"), statistics.quantiles(wall, n=4), strict=True)
+    return dict(quartiles, repeats=len(wall), least_cpu=min(cpu))
 
 
 def step(loss: Loss, features: Tensor, labels: Tensor) -> None:
@@ -229,43 +174,31 @@ def _evaluate(loss: Loss, features: Tensor, labels: Tensor) -> None:
 
 def gate(name: str, loss: Loss, features: Tensor, labels: Tensor) -> float | None:
     """Relative error against float64 on the first rows; raises if it is too large."""
-    from benchmarks.common.supcon import supcon_loss
-    from benchmarks.common.transcriptions import nll_alone
-    from varcon_loss import varcon_loss
-
-    oracles = {
-        "varcon": lambda x, y: varcon_loss(x, y, impl="reference"),
-        "supcon": supcon_loss,
-        "nll": nll_alone,
-    }
+    oracle = CONTENDERS[name].oracle
     x, y = features.detach()[:GATE_ROWS].clone().requires_grad_(), labels[:GATE_ROWS]
     value = loss(x, y)
-    value.backward()
-    oracle = oracles.get(CONTENDERS[name].family)
+    (gradient,) = torch.autograd.grad(value, x)
     if oracle is None:
         return None
     exact_x = x.detach().double().requires_grad_()
-    y = y.double() if y.is_floating_point() else y
-    exact = oracle(exact_x, y)
-    exact.backward()
-    assert x.grad is not None
-    assert exact_x.grad is not None
+    exact = oracle(exact_x, y.double() if y.is_floating_point() else y)
+    (exact_gradient,) = torch.autograd.grad(exact, exact_x)
     errors = [
         # Where the exact value is 0 (no anchor has a positive), the error itself counts.
         float((got.detach().double() - want.detach()).norm() / (want.detach().norm() or 1.0))
-        for got, want in ((value, exact), (x.grad, exact_x.grad))
+        for got, want in ((value, exact), (gradient, exact_gradient))
     ]
     if not max(errors) <= TOLERANCE[features.dtype]:
         raise ValueError(f"wrong by {max(errors):.1e}: not timed")
     return max(errors)
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def reset_peak(device: str) -> int:
+def _reset_peak(device: str) -> int:
     """Start a new peak; returns what is in use now (bytes)."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -274,10 +207,6 @@ def reset_peak(device: str) -> int:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
-
-
-def peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
 
 
 def _status(field: str) -> int:

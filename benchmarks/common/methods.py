@@ -1,7 +1,5 @@
 """The training objectives compared: embeddings ``[N, D]`` and labels ``[N]`` in, loss out."""
 
-from collections.abc import Iterable
-
 import torch.nn.functional as F
 from pytorch_metric_learning.losses import NormalizedSoftmaxLoss, SupConLoss
 from torch import Tensor, nn
@@ -139,7 +137,8 @@ def make_method(
         momentum: of the centroid memory; `MOMENTUM` if None.
         epsilon: of VarCon; `EPSILON_SHARE` of the temperature if None.
     """
-    check_methods([name])
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
     if " + " in name:
         contrastive = make_method(
             name.partition(" + ")[2], dim, num_classes, temperature=temperature
@@ -156,10 +155,3 @@ def make_method(
         "SupCon": SupCon,
     }
     return kinds[name](dim, num_classes, temperature)
-
-
-def check_methods(names: Iterable[str]) -> None:
-    """Raise a ValueError that names what is unknown, and what there is."""
-    for name in names:
-        if name not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")

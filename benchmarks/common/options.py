@@ -1,25 +1,21 @@
 """Options of the command line that several questions share, and how their text is read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import torch
 import typer
 
-from benchmarks.common.data import DATASETS, ImageData, load
 from benchmarks.common.measure import NO_DEVICE
 
-Data = Annotated[str, typer.Option(help=", ".join(DATASETS))]
-Root = Annotated[Path | None, typer.Option(help="folder of the images that come with no package")]
 Seed = Annotated[int, typer.Option(help="of weights, order and augmentation")]
-Seeds = Annotated[int, typer.Option(min=1, help="runs of each method")]
 Epochs = Annotated[int, typer.Option(min=1, help="training epochs of each run")]
-Workers = Annotated[int, typer.Option(min=1, help="runs at a time")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
-Budget = Annotated[float, typer.Option(min=0, help="minutes after which to stop; 0: never")]
 Dim = Annotated[int, typer.Option(min=1, help="embedding width D")]
+MemoryGib = Annotated[float, typer.Option(help="that a measuring process may add, on a CPU")]
 Out = Annotated[Path, typer.Option(help="folder of the result files")]
+Resume = Annotated[bool, typer.Option(help="keep sizes already measured")]
 
 CACHE = Path("runs/cache")  # what is rendered and encoded once
 
@@ -45,17 +41,15 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def loaded(name: str, root: Path | None) -> ImageData:
-    """The data, or one line that says what is wrong, before any process has started."""
-    try:
-        return load(name, root)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+def check(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """End with one line where something is unknown."""
+    for name in given:
+        if name not in known:
+            raise typer.BadParameter(f"{what} must be among {', '.join(known)}, got {name!r}")
 
 
 def require(device: str) -> None:
     """End with one line where there is no such device."""
-    if device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"--device must be cpu or cuda, got {device!r}")
+    check("--device", [device], ("cpu", "cuda"))
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter(NO_DEVICE)

@@ -23,13 +23,11 @@ GREEN, PURPLE, BLACK, GREY = "#009E73", "#CC79A7", "#000000", "#767676"
 # What a line is called in a picture, and how it is drawn: the same wherever it stands.
 LINES: dict[str, tuple[str, str, str]] = {
     "cross-entropy": ("cross-entropy", GREY, "-"),
-    "NormFace": ("NormFace", GREEN, "-"),
     "SupCon": ("SupCon", ORANGE, "-"),
-    "SupCon queue": ("SupCon, queue of 2048", ORANGE, "--"),
-    "SINCERE": ("SINCERE", PURPLE, "-"),
     "VarCon": ("VarCon", BLUE, "-"),
     "VarCon memory": ("VarCon, centroid memory", BLUE, "--"),
     "varcon-loss": ("VarCon, varcon-loss", BLUE, "-"),
+    "varcon-loss, centroid memory": ("VarCon, centroid memory", BLUE, "--"),
     "varcon-loss eager": ("VarCon, varcon-loss eager", SKY, "--"),
     "varcon-loss triton": ("VarCon, varcon-loss triton", SKY, "-"),
     "varcon-loss reference": ("VarCon, varcon-loss reference", SKY, ":"),
@@ -40,11 +38,11 @@ LINES: dict[str, tuple[str, str, str]] = {
     "cut-cross-entropy composition": ("VarCon, cut-cross-entropy", BLACK, "-"),
     "SupCon (pytorch-metric-learning)": ("SupCon, pytorch-metric-learning", ORANGE, "-"),
     "SupCon (one matrix)": ("SupCon, one matrix", ORANGE, "--"),
+    "SupCon, CrossBatchMemory": ("SupCon, CrossBatchMemory", ORANGE, ":"),
     "NT-Xent (pytorch-metric-learning)": ("NT-Xent, pytorch-metric-learning", GREEN, "-"),
     "varcon-loss, all-reduce": ("VarCon, all-reduce", BLUE, "-"),
     "varcon-loss, all-gather": ("VarCon, all-gather", BLUE, "--"),
-    "VarCon, embeddings gathered": ("VarCon, embeddings gathered", RED, "-"),
-    "SupCon, embeddings gathered": ("SupCon, embeddings gathered", ORANGE, "--"),
+    "VarCon, embeddings gathered": ("embeddings gathered", RED, "-"),
     "VarCon, in chunks": ("VarCon, in chunks", BLUE, "-"),
     "VarCon, one batch": ("VarCon, one batch", BLUE, "--"),
     "SupCon, gradient caching": ("SupCon, gradient caching", ORANGE, "-"),
@@ -56,8 +54,6 @@ CLASSES = (
     "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
     "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
 )  # fmt: skip
-# For what has an order, sizes and epochs: light to dark, so that no shade is taken for a method.
-ORDERED = ("#9ecae1", "#4a98c9", "#1764ab", "#08306b")
 
 plt.rcParams.update(
     {
@@ -78,10 +74,7 @@ plt.rcParams.update(
 
 def line(name: str) -> dict[str, object]:
     """Keyword arguments of ``plot`` for a method or contender."""
-    method, _, alpha = name.partition(", mixup ")
-    label, colour, dashes = LINES.get(method, (method, BLACK, "-"))
-    if alpha:
-        label, dashes = f"{label}, mixup {alpha}", ":"
+    label, colour, dashes = LINES.get(name, (name, BLACK, "-"))
     heavy = name in ("varcon-loss", "VarCon", "VarCon, in chunks")
     return {
         "label": label, "color": colour, "ls": dashes, "marker": "o", "lw": 2.2 if heavy else 1.3,
@@ -171,7 +164,8 @@ def save(
     figure.draw_without_rendering()  # where things stand is known only now
     figure.set_layout_engine("none")
     for axis, of_axis in (ends or {}).items():
-        _label_ends(axis, of_axis, gap)
+        if of_axis:
+            _label_ends(axis, of_axis, gap)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""SupCon (Khosla et al., NeurIPS 2020, Eq. 2) and SINCERE on one ``[N, N]`` matrix."""
+"""SupCon (Khosla et al., NeurIPS 2020, Eq. 2) on one ``[N, N]`` matrix."""
 
 import torch
 import torch.nn.functional as F
@@ -9,45 +9,17 @@ def supcon_loss(features: Tensor, labels: Tensor, temperature: float = 0.1) -> T
     """The loss as most training scripts carry it.
 
     Args:
-        features: ``[N, D]``, or ``[B, V, D]`` with ``V`` views of each sample.
-        labels: ``[N]`` or ``[B]``.
+        features: ``[N, D]``.
+        labels: ``[N]``.
         temperature: of the softmax over all other samples.
 
     Anchors without a positive are left out of the mean, as in pytorch-metric-learning.
     """
-    if features.ndim == 3:
-        labels = labels.repeat_interleave(features.shape[1])
-        features = features.flatten(0, 1)
     z = F.normalize(features, dim=1)
     logits = z @ z.T / temperature
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     positives = (labels[:, None] == labels[None, :]) & ~itself
     log_p = logits - torch.logsumexp(logits.masked_fill(itself, -torch.inf), dim=1, keepdim=True)
-    counts = positives.sum(1)
-    per_anchor = -(log_p * positives).sum(1) / counts.clamp_min(1)
-    return per_anchor.sum() / (counts > 0).sum().clamp_min(1)
-
-
-def sincere_loss(features: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
-    """SINCERE (Feeney and Hughes, arXiv 2309.14277): a positive is told from other classes alone.
-
-    SupCon's denominator also holds the anchor's other positives, and so pushes them away.
-
-    Args:
-        features: ``[N, D]``.
-        labels: ``[N]``.
-        temperature: of the softmax.
-
-    Anchors without a positive are left out of the mean.
-    """
-    z = F.normalize(features, dim=1)
-    logits = z @ z.T / temperature
-    same = labels[:, None] == labels[None, :]
-    positives = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    # The least finite number: a row of minus infinities would give NaN in backward.
-    least = torch.finfo(logits.dtype).min
-    of_others = torch.logsumexp(logits.masked_fill(same, least), dim=1, keepdim=True)
-    log_p = logits - torch.logaddexp(logits, of_others)
     counts = positives.sum(1)
     per_anchor = -(log_p * positives).sum(1) / counts.clamp_min(1)
     return per_anchor.sum() / (counts > 0).sum().clamp_min(1)

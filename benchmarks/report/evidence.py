@@ -60,7 +60,7 @@ LINES = (
 )
 
 
-def evidence_section(folder: Path) -> Iterator[str]:
+def evidence(folder: Path) -> Iterator[str]:
     paths = [folder / f"{data}.jsonl" for data in ("icons", "digits")]
     if not paths[0].exists():
         return
