@@ -80,7 +80,7 @@ class VarConLoss(nn.Module):
 
     Shape:
         features: ``[N, D]``, or ``[B, V, ...]`` for ``V`` views of each sample (trailing dimensions
-        are flattened), float16, bfloat16, float32 or float64, with or without autocast.
+            are flattened), float16, bfloat16, float32 or float64, with or without autocast.
         labels: ``[N]`` or ``[B]``, any integer dtype but uint64, on the same device; or class
             probabilities ``[N, C]`` or ``[B, C]``, any float dtype, 0 to 1 (an extension of the
             paper: the loss is its expectation under them, and each sample counts for the centroids
