@@ -6,15 +6,11 @@ BIN := .venv/bin
 quickstart: .venv/bench  ## train on real images, with VarCon, SupCon and cross-entropy
 	$(BIN)/python -m benchmarks quickstart
 
-# The tests that catch most: no processes, no compiler, no training.
-CHECK := $(addprefix tests/test_,golden.py values.py edges.py autograd.py dtypes.py probabilities.py memory.py \
-	large_batch.py module.py bad_input.py no_sync.py accelerator.py triton.py)
-
 check: .venv/all  ## style, types, and the tests that catch most
 	@$(MAKE) --no-print-directory -j 2 lint check-tests
 
-check-tests: .venv/all
-	$(BIN)/python -m pytest -n 2 -q $(CHECK) -k "not ranks and not compile and not export"
+check-tests: .venv/all  ## no processes, no compiler, no training
+	$(BIN)/python -m pytest -n 2 -q @tests/check.txt
 
 test: .venv/all  ## the whole test suite
 	@echo "Five to seven minutes on two quiet cores. The last lines say which tests were skipped, and why:"

@@ -82,7 +82,7 @@ class Table(NamedTuple):
         return lost if labels.valid is None else lost & labels.valid
 
     def missing(self, labels: Labels) -> list[int]:
-        """The classes of samples that `lacks` tells, ascending. It reads values."""
+        """The classes that valid samples have and the table lacks, ascending. It reads values."""
         lost = ~self.found(labels) & self.lacks(labels).unsqueeze(1)
         if labels.shares is not None:
             lost = lost & (labels.shares > 0)
@@ -213,9 +213,9 @@ def name_rows(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The classes present ``[S]``, ascending; None: all ``num_classes`` have a row.
 
-    Where nobody may look ``S`` is the bound ``min(num_classes, N)``, and the rows that are left are
-    empty. Without ``num_classes`` a GPU waits once. Where it costs nothing, also the row of each of
-    the ``classes``, and the number of classes in each row.
+    Where values may not be read, ``S`` is the bound ``min(num_classes, N)``, and rows left over are
+    empty. Without ``num_classes`` a GPU waits once. Where it costs nothing, the row of each of the
+    ``classes`` and the number of classes in each row come too.
     """
     if num_classes is None or values_may_be_read(classes):
         if valid is None:

@@ -64,7 +64,7 @@ def refuse(what: str, got: object, do: str = "", error: type[Exception] = ValueE
 
 
 def warn(message: str) -> None:
-    """At the line of the caller's that led here, whatever lies between."""
+    """Warn at the line of the caller, past the frames of `_BETWEEN`."""
     level, frame = 2, sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _BETWEEN:
         level, frame = level + 1, frame.f_back
@@ -179,7 +179,7 @@ def check_memory_options(
         got = f"num_classes={num_classes}, feature_dim={feature_dim}"
         refuse("centroid_momentum needs num_classes and feature_dim, the memory's shape", got)
     if leave_one_out:
-        why = "a remembered centroid is made of many batches, from which none can be taken out"
+        why = "a remembered centroid is a mean over many batches. Give one of the two"
         raise ValueError(f"leave_one_out cannot be used with centroid_momentum: {why}")
     return momentum
 
@@ -228,7 +228,7 @@ def refuse_arguments(where: str, positional: tuple[Any, ...], unknown: dict[str,
 
 
 def warn_of_no_gradient(name: str, tensor: Tensor | None, why: str) -> None:
-    """A tensor that asks for a gradient and gets none is rarely meant."""
+    """A warning if the tensor requires a gradient: it gets none."""
     asks = tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
     if asks and not torch.compiler.is_compiling():
         no_gradient = f"{name}.requires_grad is True, but no gradient goes there"
@@ -236,7 +236,7 @@ def warn_of_no_gradient(name: str, tensor: Tensor | None, why: str) -> None:
 
 
 def warn_of_odd_batch(num_samples: int, num_present: int) -> None:
-    """For a batch in which no sample is drawn to another, and whose loss looks as if all were."""
+    """A warning for a batch of one class, or with one sample of each: its loss is near 0."""
     if num_samples < 2 or 1 < num_present < num_samples:
         return
     if num_present == 1:
@@ -284,9 +284,9 @@ def check_samples(features: Any, labels: Any, of: str = "") -> None:
 
 
 def _refuse_mask(labels: Tensor, name: str) -> None:
-    """A matrix that tells which samples are of one class, as SupCon takes it.
+    """Refuse SupCon's mask, a matrix of the samples of one class.
 
-    An identity matrix is a mask and one-hot labels at once: a warning.
+    An identity matrix may also be one-hot labels: it gives a warning.
     """
     # In this order: an exported graph is for any number of rows.
     if not values_may_be_read(labels) or labels.shape[0] != labels.shape[1]:
@@ -348,7 +348,7 @@ def check_probabilities(
             do = "give one column a class"
             raise ValueError(f"{shapes} have {width} classes but num_classes={num_classes}: {do}")
         if leave_one_out:
-            why = "a sample of several classes has none to be left out of; use integer labels"
+            why = "a sample then belongs to several classes; use integer labels"
             raise ValueError(f"leave_one_out has no meaning with class probabilities: {why}")
         num_classes = width
     return num_classes
@@ -397,7 +397,7 @@ def check_reference_set(
     if ref_features is None:
         return
     if leave_one_out:
-        why = "anchors are no members of the reference centroids"
+        why = "anchors do not belong to the reference set. Give one of the two"
         raise ValueError(f"leave_one_out has no meaning with ref_features: {why}")
     if memory:
         do = "use a second VarConLoss without centroid_momentum"
@@ -417,7 +417,7 @@ def check_memory_fits(features: Tensor, memory: Tensor) -> None:
     width, feature_dim = width_of(features), memory.shape[1]
     if width != feature_dim:
         got = f"width {width} but the centroid memory has feature_dim={feature_dim}"
-        raise ValueError(f"features have {got}")
+        raise ValueError(f"features have {got}: make the loss with feature_dim={width}")
     check_device(memory, "the centroid memory is", features, "the loss module and the features")
 
 

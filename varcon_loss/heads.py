@@ -11,7 +11,7 @@ class ProjectionHead(nn.Module):
     """Maps encoder features to the embeddings that the loss sees; thrown away after training.
 
     ``"mlp-bn"`` (default) is Linear, BatchNorm, ReLU, Linear. A plain ``"mlp"`` starts with nearly
-    parallel embeddings, from which VarCon and SupCon can both collapse at a large learning rate;
+    parallel embeddings, and at a large learning rate VarCon and SupCon can both collapse.
     BatchNorm spreads them. With several processes convert it by
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm` as any other BatchNorm.
 
@@ -22,8 +22,8 @@ class ProjectionHead(nn.Module):
         hidden_dim: width of the hidden layer; ``in_dim`` if None. Unused by ``"linear"``.
 
     Shape:
-        ``[N, in_dim]`` -> ``[N, dim]``, or ``[B, V, in_dim]`` -> ``[B, V, dim]``; not normalised:
-        `VarConLoss` normalises.
+        features: ``[N, in_dim]`` or ``[B, V, in_dim]``.
+        Output: ``[N, dim]`` or ``[B, V, dim]``, not normalised: `VarConLoss` normalises.
 
     Raises:
         ValueError: an unknown ``kind``, or a width below 1.

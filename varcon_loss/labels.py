@@ -17,7 +17,7 @@ class Labels(NamedTuple):
     classes: Tensor | None  # [N, M] int64, different in a row; None: all classes, in order
     shares: Tensor | None  # [N, M]; None: 1 of one class
     valid: Tensor | None = None  # [N] bool, the samples that take part; None: all do
-    broken: Tensor | None = None  # [N] bool, invalid labels where none is read: loss NaN
+    broken: Tensor | None = None  # [N] bool, invalid, where values may not be read: NaN
 
     def class_of(self) -> Tensor:
         """``[N]``, of integer labels."""

@@ -1,8 +1,8 @@
 """A batch of any size on one device, exactly: chunks whose losses add up to the batch's.
 
-Centroids are constants of a step, and class sums add up over chunks. So the gradient of a batch
-that does not fit is had in two passes: the first adds up the sums, without a gradient; the second
-evaluates each chunk against the finished centroids. Between them only ``[K, D]`` sums are kept.
+Centroids are constants of a step, and class sums add up over chunks. So a batch that does not fit
+takes two passes. The first adds up the sums, without a gradient. The second evaluates each chunk
+against the finished centroids. Between them only ``[K, D]`` sums are kept.
 """
 
 import contextlib
@@ -152,9 +152,9 @@ def backward_in_chunks(
 ) -> Tensor:  # fmt: skip
     """The loss of the whole batch and its gradient, by chunks: forward twice, backward once.
 
-    Random states are replayed, so that dropout is the same in both passes, and running statistics
-    of BatchNorm, which normalises each chunk by itself, move once a chunk. Augmentation belongs
-    before. Under DistributedDataParallel gradients are exchanged with the last chunk alone.
+    Random states are replayed, so dropout is the same in both passes. BatchNorm normalises each
+    chunk by itself, and its running statistics move once per chunk. Augment before the call.
+    Under DistributedDataParallel gradients are exchanged with the last chunk only.
 
     Args:
         model: gives embeddings ``[n, D]`` or ``[n, V, ...]``; in whatever mode it is to train.

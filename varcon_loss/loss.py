@@ -276,10 +276,10 @@ def alike(options: Options, memory: Tensor | None, z: Tensor, *, reference: bool
 def with_classes(
     anchors: Embedded, table: Table, lack: str, reference: Labels | None = None
 ) -> Embedded:
-    """The anchors, each of which must find its class in the table, of a ``reference`` set or not.
+    """The anchors, if the table has the class of each. ``reference``: the labels behind the table.
 
     Raises:
-        ValueError: one does not, where values may be read. Elsewhere its loss is NaN.
+        ValueError: it lacks one, where values may be read. Elsewhere the loss of the anchor is NaN.
     """
     rows, z, lengths, labels = anchors
     lacking = table.lacks(labels)
@@ -300,7 +300,7 @@ def with_classes(
 
 @torch.no_grad()
 def known_to_memory(anchors: Embedded, table: Table) -> Embedded:
-    """The anchors, of which those of classes never seen take no part."""
+    """The anchors. Those of classes never seen take no part."""
     rows, z, lengths, labels = anchors
     known = table.knows(labels)
     if not (values_may_be_read(known) and bool(known.all())):
@@ -321,7 +321,7 @@ def score(
         table: the centroids.
         classes: of all samples that count for the loss; None: of others, or not known.
         slots: of integer labels in the table, ``[N, 1]``, if they are known.
-        total: the denominator of the mean, where more than these anchors count; None: they alone.
+        total: the denominator of the mean, where more than these anchors count; None: only they do.
         options: of the loss.
         impl: who sweeps.
         num_ranks: whose losses are averaged.
@@ -469,7 +469,7 @@ def check_call(
 
 
 def warn_of_odd_batch(anchors: Embedded, table: Table, options: Options) -> None:
-    """Where the number of classes is known without a look."""
+    """A warning of `checks`, where the number of classes is known without reading values."""
     _, z, _, labels = anchors
     looks = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     known = labels.valid is labels.shares is table.present is None

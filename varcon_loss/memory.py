@@ -43,7 +43,7 @@ def update(memory: Tensor, classes: Classes, momentum: float) -> None:
 
 
 def table_of_memory(memory: Tensor, dtype: torch.dtype) -> Table:
-    """Every class seen so far; where nobody may look, every class."""
+    """Every class seen so far; where values may not be read, every class."""
     present = torch.linalg.vector_norm(memory, dim=1) != 0
     names = None
     if values_may_be_read(present):
@@ -61,8 +61,8 @@ def table_of_memory(memory: Tensor, dtype: torch.dtype) -> Table:
 class Prediction(NamedTuple):
     """Nearest-centroid classification."""
 
-    label: Tensor  # int64; -1 where nothing can be said
-    confidence: Tensor  # p(label | z), Eq. 8; NaN where nothing can be said
+    label: Tensor  # int64; -1 for NaN features or an empty memory
+    confidence: Tensor  # p(label | z), Eq. 8; NaN for the same
 
 
 def predict(z: Tensor, memory: Tensor, temperature: float) -> Prediction:

@@ -21,18 +21,21 @@ class VarConLoss(nn.Module):
     """Variational supervised contrastive loss (Wang et al., NeurIPS 2025, arXiv 2506.07413).
 
     Each embedding ``z_i`` is compared with one unit centroid ``w_k`` per class present in the
-    batch, through which no gradient flows. With ``p`` the softmax of ``z_i . w_k / temperature``
-    (Eq. 8), the adaptive temperature ``tau2 = temperature - epsilon + 2 epsilon p(y_i)`` (Eq. 13)
-    and the target ``q``, proportional to ``exp(1 / tau2)`` for the own class and to 1 for every
-    other (Eq. 10-12), the loss of a sample is ``KL(q || p) - log p(y_i)`` (Eq. 7).
+    batch. No gradient flows through centroids. The loss of a sample is ``KL(q || p) - log p(y_i)``
+    (Eq. 7), where
+
+    - ``p`` is the softmax of ``z_i . w_k / temperature`` (Eq. 8);
+    - ``tau2 = temperature - epsilon + 2 epsilon p(y_i)`` is the adaptive temperature (Eq. 13);
+    - ``q`` is the target, proportional to ``exp(1 / tau2)`` for the own class and to 1 for every
+      other (Eq. 10-12).
 
     Args:
         temperature: ``tau1 > 0``.
         epsilon: how far the confidence moves ``tau2``; ``0 <= epsilon < temperature``.
         num_classes: labels are then ``0 ... num_classes - 1``. Needed by ``centroid_momentum``,
-            implied by ``weight``; without it any integers serve as labels, but a GPU is
-            synchronised once a call and ``torch.compile`` breaks the graph. The cost follows the
-            classes present in the batch.
+            implied by ``weight``. Without it any integers serve as labels, but a GPU is
+            synchronised once per call and ``torch.compile`` breaks the graph. The cost follows
+            the classes present in the batch.
         normalize: divide features by their length first. ``False`` takes them as they are;
             centroids have unit length either way.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -41,23 +44,22 @@ class VarConLoss(nn.Module):
             (the mean is ``sum(w l) / sum(w)``, 0 if no weight is left); centroids are unaffected.
             Implies ``num_classes``.
         leave_one_out: an extension of the paper, for integer labels: compare each sample with the
-            centroid of the *other* members of its class. A sample alone in its class has none: like
-            a SupCon anchor without positives it is left out of the mean (``terms.valid`` is False),
-            while its class still counts among the others.
+            centroid of the *other* members of its class. A sample alone in its class has none: it
+            is left out of the mean (``terms.valid`` is False), as SupCon leaves out an anchor
+            without positives. Its class still counts for the other samples.
         process_group: ``"world"`` or a `torch.distributed.ProcessGroup`: centroids over all its
-            ranks. Ranks exchange class sums and counts, never embeddings, in one collective a step
-            (two without ``num_classes``) and none in backward; at their first step they compare
-            their options. The call returns
-            ``W * local sum / global weight`` (``"sum"``: ``W * local sum``), ``W`` the number of
-            ranks, so that its mean over ranks is the loss of the concatenated batch, and DDP's or
-            FSDP's averaging makes the gradient exact. ``"none"`` and the per-sample terms are
-            local and unscaled. Ranks exchange in training steps only: in eval mode, or without
-            gradients, each rank evaluates its own batch by itself, with its own centroids (or the
-            memory) and a plain local mean, so that one rank alone may validate; the backward of
-            such a loss is an error. Every rank must take the same number of training steps: one
-            that stops early leaves the others waiting until their group's timeout. ``"world"`` is
-            looked up at each call (without initialised processes it means this one alone), so the
-            module can be pickled.
+            ranks. Ranks exchange class sums and counts, never embeddings, in one collective per
+            step (two without ``num_classes``) and none in backward. At their first step they
+            compare their options. With ``W`` ranks the call returns
+            ``W * local sum / global weight`` (``"sum"``: ``W * local sum``). Its mean over ranks
+            is the loss of the concatenated batch, and DDP's or FSDP's averaging makes the gradient
+            exact. ``"none"`` and the per-sample terms are local and unscaled. Ranks exchange in
+            training steps only. In eval mode, or without gradients, each rank evaluates its own
+            batch, with its own centroids (or the memory) and a local mean, so one rank may
+            validate by itself; the backward of such a loss is an error. Every rank must take the
+            same number of training steps: if one stops early, the others wait until their group's
+            timeout. ``"world"`` is looked up at each call, so the module can be pickled; without
+            initialised processes it means this process.
         impl: ``"eager"`` (one pass, any device), ``"triton"`` (fused kernels for CUDA devices; not
             for float64, nor rows wider than 1,024), ``"auto"`` (``"triton"`` where a proof on such
             a device is in the repository, none yet; else ``"eager"``) or ``"reference"`` (the
@@ -65,21 +67,20 @@ class VarConLoss(nn.Module):
             equations whichever is chosen.
         feature_dim: width ``D`` of the embeddings; ``centroid_momentum`` needs it, nothing else.
         centroid_momentum: an extension of the paper, for many classes in small batches: remember
-            one centroid a class (``centroid_memory``, a float32 buffer ``[num_classes, D]``; a row
-            of zeros is a class not seen, and rows are made unit when they are read).
-            In training mode with gradients enabled each call first moves the centroids of the
-            classes present, ``w <- unit(m w + (1 - m) mean)``, a class seen first takes its mean;
-            the softmax then runs over every class seen so far. In eval mode or without gradients
-            the memory is only read, and samples of classes never seen take no part; with an empty
-            memory that is all of them, and a warning says so. A class whose sum holds NaN keeps
-            its centroid. Each training call updates once: keep the loss outside regions that
-            activation checkpointing recomputes, and call `eval` for the second forward of
-            optimisers like SAM. Over several ranks give ``process_group`` too, so that all
-            remember the same. ``None`` is the paper.
+            one centroid per class, in ``centroid_memory``, a float32 buffer ``[num_classes, D]``. A
+            row of zeros is a class not seen, and rows are made unit when they are read. In
+            training mode with gradients enabled each call first moves the centroids of the classes
+            present, ``w <- unit(m w + (1 - m) mean)``. A class seen first takes its mean. The
+            softmax then runs over every class seen so far. In eval mode or without gradients the
+            memory is only read, and samples of classes never seen take no part; if it is empty, a
+            warning says so. A class whose sum holds NaN keeps its centroid. Each training call
+            updates once: keep the loss outside regions that activation checkpointing recomputes,
+            and call `eval` for the second forward of optimisers like SAM. Over several ranks give
+            ``process_group`` too, so that all remember the same. ``None`` is the paper.
 
     Shape:
         features: ``[N, D]``, or ``[B, V, ...]`` for ``V`` views of each sample (trailing dimensions
-        are flattened), float16, bfloat16, float32 or float64, with or without autocast.
+            are flattened), float16, bfloat16, float32 or float64, with or without autocast.
         labels: ``[N]`` or ``[B]``, any integer dtype but uint64, on the same device; or class
             probabilities ``[N, C]`` or ``[B, C]``, any float dtype, 0 to 1 (an extension of the
             paper: the loss is its expectation under them, and each sample counts for the centroids
@@ -89,7 +90,7 @@ class VarConLoss(nn.Module):
 
     Raises:
         TypeError, ValueError: bad arguments; on a CPU in eager mode also a label out of range or
-            missing in the reference set. On an accelerator, or under ``torch.compile``, looking at
+            missing in the reference set. On an accelerator, or under ``torch.compile``, reading
             values would synchronise or break the graph: the loss of such a row is NaN there.
 
     Example:
@@ -256,8 +257,8 @@ class VarConLoss(nn.Module):
 
         Returns:
             ``label`` int64 and ``confidence``, ``p(label | z)`` over the classes seen so far, both
-            ``[N]`` or ``[B, V]``. Where nothing can be said, because features are NaN or the
-            memory has seen no class (a warning says so), they are -1 and NaN.
+            ``[N]`` or ``[B, V]``. They are -1 and NaN where features are NaN, or the memory is
+            empty (a warning says so).
 
         Raises:
             RuntimeError: the loss was made without ``centroid_momentum``.
@@ -329,7 +330,7 @@ class VarConLoss(nn.Module):
             )
 
     def _watch_eval_mode(self, reduced: Tensor, known: Tensor | None) -> None:
-        """Training in eval mode would neither exchange nor learn: it says so."""
+        """An error or a warning for training in eval mode, which neither exchanges nor learns."""
         if not reduced.requires_grad or torch.compiler.is_compiling():
             return
         if self.process_group is not None and size_of(group_of(self.process_group)) > 1:
@@ -440,7 +441,7 @@ class _SameGroup:
 
 
 def _makes_values(fn: Callable[[Tensor], Tensor]) -> bool:
-    """True for `to_empty`: it alone gives storage to a tensor that has none."""
+    """True for `to_empty`: nothing else gives storage to a tensor without one."""
     try:
         return not fn(torch.empty(1, device="meta")).is_meta
     except (NotImplementedError, RuntimeError):

@@ -39,5 +39,5 @@ PROVEN: tuple[Proof, ...] = ()
 
 
 def is_proven(capability: tuple[int, int], dtype: torch.dtype, dim: int) -> bool:
-    """Does an entry of `PROVEN` cover features ``[N, dim]`` on such a device?"""
+    """Whether an entry of `PROVEN` covers features ``[N, dim]`` on such a device."""
     return any(proof.covers(capability, dtype, dim) for proof in PROVEN)

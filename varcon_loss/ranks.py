@@ -21,7 +21,7 @@ from varcon_loss.readable import values_may_be_read
 
 
 def group_of(process_group: Any) -> Any | None:
-    """The ranks to add up over; None: this process alone.
+    """The ranks to add up over; None: only this process.
 
     Raises:
         ValueError: this process is not a member of the group.
@@ -144,7 +144,7 @@ def over_ranks(
 
 
 def _poisoned(classes: Classes, total: Tensor) -> tuple[Classes, Tensor]:
-    """Where nobody may look, a total of NaN tells of invalid labels: no memory learns from them."""
+    """Where values may not be read, a total of NaN marks invalid labels: no memory learns them."""
     if values_may_be_read(total):
         return classes, total
     sums = classes.sums.masked_fill(total.isnan(), torch.nan)

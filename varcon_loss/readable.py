@@ -1,4 +1,4 @@
-"""When Python may look at a tensor's values, and when autocast must not change dtypes."""
+"""Where Python may read the values of a tensor, and where autocast must not change dtypes."""
 
 import contextlib
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def values_may_be_read(tensor: Tensor) -> bool:
-    """True where a look at values neither synchronises a device nor breaks a compiled graph."""
+    """True where reading values neither synchronises a device nor breaks a compiled graph."""
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return type(tensor).__name__ != "FakeTensor"

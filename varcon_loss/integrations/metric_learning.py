@@ -68,7 +68,8 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
     PML's own ``CrossBatchMemory`` and ``SelfSupervisedLoss`` accept a fixed list of class names and
     say "not supported for VarConLoss". Import both from here::
 
-        from varcon_loss.integrations.metric_learning import CrossBatchMemory, SelfSupervisedLoss
+        from varcon_loss.integrations.metric_learning import CrossBatchMemory
+        from varcon_loss.integrations.metric_learning import SelfSupervisedLoss
 
     Args:
         temperature: ``tau1 > 0``.
@@ -84,11 +85,11 @@ class VarConLoss(pml_losses.BaseMetricLossFunction):
 
     - ``embeddings`` ``[N, D]``, ``labels`` ``[N]``, integers.
     - ``ref_emb`` ``[M, D]``, ``ref_labels`` ``[M]``: what the centroids are made of;
-      ``embeddings`` are the anchors alone then. Anchors whose label the reference lacks are
-      dropped. No gradient flows through centroids, so ``ref_emb`` gets none: where it requires
-      one, as a second tower does, a ``UserWarning`` says so.
+      ``embeddings`` are only the anchors then. Anchors whose label the reference lacks are
+      dropped. No gradient flows through centroids, so ``ref_emb`` gets none. If it requires one,
+      as a second tower does, a ``UserWarning`` says so.
     - ``indices_tuple``: weighs anchors by how often a miner chose them; those never chosen count 0,
-      so that the loss is 0 if none was. Centroids are of all samples whatever a miner says.
+      and the loss is 0 if none was. Centroids are of all samples.
 
     Half-precision embeddings are computed in float32. With ``collect_stats`` the means of ``tau2``,
     ``confidence``, ``kl`` and ``nll``, and ``num_classes`` and ``num_anchors``, are attributes.

@@ -2,8 +2,8 @@
 
     from varcon_loss.integrations.text import VarConLoss
 
-Nothing of either is imported: any model will do that returns a dictionary with
-``sentence_embedding``.
+Nothing of either is imported: any model that returns a dictionary with ``sentence_embedding``
+works.
 """
 
 from collections.abc import Iterable
@@ -34,7 +34,7 @@ class VarConLoss(nn.Module):
 
     The loss is computed in float32 or wider, also under autocast. A memory
     (``centroid_momentum``) learns while ``model`` is in training mode. The trainers' checkpoints
-    hold the model alone, so that a memory starts empty where a run is resumed.
+    hold only the model, so a memory starts empty where a run is resumed.
 
     Raises:
         TypeError, ValueError: as `varcon_loss.VarConLoss`; a ``model`` that is no module.

@@ -236,7 +236,7 @@ class VarConTask(ClassificationTask):
         return {"loss": loss, "output": branches[0], **metrics}
 
     def _log(self, values: Tensor, contrasted: Tensor) -> None:
-        """A step in which no image took part counts for the probe alone."""
+        """A step without a valid image counts only for the probe."""
         counts = torch.stack([contrasted | (name == "probe_loss") for name in METRICS])
         self._totals = [total + torch.stack([values, counts]) for total in self._totals]
         self.steps += 1
