@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,9 +102,7 @@ def command(
         raise typer.BadParameter(str(error)) from None
     torch.set_num_threads(threads)
     store = Store(out / f"{data}.jsonl", device)
-    grid = Grid(
-        options.floats(learning_rates), options.floats(temperatures), options.floats(weights)
-    )
+    grids = [options.floats(listed) for listed in (learning_rates, temperatures, weights)]
     imbalances = [0.0] * any(q != "tail" for q in asked)
     imbalances += options.floats(imbalance) if "tail" in asked else []
     bases = [
@@ -126,7 +124,7 @@ def command(
                 wanted |= {"regime": "frozen", "batch_size": settings_of_batch, "chunk_size": None}
                 del wanted["epochs"]
             else:
-                _run(list(grid.cells(base)), task, store, bar, device)
+                _run(_grid(base, *grids), task, store, bar, device)
             picked.append(replace(base, **chosen(store.rows, wanted)))
         # Seed by seed, so that what the machine does at a time falls on all methods.
         _run([replace(c, seed=s) for s in range(seeds) for c in picked], task, store, bar, device)
@@ -134,23 +132,14 @@ def command(
     written(store.path)
 
 
-@dataclass(frozen=True)
-class Grid:
-    learning_rates: Sequence[float]
-    temperatures: Sequence[float]
-    weights: Sequence[float]
-
-    def cells(self, base: Cell) -> Iterator[Cell]:
-        """Each setting that the method has, on validation data."""
-        temperatures = self.temperatures if has_temperature(base.method) else [None]
-        weights = self.weights if " + " in base.method else [None]
-        for rate, temperature, weight in itertools.product(
-            self.learning_rates, temperatures, weights
-        ):
-            yield replace(
-                base, learning_rate=rate, temperature=temperature, weight=weight,
-                seed=TUNING_SEED, split="validation",
-            )  # fmt: skip
+def _grid(base: Cell, *grids: Sequence[float]) -> list[Cell]:
+    """Each learning rate, temperature and weight that the method has, on validation data."""
+    rates, temperatures, weights = grids
+    temperatures = temperatures if has_temperature(base.method) else [None]
+    weights = weights if " + " in base.method else [None]
+    base = replace(base, seed=TUNING_SEED, split="validation")
+    settings = itertools.product(rates, temperatures, weights)
+    return [replace(base, learning_rate=r, temperature=t, weight=w) for r, t, w in settings]
 
 
 class Store:

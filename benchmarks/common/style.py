@@ -23,6 +23,9 @@ GREEN, PURPLE, BLACK, GREY = "#009E73", "#CC79A7", "#000000", "#767676"
 # What a line is called in a picture, and how it is drawn: the same wherever it stands.
 LINES: dict[str, tuple[str, str, str]] = {
     "cross-entropy": ("cross-entropy", GREY, "-"),
+    "NormFace": ("NormFace", GREEN, "-"),
+    "cross-entropy + SupCon": ("cross-entropy + SupCon", ORANGE, ":"),
+    "cross-entropy + VarCon": ("cross-entropy + VarCon", BLUE, ":"),
     "SupCon": ("SupCon", ORANGE, "-"),
     "VarCon": ("VarCon", BLUE, "-"),
     "VarCon memory": ("VarCon, centroid memory", BLUE, "--"),

@@ -116,7 +116,9 @@ def _icons(icons: Icons, cache: Path, regime: str) -> Task:
         inputs = icons.images
         encoder = _whole_encoder
         augmented, clean = shifted_icons, lambda images: images
-    everything = Samples(inputs, _renumbered(icons.labels, place))
+    icons.licences.to_csv(cache / "icons-sets.csv", index=False)
+    # Trained classes first, numbered from 0.
+    everything = Samples(inputs, place.argsort().argsort()[icons.labels])
     return Task(
         "icons",
         everything[trained & (style <= 0.6)],
@@ -131,11 +133,6 @@ def _icons(icons: Icons, cache: Path, regime: str) -> Task:
 def _whole_encoder() -> nn.Module:
     head = ProjectionHead(IMAGENET_WIDTH, DIM, hidden_dim=512)
     return nn.Sequential(OrderedDict(pretrained=EfficientNet(), head=head))
-
-
-def _renumbered(labels: Tensor, place: Tensor) -> Tensor:
-    """Trained classes first, numbered from 0."""
-    return place.argsort().argsort()[labels]
 
 
 def _one_view(features: Tensor) -> Tensor:

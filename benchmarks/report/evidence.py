@@ -15,6 +15,8 @@ from benchmarks.common.paired import CHOSEN_BY, SETTINGS, interval, text
 from benchmarks.report.markdown import embedded, grid, origin
 
 BASELINE = "SupCon"
+ALONE = [method for method in METHODS if " + " not in method]
+JOINT = ["cross-entropy", *(method for method in METHODS if " + " in method)]
 Gains = list[tuple[str, dict[str, tuple[float, float]]]]  # by task and method: mean, half-width
 
 
@@ -67,15 +69,22 @@ def evidence(folder: Path) -> Iterator[str]:
     lines = [line for path in paths if path.exists() for line in path.read_text().splitlines()]
     rows = pd.DataFrame(json.loads(line) for line in lines)
     rows["weight"] = rows["weight"].astype(float)
-    methods = [method for method in METHODS if (rows["method"] == method).any()]
     yield "## Embeddings of icons\n"
     yield _how(rows)
     yield (
         "In percent: mean ± 95 % interval over seeds. Bold: the best, and whatever is not told "
         "apart from it, seed by seed. Calibration error and FPR@95: lower is better.\n"
     )
-    yield from grid(["", *methods], table(rows, methods))
-    _draw_gains(_gains(rows), folder / "icons.png")
+    yield from grid(["", *ALONE], table(rows, ALONE))
+    yield "\n### Cross-entropy beside it\n"
+    yield from grid(["", *JOINT], table(rows, JOINT))
+    gains = _gains(rows)
+    yield f"\n### Points from {BASELINE}\n"
+    yield "Paired by seed; positive is better.\n"
+    others = [method for method in METHODS if method != BASELINE]
+    cells = ([title, *(_points(of.get(method)) for method in others)] for title, of in gains)
+    yield from grid(["", *others], cells)
+    _draw_gains(gains, folder / "icons.png")
     yield embedded(folder / "icons.png", "Points from SupCon by task and method")
     yield from _batches(rows, folder)
     yield "\n### Temperature\n"
@@ -89,7 +98,7 @@ def evidence(folder: Path) -> Iterator[str]:
 
 
 def values(rows: pd.DataFrame, line: Line, method: str) -> pd.Series:
-    """The score of each seed."""
+    """The score of each seed; empty where nothing was run."""
     kept = rows[
         (rows["split"] == "test")
         & (rows["data"] == line.data)
@@ -101,7 +110,7 @@ def values(rows: pd.DataFrame, line: Line, method: str) -> pd.Series:
         & _as_usual(rows)
         & (rows["method"] == method)
     ]
-    return kept.set_index("seed")[line.score]
+    return kept.set_index("seed").get(line.score, pd.Series(dtype=float))
 
 
 def _as_usual(rows: pd.DataFrame) -> pd.Series:
@@ -118,11 +127,9 @@ def level(one: pd.Series, other: pd.Series) -> bool:
 
 def table(rows: pd.DataFrame, methods: Sequence[str]) -> Iterator[list[str]]:
     for line in LINES:
-        if line.score not in rows:
-            continue
         found = {method: values(rows, line, method) for method in methods}
         means = {method: seeds.mean() for method, seeds in found.items() if len(seeds)}
-        if not means:
+        if len(means) < 2:
             continue
         best = (min if line.lower else max)(means, key=lambda method: means[method])
         cells = []
@@ -133,6 +140,14 @@ def table(rows: pd.DataFrame, methods: Sequence[str]) -> Iterator[list[str]]:
             cell = text(*interval(found[method]))
             cells.append(f"**{cell}**" if level(found[method], found[best]) else cell)
         yield [f"{line.task}: {line.title}", *cells]
+
+
+def _points(gain: tuple[float, float] | None) -> str:
+    return (
+        ""
+        if gain is None
+        else f"{gain[0]:+.1f}" + ("" if np.isnan(gain[1]) else f" ± {gain[1]:.1f}")
+    )
 
 
 def _gains(rows: pd.DataFrame) -> Gains:
@@ -147,7 +162,7 @@ def _gains(rows: pd.DataFrame) -> Gains:
                 mean, half = interval(difference)
                 of[method] = (100 * mean * (-1 if line.lower else 1), 100 * half)
         if of:
-            gains.append((f"{line.task}: {line.title}", of))
+            gains.append((f"{line.task}: {line.title.removesuffix(' ↓')}", of))
     return gains
 
 
