@@ -77,7 +77,7 @@ def train(
     backward = _backward(objective, recipe)
     count = len(task.train.labels)
     batch_size = min(recipe.batch_size, count)
-    steps = count // batch_size
+    steps = round(count / batch_size)  # a last batch of half the size or more is kept
     optimizer = _optimizer(encoder, objective, recipe.learning_rate)
     total, warmup = recipe.epochs * steps, WARMUP_EPOCHS * steps
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -94,7 +94,7 @@ def train(
         encoder.train()
         objective.train()
         mean = 0.0
-        for rows in torch.randperm(count)[: steps * batch_size].split(batch_size):
+        for rows in torch.randperm(count).split(batch_size)[:steps]:
             samples = task.train[rows]
             views = torch.cat([task.augmented(samples.inputs) for _ in range(recipe.views)])
             labels = samples.labels.repeat(recipe.views)
