@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -93,30 +92,23 @@ def evidence(folder: Path) -> Iterator[str]:
         "styles and Recall@1 on unseen classes, in percent.\n"
     )
     yield from _temperatures(rows)
+    yield from _own_settings(rows)
     yield "\n### Settings that validation chose\n"
     yield from grid(["task", "batch", "method", *SETTINGS], _settings(rows))
 
 
 def values(rows: pd.DataFrame, line: Line, method: str) -> pd.Series:
     """The score of each seed; empty where nothing was run."""
-    kept = rows[
-        (rows["split"] == "test")
-        & (rows["data"] == line.data)
-        & (rows["protocol"] == line.protocol)
-        & (rows["regime"] == line.regime)
-        & (rows["imbalance"] == line.imbalance)
-        & (rows["batch_size"] == line.batch_size)
-        & (rows["epochs"] == line.epochs)
-        & _as_usual(rows)
-        & (rows["method"] == method)
-    ]
+    own = rows.reindex(columns=["chunk_size", "momentum", "epsilon"]).isna().all(axis=1)
+    kept = rows[_alike(rows, line) & own & (rows["split"] == "test") & (rows["method"] == method)]
+    kept = kept[(kept["protocol"] == line.protocol) & (kept["batch_size"] == line.batch_size)]
     return kept.set_index("seed").get(line.score, pd.Series(dtype=float))
 
 
-def _as_usual(rows: pd.DataFrame) -> pd.Series:
-    """But for runs with a setting of their own."""
-    own = rows.reindex(columns=["chunk_size", "momentum", "epsilon"])
-    return own.isna().all(axis=1)
+def _alike(rows: pd.DataFrame, line: Line) -> pd.Series:
+    """Runs on the data of a line, whatever their method and batch size."""
+    keys = ("data", "regime", "imbalance", "epochs")
+    return pd.concat([rows[key] == getattr(line, key) for key in keys], axis=1).all(axis=1)
 
 
 def level(one: pd.Series, other: pd.Series) -> bool:
@@ -168,22 +160,23 @@ def _gains(rows: pd.DataFrame) -> Gains:
 
 def _batches(rows: pd.DataFrame, folder: Path) -> Iterator[str]:
     """Quality and training time by batch size, at one number of epochs."""
-    runs = rows[(rows["split"] == "test") & (rows["regime"] == "frozen") & (rows["imbalance"] == 0)]
-    several = runs.groupby("epochs")["batch_size"].nunique()
-    if several.max() < 2:
-        return
-    epochs = int(several.idxmax())
-    runs = runs[runs["epochs"] == epochs]
+    own = rows.reindex(columns=["momentum", "epsilon"]).isna().all(axis=1)
+    runs = rows[_alike(rows, LINES[0]) & own & (rows["split"] == "test")]
+    several = runs.groupby("method")["batch_size"].nunique() > 1
     lines, points = [], []
     for (size, method), mine in runs.groupby(["batch_size", "method"]):
-        of: dict[str, Any] = {}
-        for score, protocol in (("top1_mean", "styles"), ("map_at_r", "classes")):
-            of[score] = interval(mine[mine["protocol"] == protocol].set_index("seed")[score])
-        seconds = mine[mine["protocol"] == "styles"]["cpu_seconds"]
-        cells = [text(*cell) for cell in of.values()]
-        lines.append([f"{size:,}", method, *cells, f"{seconds.mean():.0f}", len(seconds)])
-        points.append((int(size), str(method), float(seconds.mean()), *of["map_at_r"]))
-    yield f"\n### Batch size, at {epochs} epochs\n"
+        if not several[method]:
+            continue
+        styles, classes = (mine[mine["protocol"] == protocol] for protocol in ("styles", "classes"))
+        of = interval(styles["top1_mean"]), interval(classes["map_at_r"])
+        seconds = styles["cpu_seconds"].mean()
+        lines.append(
+            [f"{size:,}", method, text(*of[0]), text(*of[1]), f"{seconds:.0f}", len(styles)]
+        )
+        points.append((int(size), str(method), seconds, *of[1]))
+    if not points:
+        return
+    yield f"\n### Batch size, at {LINES[0].epochs} epochs\n"
     yield "Time of a whole training on frozen features, one thread, in seconds of CPU time.\n"
     columns = ["batch", "method", "unseen styles", "unseen classes, MAP@R", "CPU seconds", "seeds"]
     yield from grid(columns, lines)
@@ -192,22 +185,33 @@ def _batches(rows: pd.DataFrame, folder: Path) -> Iterator[str]:
 
 
 def _temperatures(rows: pd.DataFrame) -> Iterator[str]:
-    tried = rows[
-        (rows["split"] == "validation")
-        & (rows["data"] == LINES[0].data)
-        & (rows["regime"] == "frozen")
-        & (rows["imbalance"] == 0)
-        & (rows["batch_size"] == LINES[0].batch_size)
-        & (rows["epochs"] == LINES[0].epochs)
-        & rows["weight"].isna()
-        & rows["temperature"].notna()
-        & _as_usual(rows)
-    ]
+    own = rows.reindex(columns=["weight", "momentum", "epsilon"]).isna().all(axis=1)
+    tried = rows[_alike(rows, LINES[0]) & own & (rows["split"] == "validation")]
+    tried = tried[(tried["batch_size"] == LINES[0].batch_size) & tried["temperature"].notna()]
     score = tried[[key for key in CHOSEN_BY if key in tried]].mean(axis=1)
     by = score.groupby([tried["method"], tried["temperature"], tried["learning_rate"]]).mean()
     best = by.groupby(level=[0, 1]).max().unstack()
     columns = ["method", *(f"{temperature:g}" for temperature in best.columns)]
     yield from grid(columns, ([m, *(f"{100 * v:.1f}" for v in row)] for m, row in best.iterrows()))
+
+
+def _own_settings(rows: pd.DataFrame) -> Iterator[str]:
+    """VarCon beside itself with another momentum or epsilon: points, paired by seed."""
+    lines = []
+    runs = rows[_alike(rows, LINES[0]) & (rows["split"] == "test")]
+    for key in ("momentum", "epsilon"):
+        if key not in runs:
+            continue
+        for (method, value), mine in runs.groupby(["method", key]):
+            gains = []
+            for line in LINES[1:6]:
+                own = mine[mine["protocol"] == line.protocol].set_index("seed")[line.score]
+                mean, half = interval((own - values(rows, line, method)).dropna())
+                gains.append(_points((100 * mean, 100 * half)))
+            lines.append([f"{method}, {key} {value:g}", *gains])
+    if lines:
+        yield "\n### Momentum and epsilon\n"
+        yield from grid(["points from the usual", *(line.title for line in LINES[1:6])], lines)
 
 
 def _settings(rows: pd.DataFrame) -> Iterator[list[object]]:
