@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from typing import Any
 
@@ -86,6 +87,15 @@ def test_what_is_read_of_the_package(icons):
     assert families["set00"] == families["set01"]  # one author
     assert families["set02"] == families["set03"]  # copies
     assert families.nunique() == 32
+
+
+def test_what_was_rendered_of_one_package_is_not_taken_for_another(package, tmp_path):
+    newer = tmp_path / "iconify-json-2.0.0.tgz"
+    shutil.copy(package, newer)
+    cache = tmp_path / "cache"
+    assert [load_icons(p, cache).package for p in (package, newer)] == [package.stem, newer.stem]
+    newer.unlink()
+    assert load_icons(None, cache).package == newer.stem  # rendered before
 
 
 def test_held_out_styles_and_classes_were_never_trained(package, icons, tmp_path, monkeypatch):

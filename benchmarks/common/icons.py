@@ -49,6 +49,7 @@ COPIES = 0.2  # share of copies among common classes that makes two sets one fam
 
 @dataclass(frozen=True)
 class Icons:
+    package: str  # its name with its version
     images: Tensor  # [N, 3, 64, 64] uint8
     labels: Tensor  # [N] int64
     families: Tensor  # [N] int64, of the set that a drawing comes from
@@ -67,18 +68,19 @@ def load_icons(package: Path | None, cache: Path, *, fetch: bool = False) -> Ico
     Raises:
         ValueError: the package is not there, with what to type.
     """
-    stored = cache / "icons.pt"
+    cache.mkdir(parents=True, exist_ok=True)
+    found = _find(package, cache, fetch)
+    stored = cache / f"{found.stem}.pt"
     if not stored.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.save(vars(_render(_find(package, cache, fetch))), stored)
+        torch.save(vars(_render(found)), stored)
     return Icons(**torch.load(stored, weights_only=False))
 
 
 def _find(package: Path | None, cache: Path, fetch: bool) -> Path:
     if package is not None and not package.is_file():
         raise ValueError(f"no file {package}: `npm pack {PACKAGE}` gets it")
-    found = [*Path().glob("iconify-json-*.tgz"), *cache.glob("iconify-json-*.tgz")]
-    here = [package] if package else sorted(found)
+    found = [*Path().glob("iconify-json-*.tgz"), *cache.glob("iconify-json-*.[pt]*")]
+    here = [package] if package else sorted(found, key=lambda path: path.stem)
     if not here and fetch:
         if shutil.which("npm") is None:
             raise ValueError(f"--fetch needs npm: install it, or bring the .tgz of {PACKAGE}")
@@ -149,7 +151,7 @@ def _render(package: Path) -> Icons:
         }
         for i, prefix in enumerate(prefixes)
     )
-    return Icons(pixels, k, family[by], classes, licences)
+    return Icons(package.stem, pixels, k, family[by], classes, licences)
 
 
 def _picture(content: dict[str, Any], name: str) -> np.ndarray:

@@ -109,7 +109,7 @@ def _icons(icons: Icons, cache: Path, regime: str) -> Task:
         ("unknown", "test"): other_names & (style > 0.75),  # of the same families as known ones
     }
     if regime == "frozen":
-        inputs = _features(icons.images, cache / "features.pt")
+        inputs = _features(icons.images, cache / f"features-{icons.package}.pt")
         encoder = lambda: ProjectionHead(IMAGENET_WIDTH, DIM, hidden_dim=512)  # noqa: E731
         augmented, clean = _one_view, lambda features: features[:, 0].float()
     else:
