@@ -32,3 +32,12 @@ def test_a_folder_without_results_gives_a_page_that_says_little(tmp_path: Path) 
     (tmp_path / "results").mkdir()
     text = report.write(tmp_path / "results").read_text()
     assert "No kernel has run on a GPU yet" in text
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_an_interval_that_a_page_quotes_is_one_of_the_report(name: str) -> None:
+    root = results.RESULTS.parents[1]
+    known = (results.RESULTS.parent / "RESULTS.md").read_text()
+    quoted = re.findall(r"[\d.]+ ± [\d.]+", (root / name).read_text())
+    assert len(quoted) >= 5
+    assert [words for words in quoted if words not in known] == []
