@@ -61,7 +61,9 @@ class Cell:
 
 def command(
     data: Annotated[str, typer.Option(help=f"icons, {', '.join(DATASETS)}")] = "icons",
-    question: Annotated[str, typer.Option(help=", ".join(QUESTIONS))] = "styles,classes,confidence",
+    question: Annotated[
+        str, typer.Option(help=f"{', '.join(QUESTIONS)}; by default all but tail")
+    ] = "",
     methods: Annotated[str, typer.Option(help="comma-separated")] = ",".join(METHODS),
     regime: Annotated[
         str, typer.Option(help="frozen: a head on features; whole: the encoder too")
@@ -91,8 +93,7 @@ def command(
     An interrupted run goes on where it stopped when the same command is given again.
     """
     options.require(device)
-    asked, names = options.names(question), options.names(methods)
-    options.check("--question", asked, QUESTIONS)
+    names = options.names(methods)
     options.check("--methods", names, METHODS)
     try:
         task = make_task(
@@ -100,6 +101,9 @@ def command(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    of_data = ("styles", "classes", "confidence") if data == "icons" else ("images",)
+    asked = options.names(question) or list(of_data)
+    options.check("--question", asked, (*of_data, "tail"))
     torch.set_num_threads(threads)
     store = Store(out / f"{data}.jsonl", device)
     grids = [options.floats(listed) for listed in (learning_rates, temperatures, weights)]
@@ -125,7 +129,10 @@ def command(
                 del wanted["epochs"]
             else:
                 _run(_grid(base, *grids), task, store, bar, device)
-            picked.append(replace(base, **chosen(store.rows, wanted)))
+            try:
+                picked.append(replace(base, **chosen(store.rows, wanted)))
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from None
         # Seed by seed, so that what the machine does at a time falls on all methods.
         _run([replace(c, seed=s) for s in range(seeds) for c in picked], task, store, bar, device)
     show(store.rows, picked, asked)
@@ -148,25 +155,25 @@ class Store:
     def __init__(self, path: Path, device: str) -> None:
         self.path, self.device = path, device
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        self.rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows = [json.loads(line) for line in lines]
 
     def has(self, cell: Cell) -> bool:
         wanted = asdict(cell)
         return any(all(row.get(k) == v for k, v in wanted.items()) for row in self.rows)
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        rows = [row | {"environment": results.environment(self.device)} for row in rows]
-        self.rows += rows
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        environment = results.environment(self.device)
+        self.rows += [row | {"environment": environment} for row in rows]
+        # Replaced whole, so that a crash leaves all rows of a run or none.
+        written = self.path.with_suffix(".part")
+        written.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        written.replace(self.path)
 
 
 def _run(cells: Sequence[Cell], task: Task, store: Store, bar: Any, device: str) -> None:
     cells = list(dict.fromkeys(cells))
     todo = [cell for cell in cells if not store.has(cell)]
-    if not cells:
-        return
     title = f"{cells[0].split} {cells[0].method if cells[0].split == 'validation' else ''}"
     line = bar.add_task(title, total=len(cells), completed=len(cells) - len(todo), note="")
     for cell in todo:
@@ -230,7 +237,7 @@ def score(run: Run, task: Task, split: str, device: str = "cpu") -> dict[str, di
         validation = task.held_out["styles", "validation"]
         with torch.no_grad():
             logits = [
-                run.method.logits(embeddings, means)
+                run.method.logits(embeddings, means).nan_to_num()
                 for embeddings in (
                     held_out["styles"][0],
                     held_out["unknown"][0],

@@ -139,10 +139,10 @@ def test_missing_icons_say_what_to_type(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--question", "colour"], "styles"),
         (["--methods", "VarCan"], "VarCon"),
         (["--regime", "thawed"], "frozen"),
         (["--data", "digits"], "--regime whole"),
+        (["--data", "digits", "--regime", "whole", "--question", "styles"], "images"),
     ],
 )
 def test_what_is_unknown_is_named_beside_what_there_is(arguments, words):
@@ -178,8 +178,26 @@ def test_a_command_trains_chooses_scores_and_goes_on(package, tmp_path, monkeypa
         assert set(mine[mine["split"] == "test"]["learning_rate"]) == {by.idxmax()}
     assert ask(*arguments).exit_code == 0
     assert (tmp_path / "icons.jsonl").read_text() == stored  # nothing is run twice
-    (tmp_path / "icons.jsonl").write_text(stored[:-20])  # a crash cut the last line
-    assert ask(*arguments).exit_code == 0
+
+
+def test_settings_that_nothing_chose_are_asked_for(tmp_path):
+    result = ask(
+        "--data", "digits", "--regime", "whole", "--settings-of-batch", "64", "--out", str(tmp_path)
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert "no validation run is stored of" in result.output
+
+
+def test_a_run_that_diverges_scores_as_chance(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = ask(
+        "--data", "digits", "--regime", "whole", "--methods", "cross-entropy,VarCon",
+        "--seeds", "1", "--epochs", "2", "--learning-rates", "1e6,1e9", "--temperatures", "0.1",
+        "--out", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (tmp_path / "digits.jsonl").read_text().splitlines()]
+    assert all(0 <= row["top1_mean"] < 0.5 for row in rows)
 
 
 def test_chunks_and_the_whole_encoder_train_as_well(package, tmp_path, monkeypatch):

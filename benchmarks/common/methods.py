@@ -144,11 +144,10 @@ def make_method(
             name.partition(" + ")[2], dim, num_classes, temperature=temperature
         )
         return Joint(contrastive, CrossEntropy(dim, num_classes, temperature), weight)
-    if name == "VarCon memory":
+    if name.startswith("VarCon"):
         momentum = MOMENTUM if momentum is None else momentum
-        return VarCon(dim, num_classes, temperature, momentum, epsilon)
-    if name == "VarCon":
-        return VarCon(dim, num_classes, temperature, epsilon=epsilon)
+        remembered = momentum if name == "VarCon memory" else None
+        return VarCon(dim, num_classes, temperature, remembered, epsilon)
     kinds = {
         "cross-entropy": CrossEntropy,
         "NormFace": NormFace,

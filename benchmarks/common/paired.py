@@ -64,8 +64,7 @@ def summary(
     runs = frame[(frame["split"] == "test") & (frame["protocol"] == protocol)]
     for key in (*BASE, *SETTINGS):
         wanted = getattr(cell, key)
-        if key in runs:
-            runs = runs[runs[key].isna() if wanted is None else runs[key] == wanted]
+        runs = runs[runs[key].isna() if wanted is None else runs[key] == wanted]
     return {score: interval(runs[score]) for score in scores} if len(runs) else None
 
 

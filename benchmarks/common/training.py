@@ -147,7 +147,8 @@ def _optimizer(encoder: nn.Module, objective: nn.Module, rate: float) -> torch.o
 
 @torch.no_grad()
 def embed(encoder: nn.Module, task: Task, samples: Samples, device: str = "cpu") -> Tensor:
-    """Embeddings ``[N, D]`` of samples as they are, on the CPU."""
+    """Embeddings ``[N, D]`` of samples as they are, on the CPU; finite, so that any are scored."""
     encoder.eval()
     batches = samples.inputs.split(512)
-    return torch.cat([encoder(task.clean(inputs).to(device)).float().cpu() for inputs in batches])
+    found = [encoder(task.clean(inputs).to(device)).float().cpu() for inputs in batches]
+    return torch.cat(found).nan_to_num()

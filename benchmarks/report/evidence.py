@@ -69,7 +69,8 @@ def evidence(folder: Path) -> Iterator[str]:
     rows = pd.DataFrame(json.loads(line) for line in lines)
     rows["weight"] = rows["weight"].astype(float)
     yield "## Embeddings of icons\n"
-    yield _how(rows)
+    first = rows[rows["split"] == "test"].iloc[0]
+    yield origin("evaluate", first["environment"]) + "\n"
     yield (
         "In percent: mean ± 95 % interval over seeds. Bold: the best, and whatever is not told "
         "apart from it, seed by seed. Calibration error and FPR@95: lower is better.\n"
@@ -264,8 +265,3 @@ def _draw_times(points: Sequence[tuple[int, str, float, float, float]], path: Pa
     axes[0, 1].set(title="Unseen classes", xlabel="images a batch", ylabel="MAP@R, %")
     style.legend(figure, [axes[0, 0]], 4)
     style.save(figure, path)
-
-
-def _how(rows: pd.DataFrame) -> str:
-    first = rows[rows["split"] == "test"].iloc[0]
-    return origin("evaluate", first["environment"]) + "\n"
