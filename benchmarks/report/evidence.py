@@ -69,8 +69,7 @@ def evidence(folder: Path) -> Iterator[str]:
     rows = pd.DataFrame(json.loads(line) for line in lines)
     rows["weight"] = rows["weight"].astype(float)
     yield "## Embeddings of icons\n"
-    first = rows[rows["split"] == "test"].iloc[0]
-    yield origin("evaluate", first["environment"]) + "\n"
+    yield origin("evaluate", rows[rows["split"] == "test"]["environment"].iloc[0]) + "\n"
     yield (
         "In percent: mean ± 95 % interval over seeds. Bold: the best, and whatever is not told "
         "apart from it, seed by seed. Calibration error and FPR@95: lower is better.\n"
