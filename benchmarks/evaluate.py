@@ -70,12 +70,13 @@ def command(
     ] = "frozen",
     batch_sizes: Annotated[str, typer.Option(help="images a step, each in two views")] = "256",
     epochs: options.Epochs = 15,
+    tuning_epochs: Annotated[int, typer.Option(help="of validation runs; 0: as many")] = 0,
     imbalance: Annotated[str, typer.Option(help="of question tail")] = "10,100",
     learning_rates: Annotated[str, typer.Option(help="grid")] = "1e-3,3e-3,1e-2",
     temperatures: Annotated[str, typer.Option(help="grid")] = "0.05,0.1,0.2,0.5",
     weights: Annotated[str, typer.Option(help="grid, beside cross-entropy")] = "0.3,1,3",
     settings_of_batch: Annotated[
-        int, typer.Option(help="take what frozen runs of this batch size chose; 0: choose")
+        int, typer.Option(help="take what was chosen at this batch size; 0: choose")
     ] = 0,
     chunk_size: Annotated[int, typer.Option(help="images a chunk, for VarCon; 0: one batch")] = 0,
     momentum: Annotated[float, typer.Option(help=f"of the memory; 0: {MOMENTUM}")] = 0.0,
@@ -123,14 +124,15 @@ def command(
     with progress_bar() as bar:
         picked = []
         for base in bases:
-            wanted = asdict(base)
+            tuned = replace(
+                base, epochs=tuning_epochs or epochs, seed=TUNING_SEED, split="validation"
+            )
             if settings_of_batch:
-                wanted |= {"regime": "frozen", "batch_size": settings_of_batch, "chunk_size": None}
-                del wanted["epochs"]
+                tuned = replace(tuned, batch_size=settings_of_batch, chunk_size=None)
             else:
-                _run(_grid(base, *grids), task, store, bar, device)
+                _run(_grid(tuned, *grids), task, store, bar, device)
             try:
-                picked.append(replace(base, **chosen(store.rows, wanted)))
+                picked.append(replace(base, **chosen(store.rows, asdict(tuned))))
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from None
         # Seed by seed, so that what the machine does at a time falls on all methods.
@@ -144,7 +146,6 @@ def _grid(base: Cell, *grids: Sequence[float]) -> list[Cell]:
     rates, temperatures, weights = grids
     temperatures = temperatures if has_temperature(base.method) else [None]
     weights = weights if " + " in base.method else [None]
-    base = replace(base, seed=TUNING_SEED, split="validation")
     settings = itertools.product(rates, temperatures, weights)
     return [replace(base, learning_rate=r, temperature=t, weight=w) for r, t, w in settings]
 
@@ -174,8 +175,7 @@ class Store:
 def _run(cells: Sequence[Cell], task: Task, store: Store, bar: Any, device: str) -> None:
     cells = list(dict.fromkeys(cells))
     todo = [cell for cell in cells if not store.has(cell)]
-    title = f"{cells[0].split} {cells[0].method if cells[0].split == 'validation' else ''}"
-    line = bar.add_task(title, total=len(cells), completed=len(cells) - len(todo), note="")
+    line = bar.add_task(cells[0].split, total=len(cells), completed=len(cells) - len(todo), note="")
     for cell in todo:
         store.add(run_cell(cell, task, device))
         bar.update(line, advance=1, note=cell.method)

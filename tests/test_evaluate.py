@@ -208,8 +208,8 @@ def test_chunks_and_the_whole_encoder_train_as_well(package, tmp_path, monkeypat
         "--out", str(tmp_path),
     ]  # fmt: skip
     assert ask(*common).exit_code == 0
-    assert ask(*common, "--regime", "whole", "--settings-of-batch", "32").exit_code == 0
-    assert ask(*common, "--chunk-size", "8").exit_code == 0
+    assert ask(*common, "--regime", "whole").exit_code == 0
+    assert ask(*common, "--chunk-size", "8", "--settings-of-batch", "32").exit_code == 0
     rows = [json.loads(line) for line in (tmp_path / "icons.jsonl").read_text().splitlines()]
     assert {(row["regime"], row["chunk_size"]) for row in rows} == {
         ("frozen", None), ("whole", None), ("frozen", 8),

@@ -27,14 +27,14 @@ def chosen(rows: Iterable[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, 
 
     Args:
         rows: of all runs.
-        wanted: values of those of `BASE` by which the runs to choose among are known.
+        wanted: values of `BASE`.
 
     Raises:
         ValueError: no validation run of this kind is stored.
     """
     found: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
-        same = all(row.get(key) == wanted[key] for key in BASE if key in wanted)
+        same = all(row.get(key) == wanted[key] for key in BASE)
         if same and row["split"] == "validation":
             setting = tuple(row[k] for k in SETTINGS)
             found.setdefault(setting, []).extend(row[k] for k in CHOSEN_BY if k in row)
