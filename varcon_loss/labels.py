@@ -124,7 +124,7 @@ def _read_integers(
 def _read_shares(table: Tensor, dtype: torch.dtype, name: str) -> Labels:
     if table.shape[0] == 0:
         return Labels(None, table.to(dtype))
-    lowest, highest = table.aminmax(dim=1)
+    lowest, highest = table.amin(1), table.amax(1)  # on a CPU a tenth of aminmax's time
     valid = highest != 0
     allowed = (lowest >= 0) & (highest < LARGEST_SHARE)  # also False for NaN
     if not values_may_be_read(table):
@@ -138,9 +138,11 @@ def _read_shares(table: Tensor, dtype: torch.dtype, name: str) -> Labels:
             f"{float(table[row, column])} for sample {row} and class {column}: class numbers are "
             f"integers ({name}.long(), one a sample); a sample without a label has a row of zeros"
         )
-    most = max(int(rows.count_nonzero(1).amax()) for rows in table.split(1024))
     all_valid = None if bool(valid.all()) else valid
-    if max(1, most) > min(MOST_SHARES, table.shape[1] // 4):
-        return Labels(None, table.to(dtype), all_valid)
-    shares, classes = table.to(dtype).topk(max(1, most))
+    most, limit = 1, min(MOST_SHARES, table.shape[1] // 4)
+    for rows in (table[:1], *table.split(1024)):  # the first row tells most tables of all classes
+        most = max(most, int(rows.count_nonzero(1).amax()))
+        if most > limit:
+            return Labels(None, table.to(dtype), all_valid)
+    shares, classes = table.to(dtype).topk(most)
     return Labels(classes, shares, all_valid)

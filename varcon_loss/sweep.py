@@ -13,7 +13,7 @@ label is one share of 1. The chunk's logits stay in the cache. The sum of all ke
 import torch
 from torch import Tensor
 
-from varcon_loss.objective import RowObjective, row_objective, row_slope
+from varcon_loss.objective import RowObjective, from_margin, log1p, row_objective, row_slope
 from varcon_loss.readable import values_may_be_read
 
 # Numbers of one chunk's logits and rows. 4 MiB of float32 stay in a CPU's caches (2^18 and 2^22
@@ -43,8 +43,7 @@ def sweep(
     keys = w / temperature
     num_others = w.shape[0] - 1 if present is None else present.sum().sub_(1).clamp_min_(0)
     if isinstance(num_others, Tensor):
-        readable = values_may_be_read(num_others)
-        num_others = int(num_others) if readable else num_others.to(z.dtype)
+        num_others = int(num_others) if values_may_be_read(num_others) else num_others.to(z.dtype)
     plain = unit and 1 / temperature <= LARGEST_PLAIN_LOGIT
     constants = (
         keys, keys.sum(0), present, num_others, plain, unit, temperature, epsilon,
@@ -108,14 +107,11 @@ def _chunk(
         there = present if slots is None else present[slots]
         own_masked = own_logit.masked_fill(~there, -torch.inf)
     if not plain:
-        if slots is None:
-            shift = own_masked.amax(1, keepdim=True)
-        else:
-            shift = (u if present is None else u.masked_fill_(~present, -torch.inf)).amax(
-                1, keepdim=True
-            )
-            if several:
-                shift = torch.maximum(shift, own_masked.amax(1, keepdim=True))
+        if slots is not None and present is not None:
+            u.masked_fill_(~present, -torch.inf)
+        shift = (own_masked if slots is None else u).amax(1, keepdim=True)
+        if several:
+            shift = torch.maximum(shift, own_masked.amax(1, keepdim=True))
         shift.masked_fill_(shift == -torch.inf, 0.0)
     weights, total = u, own_logit
     if slots is not None:
@@ -124,23 +120,28 @@ def _chunk(
             total = weights.sum(1, keepdim=True)
         else:
             total = torch.mv(weights, present.to(z.dtype)).unsqueeze(1)
+    own_weights = rest = top = total
     if several:
         own_weights = (own_masked if shift is None else own_masked - shift).exp()
-        rest = _sum_of_others(own_weights)
-        lse_others = (rest if slots is None else rest.add_(total)).log_()
+        top = own_weights.argmax(1, keepdim=True)
+        # Of all but the largest at least half of the row is left: a difference loses one bit.
+        of_top = _without(own_weights, top)
+        rest = (of_top + own_weights.gather(1, top) - own_weights).scatter_(1, top, of_top)
+        rest = rest if slots is None else rest.add_(total)
+    if several and plain and present is None:  # nothing underflows: a table costs no logarithm
+        both = own_weights + rest
+        of_p = log1p(rest / own_weights), own_weights / both, rest / both
     else:
-        own_weights, lse_others = total, total.log()
-    if shift is not None:
-        lse_others += shift
+        margin = rest.log() - own_logit
+        of_p = from_margin(margin if shift is None else margin.add_(shift))
 
-    row = row_objective(own_logit, lse_others, every - at_slots, num_others, temperature, epsilon)
+    row = row_objective(own_logit, of_p, every - at_slots, num_others, temperature, epsilon)
     loss, terms = _expected(row, shares, need_terms)
     if not need_grad:
         return loss, terms, z.new_empty(0)
 
     # weights -> dL/du. The keys of empty rows are zero, whatever their weights.
-    slope, p_rest = row_slope(row, epsilon), torch.sigmoid(row.margin)
-    q_other = row.q_other
+    slope, p_rest, q_other = row_slope(row, epsilon), row.p_rest, row.q_other
     if shares is None:
         b, at_own = q_other, row.q_rest - (slope.mul_(p_rest)) + q_other
         if slots is not None:
@@ -148,20 +149,17 @@ def _chunk(
     else:
         slope, q_other = slope * shares, q_other * shares
         a, b = slope.sum(1, keepdim=True), q_other.sum(1, keepdim=True)
-        # A p_k - Y_k s_k is a difference of nearly equal numbers where the model is confident.
-        at_own = torch.where(
-            row.margin < 0,
-            _sum_of_others(slope) - p_rest * a,
-            row.confidence * a - slope,
-        )
-        at_own += row.q_rest * shares + q_other
+        at_own = row.confidence * a - slope
+        # Where the model is confident that is a difference of nearly equal numbers.
+        of_top = _without(slope, top) - p_rest.gather(1, top) * a
+        is_sure = row.confidence.gather(1, top) > 0.5
+        at_own.scatter_(1, top, torch.where(is_sure, of_top, at_own.gather(1, top)))
+        at_own.addcmul_(row.q_rest, shares).add_(q_other)
         if slots is not None:
             total = total + own_weights.sum(1, keepdim=True)
             weights.mul_(a / total.clamp_min_(TINY))
-    if slots is None:
-        weights = at_own
-    else:
-        weights.scatter_(1, slots, b if own is not None else at_own)
+    own_weights = at_own if own is None else b
+    weights = at_own if slots is None else weights.scatter_(1, slots, own_weights)
     g = torch.mm(weights, keys, out=gradient).addcmul_(b, key_sum, value=-1)
     if own is not None:
         g.addcmul_(own, at_own - b, value=1 / temperature)
@@ -183,8 +181,9 @@ def _expected(row: RowObjective, shares: Tensor | None, need_terms: bool) -> tup
     return loss, torch.stack(terms) if terms else loss.new_empty(4, 0)
 
 
-def _sum_of_others(x: Tensor) -> Tensor:
-    """For each entry of ``[n, M]`` the sum of the rest of its row, with no cancellation."""
-    total = x.sum(1, keepdim=True)
-    most = x > total / 2  # at most one of a row: for the others a difference loses one bit
-    return torch.where(most, x.masked_fill(most, 0.0).sum(1, keepdim=True), total - x)
+def _without(x: Tensor, column: Tensor) -> Tensor:
+    """The sum of each row of ``x`` ``[n, M]`` without its ``column`` ``[n, 1]``, ``[n, 1]``."""
+    kept = x.gather(1, column)
+    rest = x.scatter_(1, column, 0.0).sum(1, keepdim=True)
+    x.scatter_(1, column, kept)
+    return rest
