@@ -32,10 +32,8 @@ class Line:
     batch_size: int = 256
     epochs: int = 15
     lower: bool = False  # is lower better?
-    data: str = "icons"
 
 
-DIGITS = ("whole", 0.0, 128, 20, False, "digits")
 LINES = (
     Line("Unseen styles", "linear probe", "styles", "top1_probe"),
     Line("Unseen styles", "nearest mean", "styles", "top1_mean"),
@@ -55,18 +53,14 @@ LINES = (
     Line("Whole encoder, styles", "nearest mean", "styles", "top1_mean", "whole", epochs=3),
     Line("Whole encoder, classes", "Recall@1", "classes", "recall_at_1", "whole", epochs=3),
     Line("Whole encoder, classes", "MAP@R", "classes", "map_at_r", "whole", epochs=3),
-    Line("Ten classes", "linear probe", "images", "top1_probe", *DIGITS),
-    Line("Ten classes", "nearest mean", "images", "top1_mean", *DIGITS),
-    Line("Ten classes", "1 label a class", "images", "top1_1_shot", *DIGITS),
 )
 
 
 def evidence(folder: Path) -> Iterator[str]:
-    paths = [folder / f"{data}.jsonl" for data in ("icons", "digits")]
-    if not paths[0].exists():
+    path = folder / "icons.jsonl"
+    if not path.exists():
         return
-    lines = [line for path in paths if path.exists() for line in path.read_text().splitlines()]
-    rows = pd.DataFrame(json.loads(line) for line in lines)
+    rows = pd.DataFrame(json.loads(line) for line in path.read_text().splitlines())
     rows["weight"] = rows["weight"].astype(float)
     yield "## Embeddings of icons\n"
     yield origin("evaluate", rows[rows["split"] == "test"]["environment"].iloc[0]) + "\n"
@@ -76,7 +70,7 @@ def evidence(folder: Path) -> Iterator[str]:
     )
     yield from grid(["", *ALONE], table(rows, ALONE))
     yield "\n### Cross-entropy beside it\n"
-    yield from grid(["", *JOINT], table(rows, JOINT))
+    yield from grid(["", *JOINT], table(rows, JOINT, LINES[:6]))
     gains = _gains(rows)
     yield f"\n### Points from {BASELINE}\n"
     yield "Paired by seed; positive is better.\n"
@@ -106,8 +100,8 @@ def values(rows: pd.DataFrame, line: Line, method: str) -> pd.Series:
 
 
 def _alike(rows: pd.DataFrame, line: Line) -> pd.Series:
-    """Runs on the data of a line, whatever their method and batch size."""
-    keys = ("data", "regime", "imbalance", "epochs")
+    """Runs of the kind of a line, whatever their method and batch size."""
+    keys = ("regime", "imbalance", "epochs")
     return pd.concat([rows[key] == getattr(line, key) for key in keys], axis=1).all(axis=1)
 
 
@@ -117,8 +111,10 @@ def level(one: pd.Series, other: pd.Series) -> bool:
     return bool(np.isnan(half) or abs(mean) <= half)
 
 
-def table(rows: pd.DataFrame, methods: Sequence[str]) -> Iterator[list[str]]:
-    for line in LINES:
+def table(
+    rows: pd.DataFrame, methods: Sequence[str], lines: Sequence[Line] = LINES
+) -> Iterator[list[str]]:
+    for line in lines:
         found = {method: values(rows, line, method) for method in methods}
         means = {method: seeds.mean() for method, seeds in found.items() if len(seeds)}
         if len(means) < 2:
@@ -215,12 +211,10 @@ def _own_settings(rows: pd.DataFrame) -> Iterator[str]:
 
 
 def _settings(rows: pd.DataFrame) -> Iterator[list[object]]:
-    keys = ["data", "regime", "imbalance", "epochs", "batch_size", "method"]
+    keys = ["regime", "imbalance", "epochs", "batch_size", "method"]
     for found, mine in rows[rows["split"] == "test"].groupby(keys, sort=False):
-        data, regime, imbalance, epochs, size, method = found
-        task = f"{data}, {regime}, {epochs} epochs" + (
-            f", imbalance {imbalance:g}" if imbalance else ""
-        )
+        regime, imbalance, epochs, size, method = found
+        task = f"{regime}, {epochs} epochs" + (f", imbalance {imbalance:g}" if imbalance else "")
         first = mine.iloc[0]
         yield [task, size, method, *("" if pd.isna(v) else f"{v:g}" for v in first[list(SETTINGS)])]
 
