@@ -15,8 +15,8 @@ from benchmarks.common.terminal import console, print_table, progress_bar, writt
 from benchmarks.common.training import Recipe, Run, embed, train
 
 BATCH = 64
-# The learning rates that `evaluate` chose on validation images at this batch size.
-METHODS = {"cross-entropy": 3e-3, "SupCon": 3e-3, "VarCon": 3e-3, "VarCon memory": 3e-3}
+METHODS = ("cross-entropy", "SupCon", "VarCon", "VarCon memory")
+RATE = 1e-2  # the best of 1e-3, 3e-3 and 1e-2 on validation images, for each of them
 READOUTS = {"linear": "linear probe, %", "mean": "nearest class mean, %"}
 SHOWN_LEFT = 3  # the picture maps the ten classes 30 ... 39, which share their left digit
 LUCK = 0.02  # two runs of one method that differ in nothing but the seed are this far apart
@@ -40,8 +40,8 @@ def command(
         "views an image"
     )
     runs, histories = {}, {}
-    for method, rate in METHODS.items():
-        recipe = Recipe(epochs=epochs, batch_size=BATCH, learning_rate=rate)
+    recipe = Recipe(epochs=epochs, batch_size=BATCH, learning_rate=RATE)
+    for method in METHODS:
         runs[method], histories[method] = _train(task, method, recipe, seed)
     scores = {method: _score(run, task, test) for method, run in runs.items()}
     print_table(
