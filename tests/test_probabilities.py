@@ -584,3 +584,17 @@ def test_rounded_and_single_probabilities_are_allowed() -> None:
     assert loss_of(x, 1.015 * hot(torch.arange(6) % 3)).isfinite()
     for options in ({"num_classes": 1}, {"weight": torch.ones(1)}):
         assert float(loss_of(x, torch.ones(6, 1), **options).detach()) == 0
+
+
+def test_a_class_that_is_opposite_to_all_others_at_a_low_temperature() -> None:
+    """The odds against it, a sum of exponentials over the smallest, pass float32's range."""
+    rows, classes, temperature = 40, 40_000, 0.0251
+    x = torch.zeros(rows, 4)
+    x[:, 0] = 1.0
+    x[0, 0] = -1.0
+    shares = torch.full((rows, classes), 0.1 / classes)
+    shares[torch.arange(rows), torch.arange(rows)] += 0.9
+    options = {"temperature": temperature, "epsilon": temperature / 5}
+    got = loss_of(x, shares, **options)
+    want = loss_of(x.double(), shares.double(), **options)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)

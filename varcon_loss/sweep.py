@@ -22,8 +22,8 @@ CHUNK_CPU = 2**20
 CHUNK_ACCELERATOR = 2**25
 SMALLEST = 128
 LARGEST_KEPT = 2**25 - 2**16  # bytes; glibc learns nothing from larger blocks
-# Sums of 2^31 exponentials of this are finite in float32.
-LARGEST_PLAIN_LOGIT = 40.0
+# Sums of 2^31 exponentials of this are finite in float32, and so is their ratio to the least one.
+LARGEST_PLAIN_LOGIT = 32.0
 # Far below any sum of exponentials here; only where there are none is the sum smaller.
 TINY = 1e-30
 
